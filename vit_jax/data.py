@@ -1,0 +1,551 @@
+"""A split of a data set as uint8 arrays in memory, and the order in which training visits it.
+
+Sources: any TFDS image classification set (array_record or tfrecord, neither read with TensorFlow),
+`shapes10`, and folders of class folders. Images are decoded once; the decoded arrays are kept in an
+uncompressed `.npz` beside the data set, or under `${XDG_CACHE_HOME:-~/.cache}/vit_jax` where that
+directory takes no writes.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import mmap
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+_BLOCK = 256  # images one thread decodes at a time
+_FOLDER_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+_AGAIN = "copy or prepare the data set again"
+_WAYS = (
+    "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run where the network is"
+    " reachable with TensorFlow installed (pip install 'vit-jax[prepare]'); or run the same on the"
+    " embedded set: python -m vit_jax.main --config configs/shapes10_vit.py"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split in memory. Slices of one split are views of the same array."""
+
+    images: np.ndarray  # uint8[N, H, W, C], C in RGB order
+    labels: np.ndarray  # int32[N], in 0..len(class_names)-1
+    class_names: tuple[str, ...]
+    source: str  # one line for people: name, version, format, where, cached where
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where the images of a data set come from, whatever its kind."""
+
+    title: str
+    class_names: tuple[str, ...]
+    shard_lengths: dict[str, list[int]]  # of each split
+    cache_dirs: list[Path]  # the first that holds a cache is read, the first writable is written
+    fingerprint: Callable[[str], str]  # split -> text that changes when the files change
+    # split -> (index of the first image, function that reads a few (where, image, label))
+    blocks: Callable[[str], list[tuple[int, Callable[[], Iterator]]]]
+
+
+def load_split(
+    name: str, split: str, *, data_dir: str | None = None, image_size: int | None = None
+) -> Dataset:
+    """Loads a split, preparing the data set first if it is not on disk.
+
+    Args:
+      name: a TFDS name ("cifar10", "cifar10:3.0.2"), "shapes10", or "folder:/path" with
+        /path/CLASS/*.png (all of it is split "train") or /path/train/CLASS/*.png, /path/test/...
+        Images of a folder come in an order that mixes the classes.
+      split: TFDS syntax: "train", "train[:45000]", "train[90%:]", "train+test".
+      data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      image_size: pixels; every image is cropped to its central square and resized to this side.
+        None keeps the images as they are, which must then be of one size.
+
+    Raises:
+      UserError: the set or split does not exist, cannot be prepared, is empty, is damaged, or
+        holds labels outside its classes; the disk is full.
+    """
+    import tensorflow_datasets as tfds
+
+    if name.startswith("folder:"):
+        source = _open_folder(Path(name.removeprefix("folder:")).expanduser().resolve())
+    else:
+        source = _open_tfds(name, data_dir)
+
+    infos = {
+        key: tfds.core.SplitInfo(name=key, shard_lengths=lengths, num_bytes=0)
+        for key, lengths in source.shard_lengths.items()
+    }
+    sizes = ", ".join(f"{key} ({info.num_examples} images)" for key, info in infos.items())
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    except Exception as error:  # tfds raises many kinds for a split that it cannot read
+        raise UserError(
+            f"split {split!r} of {source.title}: {_one_line(error)}; it has: {sizes}"
+        ) from error
+    ranges = [range(infos[p.splitname].num_examples)[p.from_ : p.to] for p in parts]
+    if not any(ranges):
+        raise UserError(f"split {split!r} of {source.title} holds no images; it has: {sizes}")
+
+    bases = {p.splitname: _load_base(source, p.splitname, image_size) for p in parts}
+    images = [bases[p.splitname][0][p.from_ : p.to] for p in parts]
+    labels = [bases[p.splitname][1][p.from_ : p.to] for p in parts]
+    if len({part.shape[1:] for part in images}) > 1:
+        raise UserError(f"the splits in {split!r} differ in image size: set config.data.image_size")
+    caches = ", ".join(str(cache) for _, _, cache in bases.values())
+    return Dataset(
+        images=images[0] if len(parts) == 1 else np.concatenate(images),
+        labels=labels[0] if len(parts) == 1 else np.concatenate(labels),
+        class_names=source.class_names,
+        source=f"{source.title}, cached in {caches}",
+    )
+
+
+def epoch_indices(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray:
+    """int32[steps, batch_size]: every index once, shuffled by (seed, epoch); padded with -1.
+
+    The only function that decides the order of training. It sorts Philox's raw 64-bit words, which
+    NumPy keeps the same in every version (the output of `Generator.permutation` may change).
+    """
+    words = np.random.Philox(key=[seed, epoch]).random_raw(num_examples)
+    return _in_batches(np.argsort(words, kind="stable"), batch_size)
+
+
+def eval_indices(num_examples: int, batch_size: int) -> np.ndarray:
+    """int32[steps, batch_size]: every index once, in order; the last batch is padded with -1."""
+    return _in_batches(np.arange(num_examples), batch_size)
+
+
+def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
+    steps = -(-len(order) // batch_size)
+    padded = np.full(steps * batch_size, -1, np.int32)
+    padded[: len(order)] = order
+    return padded.reshape(steps, batch_size)
+
+
+# Decoding, and the cache of what was decoded.
+
+
+def _load_base(source: _Source, split: str, image_size: int | None):
+    """A whole split: images uint8[N, H, W, C], labels int32[N], path of its cache."""
+    size = f"_{image_size}px" if image_size else ""
+    paths = [folder / f"vit_jax_{split}{size}_uint8.npz" for folder in source.cache_dirs]
+    fingerprint = source.fingerprint(split)
+    count = sum(source.shard_lengths[split])
+    for path in paths:
+        if path.exists() and (arrays := _read_cache(path, fingerprint, count)):
+            return *arrays, path
+    images, labels = _decode(source, split, count, image_size)
+    path = next((path for path in paths if _writable(path.parent)), paths[-1])
+    names = np.array(source.class_names)
+    _write_cache(
+        path, images=images, labels=labels, class_names=names, fingerprint=np.array(fingerprint)
+    )
+    return images, labels, path
+
+
+def _read_cache(path: Path, fingerprint: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images and labels, or None where the cache was made from other files."""
+    try:
+        with np.load(path, allow_pickle=False) as cache:  # zipfile checks a CRC-32 of each array
+            if str(cache["fingerprint"]) != fingerprint:
+                return None
+            images, labels = cache["images"], cache["labels"]
+        if images.ndim != 4 or len(images) != count or labels.shape != (count,):
+            raise ValueError(f"{images.shape} images and {labels.shape} labels, not {count}")
+        if images.dtype != np.uint8 or labels.dtype != np.int32:
+            raise ValueError(f"{images.dtype} images and {labels.dtype} labels")
+    except Exception as error:  # damage can surface anywhere in zipfile and in numpy's parser
+        raise UserError(
+            f"the cache {path} is damaged ({_one_line(error)}): delete it and it is made again"
+        ) from error
+    return images, labels
+
+
+def _write_cache(path: Path, **arrays: np.ndarray) -> None:
+    """Writes all or nothing: two processes may do so at once, and either may be killed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the decoded images to {path} ({_one_line(error)}): they need"
+            f" {arrays['images'].nbytes / 1e6:.0f} MB in a writable directory; make room there, or"
+            " set XDG_CACHE_HOME to another place and make the data set's directory read-only"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode(source: _Source, split: str, count: int, image_size: int | None):
+    """Images uint8[count, H, W, C] and labels int32[count], decoded in a pool of threads."""
+    blocks = source.blocks(split)
+    _, image, _ = next(blocks[0][1]())
+    shape = (image if image_size is None else _square(image, image_size)).shape
+    images = np.empty((count, *shape), np.uint8)
+    labels = np.empty(count, np.int32)
+
+    def decode_block(start, read):
+        for index, (where, image, label) in enumerate(read(), start):
+            if image_size is not None:
+                image = _square(image, image_size)
+            if image.shape != shape:
+                raise UserError(
+                    f"the images of {source.title} differ in size ({where}: {image.shape}, the"
+                    f" first: {shape}): set config.data.image_size to crop and resize them all"
+                )
+            if not 0 <= label < len(source.class_names):
+                raise UserError(
+                    f"image {index} of split {split!r} ({where}) has label {label}, outside 0 to"
+                    f" {len(source.class_names) - 1}: mend the data or use another split"
+                )
+            images[index], labels[index] = image, label
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda block: decode_block(*block), blocks):
+            pass  # raises what a thread raised
+    return images, labels
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, C] -> uint8[size, size, C]: the central square, its sides resized."""
+    import cv2
+
+    height, width, channels = image.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image[top : top + side, left : left + side]
+    if side == size:
+        return image
+    method = cv2.INTER_AREA if size < side else cv2.INTER_CUBIC
+    return cv2.resize(image, (size, size), interpolation=method).reshape(size, size, channels)
+
+
+# Folders of class folders.
+
+
+def _open_folder(root: Path) -> _Source:
+    if not root.is_dir():
+        raise UserError(f"folder {root} does not exist: give a folder that holds class folders")
+
+    def subfolders(folder):
+        return [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+
+    folders = {p.name: p for p in subfolders(root) if p.name in _FOLDER_SPLITS and subfolders(p)}
+    folders = dict(sorted(folders.items())) or {"train": root}
+    class_names = sorted({p.name for folder in folders.values() for p in subfolders(folder)})
+    if not class_names:
+        raise UserError(f"folder {root} holds no class folders: put each class in one of its own")
+    files = {}  # split -> [(path relative to root, label)]
+    for split, folder in folders.items():
+        files[split] = []
+        for class_folder in subfolders(folder):
+            found = [
+                p.relative_to(root)
+                for p in class_folder.rglob("*")
+                if p.suffix.lower() in _IMAGE_SUFFIXES and not p.name.startswith(".")
+            ]
+            if not found:
+                suffixes = " ".join(_IMAGE_SUFFIXES)
+                raise UserError(
+                    f"{class_folder} holds no images ({suffixes}): add some or remove it"
+                )
+            files[split] += [(p, class_names.index(class_folder.name)) for p in found]
+        # By a hash of the path: the same everywhere, and any slice holds all classes.
+        files[split].sort(key=lambda item: hashlib.sha256(item[0].as_posix().encode()).digest())
+
+    def read(items):
+        for path, label in items:
+            yield str(root / path), _read_image(root / path), label
+
+    return _Source(
+        title=f"folder {root}",
+        class_names=tuple(class_names),
+        shard_lengths={split: [len(items)] for split, items in files.items()},
+        cache_dirs=[_user_cache(f"folder-{root.name}", root)],
+        fingerprint=lambda split: _fingerprint(root, [p for p, _ in files[split]], class_names),
+        blocks=lambda split: [
+            (start, functools.partial(read, files[split][start : start + _BLOCK]))
+            for start in range(0, len(files[split]), _BLOCK)
+        ],
+    )
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """uint8[H, W, 3], RGB, turned as its EXIF orientation says."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds, SyntaxError among them
+        raise UserError(f"{path} is no image ({_one_line(error)}): mend or remove it") from error
+
+
+# TensorFlow Datasets.
+
+
+def _open_tfds(name: str, data_dir: str | None) -> _Source:
+    import tensorflow_datasets as tfds
+
+    builder = _prepared_builder(name, data_dir)
+    info, directory = builder.info, Path(builder.data_path)
+    title = f"{info.full_name} ({info.file_format.value}) in {directory}"
+    if info.file_format.value not in _RECORD_READERS:
+        raise UserError(f"{title} cannot be read: prepare it as {' or '.join(_RECORD_READERS)}")
+    supervised = [key for key in info.supervised_keys or () if isinstance(key, str)]
+    keys = [*supervised, *info.features]
+
+    def find(kind):
+        return next((key for key in keys if isinstance(info.features[key], kind)), None)
+
+    image_key, label_key = find(tfds.features.Image), find(tfds.features.ClassLabel)
+    if image_key is None or label_key is None:
+        fields = ", ".join(info.features)
+        raise UserError(f"{title} needs an image and a class label, it has {fields}: name another")
+    image_feature, label_feature = info.features[image_key], info.features[label_key]
+    channels = image_feature.shape[-1]
+    if image_feature.np_dtype != np.uint8 or channels not in (1, 3, 4):
+        found = f"{channels} channels of {np.dtype(image_feature.np_dtype)}"
+        raise UserError(f"{title} has {found}, not 1, 3 or 4 of uint8: name another data set")
+    example = tfds.features.FeaturesDict({image_key: image_feature, label_key: label_feature})
+    skip_decoding = {image_key: tfds.decode.SkipDecoding()}
+
+    def read(path, records, start, stop):
+        encoded = _guarded(path, records.__getitems__, range(start, stop))
+        for index, record in enumerate(encoded, start):
+            where = f"record {index} of {path}"
+            fields = _guarded(where, example.deserialize_example_np, record, decoders=skip_decoding)
+            yield where, _decode_image(fields[image_key], channels, where), int(fields[label_key])
+
+    def blocks(split):
+        first, found = 0, []
+        shards = info.splits[split]
+        for path, length in zip(shards.filepaths, shards.shard_lengths, strict=True):
+            records = _guarded(path, _RECORD_READERS[info.file_format.value], str(path))
+            if len(records) != length:
+                raise UserError(f"{path} holds {len(records)} of {length} records: {_AGAIN}")
+            for start in range(0, length, _BLOCK):
+                stop = min(start + _BLOCK, length)
+                found.append((first + start, functools.partial(read, path, records, start, stop)))
+            first += length
+        return found
+
+    class_names = tuple(label_feature.int2str(i) for i in range(label_feature.num_classes or 0))
+    about = [p.name for p in directory.iterdir() if p.suffix in (".json", ".txt")]
+    return _Source(
+        title=title,
+        class_names=class_names,
+        shard_lengths={split: list(s.shard_lengths) for split, s in info.splits.items()},
+        cache_dirs=[directory, _user_cache(info.full_name.replace("/", "-"), directory)],
+        fingerprint=lambda split: _fingerprint(
+            directory, [*sorted(about), *(p.name for p in info.splits[split].filepaths)]
+        ),
+        blocks=blocks,
+    )
+
+
+def _decode_image(encoded: bytes, channels: int, where: str) -> np.ndarray:
+    """uint8[H, W, channels]; as TFDS does, without turning by EXIF orientation."""
+    import cv2
+
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}
+    flag = flags[channels] | cv2.IMREAD_IGNORE_ORIENTATION if channels in flags else -1
+    image = _guarded(where, cv2.imdecode, np.frombuffer(encoded, np.uint8), flag)
+    if image is None:
+        raise UserError(f"{where} holds no image that can be decoded: {_AGAIN}")
+    if image.ndim == 2:
+        return image[..., None]
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+
+
+class _TFRecordFile:
+    """Random access to the records of a TFRecord file, checked by its checksums as they are read.
+
+    Format (tensorflow/core/lib/io/record_writer.h): for each record uint64 length, masked crc32c
+    of the length, the bytes, masked crc32c of the bytes; all little-endian.
+    """
+
+    def __init__(self, path: str):
+        with open(path, "rb") as file:
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.spans, offset = [], 0
+        while offset < len(self.bytes):
+            self._check(offset, offset + 8)
+            start = offset + 12
+            stop = start + int.from_bytes(self.bytes[offset : offset + 8], "little")
+            self.spans.append((start, stop))
+            offset = stop + 4
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitems__(self, indices) -> list[bytes]:
+        return [self._check(*self.spans[index]) for index in indices]
+
+    def _check(self, start: int, stop: int) -> bytes:
+        import google_crc32c
+
+        data = self.bytes[start:stop]
+        crc = google_crc32c.value(data)
+        masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        if masked != int.from_bytes(self.bytes[stop : stop + 4], "little"):
+            raise ValueError(f"checksum mismatch at byte {start}")
+        return data
+
+
+def _array_record_file(path: str):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return ArrayRecordDataSource([path])
+
+
+_RECORD_READERS = {"array_record": _array_record_file, "tfrecord": _TFRecordFile}
+
+
+def _prepared_builder(name: str, data_dir: str | None):
+    """The builder of a data set that is on disk, if need be after preparing it."""
+    if name.split(":")[0] == "shapes10":
+        import vit_jax.shapes10  # noqa: F401  (registers the builder)
+
+    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    places = [Path(place).expanduser().absolute()]
+    if not _writable(places[0]):
+        places.append(_user_cache("tfds"))
+    for place in places:
+        if _is_prepared(builder := _builder(name, place)):
+            return builder
+
+    missing = f"{builder.info.full_name} is not in {' or '.join(map(str, places))} and"
+    urls = list(builder.url_infos or ())
+    if not urls and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        problem = _prepare(name, place)
+    else:
+        if importlib.util.find_spec("tensorflow") is None:
+            raise UserError(f"{missing} preparing it needs TensorFlow, which is missing: {_WAYS}")
+        if urls and not _reachable(urls[0]):
+            raise UserError(f"{missing} {urls[0]} cannot be reached: {_WAYS}")
+        # A child process, so that TensorFlow is never imported in this one.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                problem = pool.submit(_prepare, name, place).result()
+            except Exception as error:  # the child was killed
+                problem = _one_line(error)
+    builder = _builder(name, place)
+    if not _is_prepared(builder):  # else it is there, even if another process was first
+        raise UserError(f"{missing} preparing it failed ({problem}): {_WAYS}")
+    return builder
+
+
+def _builder(name: str, place: Path, **options):
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=place, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        known = [*tfds.list_builders(with_community_datasets=False), "shapes10"]
+        near = difflib.get_close_matches(name.split(":")[0].split("/")[0], known, 3, 0)
+        raise UserError(
+            f"config.data.name = {name!r}: TFDS has no such data set, nor has {place}; the nearest"
+            f" are {', '.join(map(repr, near))}; 'folder:/path' reads a folder of class folders"
+        ) from error
+    except Exception as error:  # a version that does not exist, a damaged dataset_info.json
+        raise UserError(
+            f"config.data.name = {name!r} cannot be opened in {place} ({_one_line(error)}): name"
+            f" another, or {_AGAIN}"
+        ) from error
+
+
+def _is_prepared(builder) -> bool:
+    return Path(builder.data_dir, "dataset_info.json").exists()
+
+
+def _prepare(name: str, place: Path) -> str | None:
+    """Generates the data set as array_record; None, or one line that says what went wrong."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = _builder(name, place, file_format="array_record")
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(download_config=config)
+    except Exception as error:  # whatever a data set's own code raises
+        return _one_line(error)
+
+
+def _reachable(url: str) -> bool:
+    """Whether the host of a URL, or the proxy to it, answers within a few seconds."""
+    parts = urllib.parse.urlparse(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    parts = urllib.parse.urlparse(proxy) if proxy else parts
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    answered = threading.Event()
+
+    def connect():
+        try:
+            socket.create_connection((parts.hostname, port), timeout=3).close()
+        except OSError:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)  # a name look-up knows no timeout
+    thread.start()
+    thread.join(5)
+    return answered.is_set()
+
+
+# Files.
+
+
+def _user_cache(name: str, path: Path | None = None) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax"
+    digest = "-" + hashlib.sha256(str(path).encode()).hexdigest()[:12] if path else ""
+    return root / (name + digest)
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made there. A mode without a write bit counts for root too."""
+    folder = next(f for f in (folder, *folder.parents) if f.exists())
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+
+
+def _fingerprint(root: Path, files: list, *more) -> str:
+    """Changes when a file is added, removed, renamed or written, and when the cache's form does."""
+    stats = [(f, _guarded(root / f, os.stat, root / f)) for f in files]
+    text = json.dumps(["v1", [(str(f), s.st_size, s.st_mtime_ns) for f, s in stats], more])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _guarded(where, function: Callable, *args, **options):
+    """Calls a reader; whatever it raises means that the file is damaged."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        raise UserError(f"{where} cannot be read ({_one_line(error)}): {_AGAIN}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 and text else f"{type(error).__name__} {text[:300]}".strip()
