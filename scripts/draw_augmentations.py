@@ -1,0 +1,145 @@
+"""Draws every augmentation on the same eight images, one row an operation.
+
+    python scripts/draw_augmentations.py --out docs/augmentations.png [--name cifar10]
+
+Each operation is drawn at a strong magnitude, larger than a recipe would choose, so that it can be
+seen; the last rows are whole policies as recipes use them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vit_jax import augment, data
+from vit_jax.config import defaults
+from vit_jax.errors import run_command
+
+SIDE, GAP, LABEL, NUM_IMAGES = 64, 4, 220, 8
+KEY = 3  # any would do; with this one the batch's mixup coefficient is far from 0 and 1
+
+# Operation of augment.OPS -> the magnitude drawn.
+MAGNITUDES = {
+    "ShearX": 0.3,
+    "ShearY": 0.3,
+    "TranslateX": 10,
+    "TranslateY": 10,
+    "Rotate": 30,
+    "Brightness": 0.9,
+    "Color": 0.9,
+    "Contrast": 0.9,
+    "Sharpness": 0.9,
+    "Posterize": 2,
+    "Solarize": 100,
+    "AutoContrast": 0,
+    "Equalize": 0,
+    "Invert": 0,
+}
+SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", *list(MAGNITUDES)[5:9])
+
+# Label -> fields of the `augment` config.
+CONFIGS = {
+    "crop pad, zero": dict(crop="pad", crop_padding=8),
+    "crop pad, reflect": dict(crop="pad", crop_padding=8, crop_padding_mode="reflect"),
+    "crop resized": dict(crop="resized", crop_scale=(0.08, 0.5)),
+    "flip random": dict(flip="random"),
+    "flip alternating, epoch 0": dict(flip="alternating"),
+    "flip alternating, epoch 1": dict(flip="alternating"),
+    "jitter brightness 0.8": dict(color_jitter=(0.8, 0.0, 0.0, 0.0)),
+    "jitter contrast 0.8": dict(color_jitter=(0.0, 0.8, 0.0, 0.0)),
+    "jitter saturation 1": dict(color_jitter=(0.0, 0.0, 1.0, 0.0)),
+    "jitter hue 0.5": dict(color_jitter=(0.0, 0.0, 0.0, 0.5)),
+    "erasing zero": dict(erasing_prob=1.0),
+    "erasing noise": dict(erasing_prob=1.0, erasing_mode="noise"),
+    "mixup, per batch": dict(mixup_alpha=1.0),
+    "mixup, per image": dict(mixup_alpha=1.0, mix_per="image"),
+    "cutmix, per batch": dict(cutmix_alpha=1.0),
+    "cutmix, per image": dict(cutmix_alpha=1.0, mix_per="image"),
+    "RandAugment 2 x 9": dict(policy="randaugment"),
+    "TrivialAugment": dict(policy="trivialaugment"),
+    "AutoAugment CIFAR-10": dict(policy="autoaugment"),
+    "crop, flip, RandAugment,\nerasing, mixup or cutmix": dict(
+        crop="pad",
+        flip="random",
+        policy="randaugment",
+        erasing_prob=0.25,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+    ),
+}
+
+
+def augmented(images, mean, std, fields, *, epoch):
+    """uint8[B,H,W,C] through the whole pipeline with `fields` set, back to uint8."""
+    group = defaults().augment
+    for name, value in fields.items():
+        group[name] = value
+    fn = jax.jit(augment.make_augment(group, mean=mean, std=std, num_classes=NUM_IMAGES))
+    batch = {
+        "image": jnp.asarray(images),
+        "label": jnp.arange(len(images)),
+        "mask": jnp.ones(len(images), bool),
+    }
+    out, _ = fn(jax.random.key(KEY), batch, epoch=epoch)
+    pixels = (np.asarray(out) * np.asarray(std) + np.asarray(mean)) * 255
+    return np.clip(np.round(pixels), 0, 255).astype(np.uint8)
+
+
+def rows(images):
+    """Yields (label, uint8[B,H,W,C]) for each row of the picture."""
+    # The images' own mean and std, so that erasing with zeros shows the mean colour it means.
+    pixels = images.reshape(-1, 3) / 255
+    mean, std = pixels.mean(axis=0), pixels.std(axis=0)
+    yield "original", images
+    apply_ops = jax.jit(augment.apply_ops)
+    for name, magnitude in MAGNITUDES.items():
+        op = np.full(len(images), augment.OPS.index(name), np.int32)
+        signs = np.where(np.arange(len(images)) % 2, -1, 1) if name in SIGNED else 1
+        magnitudes = np.broadcast_to(np.float32(magnitude * signs), len(images))
+        label = f"{name} {'+-' if name in SIGNED else ''}{magnitude}" if magnitude else name
+        yield label, np.asarray(apply_ops(images, op, magnitudes))
+    for label, fields in CONFIGS.items():
+        yield label, augmented(images, mean, std, fields, epoch=int(label.endswith("epoch 1")))
+
+
+def draw(images):
+    """uint8[B,H,W,3] -> the whole picture, a PIL image."""
+    lines = list(rows(images))
+    step = SIDE + GAP
+    page = Image.new("RGB", (LABEL + NUM_IMAGES * step, GAP + len(lines) * step), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
+    for r, (label, line) in enumerate(lines):
+        top = GAP + r * step
+        pen.text((10, top + SIDE / 2), label, fill="black", font=font, anchor="lm")
+        for c, image in enumerate(line):
+            tile = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            page.paste(tile, (LABEL + c * step, top))
+    return page
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--name", default="cifar10", help="the data set: cifar10, shapes10, ...")
+    parser.add_argument("--data-dir", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    args = parser.parse_args()
+    split = data.load_split(args.name, "test", data_dir=args.data_dir)
+    # The first of each class, as many as there is room for.
+    first = np.unique(np.asarray(split.labels), return_index=True)[1][:NUM_IMAGES]
+    page = draw(np.asarray(split.images)[first])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # 256 colours: a picture to look at, a third of the size.
+    page.quantize(256).save(args.out, optimize=True)
+    print(f"{args.out}: {page.width} x {page.height}, {args.out.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    run_command(main)
