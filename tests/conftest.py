@@ -1,0 +1,55 @@
+"""Fixtures that the tests share: a compilation cache, small data sets and a small recipe."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax starts: the tests are the same on every machine.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = pathlib.Path(__file__).parents[1]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/vit_jax_tests_xla")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A folder of class folders: 90 train and 30 test images of 8x8, three separable classes."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 10)):
+        for label, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 150, (8, 8, 3), dtype=np.uint8)
+                image[..., label] += 80
+                Image.fromarray(image).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path_factory, monkeypatch):
+    """No test writes into the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny_config(tiny_folder):
+    """The notebook's recipe, shrunk: width 16, depth 2, three epochs of 90 images, batch 16."""
+    from vit_jax import config
+
+    c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
+    c.data.name = f"folder:{tiny_folder}"
+    c.batch_size = 16  # the last batch of an epoch holds 10
+    c.eval_batch_size = 16
+    c.epochs = 3
+    c.log_every_steps = 2
+    c.model.patch_size, c.model.width, c.model.depth = 4, 16, 2
+    c.model.num_heads, c.model.mlp_dim = 2, 32
+    c.optim.peak_lr = 1e-2
+    return c

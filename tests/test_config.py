@@ -1,0 +1,168 @@
+"""Recipes, overrides, durations and the one-line errors for each way they can be wrong."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from vit_jax import config
+from vit_jax.errors import UserError
+
+
+def in_steps(group, name):
+    return config.in_steps(group, name, steps_per_epoch=100, batch_size=64, total_steps=2000)
+
+
+def test_notebook_recipe_is_the_notebook():
+    c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
+    assert (c.batch_size, c.epochs, c.data.name) == (64, 20, "cifar10")
+    m = c.model
+    assert (m.width, m.depth, m.num_heads, m.mlp_dim, m.patch_size) == (256, 6, 8, 1024, 4)
+    assert (m.pool, m.weight_init, m.norm_eps, m.dtype) == ("cls", "pytorch", 1e-5, "float32")
+    o = c.optim
+    assert (o.name, o.peak_lr, o.weight_decay, o.decay) == ("adamw", 3e-4, 1e-4, "all")
+    assert (o.b1, o.b2, o.eps, o.schedule) == (0.9, 0.999, 1e-8, "constant")
+    assert o.label_smoothing == o.ema_decay == o.grad_clip_norm == m.dropout == m.drop_path == 0
+    assert c.augment.crop == c.augment.flip == c.augment.policy == "none"
+    assert c.augment.mixup_alpha == c.augment.cutmix_alpha == c.augment.erasing_prob == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid_and_explained(path):
+    config.validate(config.from_file(path))
+    text = path.read_text()
+    assert text.startswith('"""') and f"--config configs/{path.name}" in text
+
+
+def test_json_round_trip_keeps_every_field():
+    c = config.defaults()
+    c.model.width, c.data.mean = 128, (0.1, 0.2, 0.3)
+    again = config.from_dict(json.loads(json.dumps(c.to_dict())))
+    assert config.difference(c, again) == []
+    assert again.data.mean == (0.1, 0.2, 0.3)
+    again.model.width = 64
+    assert config.difference(c, again) == ["model.width: 128, was 64"]
+    assert config.difference(c, again, ignore=("model.width",)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("seed", "3", 3),
+        ("optim.peak_lr", "1e-2", 0.01),
+        ("epochs", "5", 5.0),
+        ("model.qk_norm", "true", True),
+        ("model.qk_norm", "False", False),
+        ("data.mean", "(0.1, 0.2, 0.3)", (0.1, 0.2, 0.3)),
+        ("data.mean", "[1, 2]", (1.0, 2.0)),
+        ("data.mean", "0.5", (0.5,)),
+        ("data.name", "folder:/x", "folder:/x"),
+    ],
+)
+def test_overrides_take_the_type_of_their_field(name, text, value):
+    c = config.defaults()
+    config.set_field(c, name, text)
+    for part in name.split("."):
+        c = c[part]
+    assert c == value and type(c) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("sed", "3", "did you mean seed?"),
+        ("model.wdth", "3", "did you mean model.width?"),
+        ("modl.width", "3", "did you mean model.width?"),
+        ("model", "3", "unknown config field model"),
+        ("seed", "1.5", "config.seed takes a whole number, got '1.5'"),
+        ("seed", "x", "whole number"),
+        ("epochs", "many", "takes a number"),
+        ("model.qk_norm", "maybe", "true or false"),
+        ("data.mean", "hi", "numbers in brackets"),
+        ("data.mean", "()", "numbers in brackets"),
+        ("data.mean", "('a', 'b')", "numbers in brackets"),
+    ],
+)
+def test_wrong_overrides_say_why(name, text, says):
+    with pytest.raises(UserError) as e:
+        config.set_field(config.defaults(), name, text)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.num_heads": 7}, "num_heads=7 does not divide config.model.width=256"),
+        ({"model.pool": "clss"}, "must be one of cls, gap; got 'clss' (did you mean cls?)"),
+        ({"model.size": "XL"}, "must be one of Ti, S, B, L"),
+        ({"optim.name": "adam"}, "did you mean adamw?"),
+        ({"optim.schedule": "cosin"}, "did you mean cosine?"),
+        ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
+        ({"epochs": 0.0}, "config.epochs must be above 0"),
+        ({"epochs": float("nan")}, "config.epochs must be above 0"),
+        ({"model.drop_path": 1.0}, "at least 0 and below 1"),
+        ({"optim.peak_lr": -1.0}, "config.optim.peak_lr must be at least 0"),
+        ({"data.std": (0.5, 0.0, 0.5)}, "std above 0"),
+        ({"model.stem": "conv", "model.patch_size": 6}, "power of 2"),
+        ({"optim.warmup_steps": 5, "optim.warmup_epochs": 1.0}, "are both given"),
+        ({"optim.warmup_steps": -5}, "must be at least 0"),
+        ({"augment.policy": "randaug"}, "randaugment"),
+        ({"augment.erasing_prob": -0.5}, "erasing_prob"),
+        ({"augment.mixup_alpha": 1.0, "batch_size": 1}, "batch"),
+    ],
+)
+def test_values_outside_their_range_are_refused(changes, says):
+    c = config.defaults()
+    for name, value in changes.items():
+        config.set_field(c, name, value)
+    with pytest.raises(UserError) as e:
+        config.validate(c)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_durations_in_every_unit():
+    c = config.defaults()
+    assert in_steps(c.optim, "warmup") == 0
+    for unit, value, steps in (
+        ("steps", 7, 7),
+        ("epochs", 2.5, 250),
+        ("examples", 6400, 100),
+        ("percent", 10, 200),
+    ):
+        c = config.defaults()
+        config.set_field(c, f"optim.warmup_{unit}", value)
+        assert in_steps(c.optim, "warmup") == steps
+    c.optim.warmup_steps = 3
+    with pytest.raises(UserError, match="warmup_steps=3 and warmup_percent=10 are both given"):
+        in_steps(c.optim, "warmup")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config(): return 3", "must return a ConfigDict"),
+        (
+            "from vit_jax.config import defaults\n"
+            "def get_config():\n    c = defaults()\n    c.sed = 1\n    return c",
+            "sed",
+        ),
+        (
+            "from ml_collections import ConfigDict\n"
+            "def get_config():\n    return ConfigDict({'sede': 1})",
+            "did you mean seed?",
+        ),
+    ],
+)
+def test_wrong_recipe_files_say_why(tmp_path, source, says):
+    path = tmp_path / "recipe.py"
+    path.write_text(source)
+    with pytest.raises(UserError) as e:
+        config.from_file(path)
+    assert says in str(e.value)
+
+
+def test_missing_recipe_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        config.from_file(tmp_path / "none.py")

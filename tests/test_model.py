@@ -1,0 +1,163 @@
+"""The model's variants: shapes, parameter counts, starting weights, stochastic parts, FLOPs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from vit_jax import config
+from vit_jax import model as model_lib
+from vit_jax.errors import UserError
+from vit_jax.model import (
+    VisionTransformer,
+    check_image_shape,
+    make_model,
+    num_tokens,
+    sincos2d,
+    train_flops_per_image,
+)
+
+SMALL = dict(num_classes=5, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32)
+IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+
+
+def init_params(model, key, image_shape):
+    return jax.jit(model_lib.init_params, static_argnums=(0, 2))(model, key, image_shape)
+
+
+def count(params):
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def test_notebook_model_has_its_parameters_and_flops():
+    model = make_model(config.from_file(ROOT / "configs" / "cifar10_vit.py").model, num_classes=10)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), (32, 32, 3)))
+    assert count(params) == 4_771_082
+    assert num_tokens(model, (32, 32, 3)) == 65
+    assert train_flops_per_image(model, (32, 32, 3)) / 1e9 == pytest.approx(1.92, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("Ti", 5.7), ("S", 22.1), ("B", 86.6), ("L", 304.3)]
+)
+def test_sizes_have_the_published_parameter_counts(size, millions):
+    c = config.defaults().model
+    c.size, c.patch_size = size, 16
+    model = make_model(c, num_classes=1000)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), (224, 224, 3)))
+    assert count(params) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(),
+        dict(pool="gap"),
+        dict(posemb="sincos2d"),
+        dict(posemb="sincos2d", pool="gap"),
+        dict(stem="conv"),
+        dict(qk_norm=True),
+        dict(layer_scale=1e-4),
+        dict(weight_init="trunc_normal"),
+        dict(weight_init="mimetic"),
+        dict(dropout=0.1, drop_path=0.2),
+        dict(dtype=jnp.dtype("bfloat16")),
+    ],
+    ids=lambda v: "-".join(map(str, v.values())) or "notebook",
+)
+def test_variants_give_float32_logits_and_gradients_everywhere(variant):
+    model = VisionTransformer(**SMALL | variant)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+
+    @jax.jit
+    def loss(params, key):
+        logits = model.apply({"params": params}, IMAGES, train=True, rngs={"dropout": key})
+        return jnp.mean(jax.nn.logsumexp(logits) - logits[:, 0]), logits
+
+    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params, jax.random.key(1))
+    assert logits.shape == (3, 5) and logits.dtype == jnp.float32
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(g).all() and np.abs(g).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_bfloat16_compute_stays_near_float32():
+    model = VisionTransformer(**SMALL)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    half = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"))
+    a, b = (m.apply({"params": params}, IMAGES) for m in (model, half))
+    assert 1e-6 < np.abs(a - b).max() < 0.05  # different, and only by rounding
+
+
+def test_without_position_embedding_patches_are_a_set():
+    """Shuffling the patches of an image changes nothing until positions are told apart."""
+    model = VisionTransformer(**SMALL)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    rolled = np.roll(IMAGES, 4, axis=1)
+    a, b = (model.apply({"params": params}, x) for x in (IMAGES, rolled))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    params["pos_embed"] = jax.random.normal(jax.random.key(1), params["pos_embed"].shape)
+    a, b = (model.apply({"params": params}, x) for x in (IMAGES, rolled))
+    assert np.abs(a - b).max() > 1e-3
+
+
+def test_attention_is_sown_and_its_rows_sum_to_one():
+    model = VisionTransformer(**SMALL)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    logits, captured = model.apply({"params": params}, IMAGES, mutable="intermediates")
+    np.testing.assert_array_equal(logits, model.apply({"params": params}, IMAGES))
+    for i in range(2):
+        (maps,) = captured["intermediates"][f"block_{i}"]["attn"]["attention"]
+        assert maps.shape == (3, 2, 17, 17) and maps.dtype == jnp.float32
+        np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    model = VisionTransformer(**SMALL | dict(depth=1, drop_path=0.5))
+    # A single block has rate 0 by the linear rule; two blocks give the last one 0.5.
+    model = VisionTransformer(**SMALL | dict(drop_path=0.5))
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    images = np.repeat(IMAGES[:1], 256, axis=0)
+    logits = model.apply(
+        {"params": params}, images, train=True, rngs={"dropout": jax.random.key(3)}
+    )
+    # Of the last block's two branches each image keeps or drops each: four outcomes in all.
+    outcomes, counts = np.unique(np.round(logits, 4), axis=0, return_counts=True)
+    assert len(outcomes) == 4 and counts.min() > 256 / 4 - 4 * 7  # 4 sigma of binomial(256, 1/4)
+    same = model.apply({"params": params}, images)
+    np.testing.assert_allclose(same, np.broadcast_to(same[:1], same.shape), atol=1e-6)
+
+
+def test_mimetic_start_has_the_published_products():
+    model = VisionTransformer(**SMALL | dict(width=64, weight_init="mimetic"))
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    D, K = 64, 32
+    for i in range(2):
+        attn = params[f"block_{i}"]["attn"]
+        q, k, v = np.split(np.asarray(attn["qkv"]["kernel"]), 3, axis=1)
+        value_out = v @ np.asarray(attn["out"]["kernel"])
+        # W_v W_out ~ .4 Z - .4 I: the diagonal is -.4, the rest noise of deviation .4 / sqrt(D).
+        assert np.diag(value_out).mean() == pytest.approx(-0.4, abs=0.05)
+        assert value_out[~np.eye(D, dtype=bool)].std() == pytest.approx(0.4 / 8, rel=0.1)
+        # W_q W_k' of a head is the best rank-K approximation of .7 Z + .7 I.
+        for h in range(2):
+            product = q[:, h * K : (h + 1) * K] @ k[:, h * K : (h + 1) * K].T
+            assert np.linalg.matrix_rank(product, tol=1e-4) == K
+            assert np.diag(product).mean() > 0.3
+
+
+def test_sincos_tells_positions_apart_and_is_known():
+    table = sincos2d((4, 4), 16, cls_token=True)
+    assert table.shape == (1, 17, 16) and not table[0, 0].any()
+    distances = np.linalg.norm(table[0, 1:, None] - table[0, None, 1:], axis=-1)
+    assert (distances + np.eye(16) > 0.1).all()
+    # Position (y=1, x=2): sin and cos of x and y times 1/10000^(i/3).
+    omega = 10_000.0 ** (-np.arange(4) / 3)
+    expected = np.concatenate([np.sin(2 * omega), np.cos(2 * omega), np.sin(omega), np.cos(omega)])
+    np.testing.assert_allclose(table[0, 1 + 1 * 4 + 2], expected, atol=1e-6)
+
+
+def test_patches_must_divide_the_image():
+    with pytest.raises(UserError, match="16x18 pixels do not divide into patches of 4"):
+        check_image_shape(VisionTransformer(**SMALL), (16, 18, 3))

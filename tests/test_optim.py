@@ -1,0 +1,109 @@
+"""Schedules, the decay mask and every optimizer's first updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax import config
+from vit_jax.optim import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
+
+PARAMS = {
+    "cls_token": jnp.ones((1, 1, 4)),
+    "pos_embed": jnp.ones((1, 3, 4)),
+    "block_0": {
+        "norm1": {"scale": jnp.ones(4), "bias": jnp.zeros(4)},
+        "mlp": {"fc1": {"kernel": jnp.ones((4, 8)), "bias": jnp.zeros(8)}},
+    },
+    "head": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)},
+}
+
+
+def optim_config(**changes):
+    c = config.defaults().optim
+    for name, value in changes.items():
+        config.set_field(c, name, value)
+    return c
+
+
+def rates(steps=100, warmup_steps=0, steps_per_epoch=10, **changes):
+    schedule = make_schedule(
+        optim_config(**changes),
+        total_steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_steps,
+    )
+    return np.array(jax.vmap(schedule)(jnp.arange(steps)))
+
+
+def test_constant():
+    np.testing.assert_allclose(rates(schedule="constant", peak_lr=3e-4), 3e-4)
+
+
+def test_cosine_and_linear_go_from_peak_to_end():
+    t = np.arange(100) / 100
+    cosine = 0.1 + (1 - 0.1) * (1 + np.cos(np.pi * t)) / 2
+    np.testing.assert_allclose(rates(schedule="cosine", peak_lr=1.0, end_lr=0.1), cosine, 1e-5)
+    linear = 1 - 0.9 * t
+    np.testing.assert_allclose(rates(schedule="linear", peak_lr=1.0, end_lr=0.1), linear, 1e-5)
+
+
+def test_cosine_per_epoch_is_torchs_scheduler_stepped_once_an_epoch():
+    got = rates(schedule="cosine", schedule_per="epoch", peak_lr=3e-4)
+    epochs = np.repeat(np.arange(10), 10)
+    np.testing.assert_allclose(got, 3e-4 * (1 + np.cos(np.pi * epochs / 10)) / 2, rtol=1e-5)
+
+
+def test_warmup_rises_linearly_and_wastes_no_step():
+    got = rates(schedule="cosine", peak_lr=1.0, warmup_steps=9)
+    np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-5)
+    assert (np.diff(got[9:]) <= 0).all() and got[-1] < 0.01
+
+
+def test_decay_mask():
+    mask = decay_mask("kernels", PARAMS)
+    decayed = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(mask) if m}
+    assert decayed == {"['block_0']['mlp']['fc1']['kernel']", "['head']['kernel']"}
+    assert all(jax.tree.leaves(decay_mask("all", PARAMS)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_lower_a_quadratic_and_decay_only_kernels(name):
+    o = optim_config(name=name, schedule="constant", peak_lr=0.01, weight_decay=0.1)
+    tx = make_optimizer(o, optax.constant_schedule(0.01), muon_schedule=lambda _: 0.01)
+    state, params = tx.init(PARAMS), PARAMS
+    # With no gradient only decay moves a weight.
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+    moved = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
+    assert moved == decay_mask("kernels", PARAMS)
+
+    def loss(params):
+        return sum(jnp.sum((p - 0.5) ** 2) for p in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
+    assert loss(params) < loss(PARAMS)
+
+
+def test_muon_orthogonalizes_the_hidden_matrices_only():
+    o = optim_config(name="muon", weight_decay=0.0)
+    tx = make_optimizer(o, lambda _: 1e-3, muon_schedule=lambda _: 0.02)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), PARAMS)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    singular = np.linalg.svd(updates["block_0"]["mlp"]["fc1"]["kernel"], compute_uv=False)
+    assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them near one value
+    np.testing.assert_allclose(np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3)  # Adam's first
+
+
+def test_gradient_clipping_bounds_the_global_norm():
+    o = optim_config(name="sgd", momentum=0.0, weight_decay=0.0, grad_clip_norm=1.0)
+    tx = make_optimizer(o, lambda _: 1.0)
+    grads = jax.tree.map(lambda p: 10 * jnp.ones_like(p), PARAMS)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    assert optax.tree.norm(updates) == pytest.approx(1.0, rel=1e-5)

@@ -1,0 +1,366 @@
+"""The main job end to end on a small data set: results, continuing, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import vit_jax
+from vit_jax import checkpoint
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+from vit_jax.train import header, setup, train
+
+
+def lines(workdir, prefix=""):
+    """metrics.jsonl without what depends on the clock."""
+    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    parsed = [{k: v for k, v in p.items() if not k.startswith("time/")} for p in parsed]
+    return [p for p in parsed if any(k.startswith(prefix) for k in p)]
+
+
+def test_a_run_learns_and_writes_its_workdir(tiny_config, tmp_path, capsys):
+    result = train(tiny_config, tmp_path / "run", command="a command")
+    printed = capsys.readouterr().out
+    assert result["test_accuracy"] > 0.9  # the class is the image's tint
+    assert (result["steps"], result["epochs"], result["seed"]) == (18, 3, 0)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    for name in ("config.json", "run.json", "metrics.jsonl", "checkpoints/18/params"):
+        assert (tmp_path / "run" / name).exists()
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["command"] == "a command" and run["versions"]["jax"] == jax.__version__
+
+    # The notebook's lines, and the epoch's mean of the batch losses.
+    logged = lines(tmp_path / "run", "train/")
+    assert [p["step"] for p in logged] == list(range(2, 19, 2))
+    epochs = lines(tmp_path / "run", "epoch/")
+    for i, epoch in enumerate(epochs):
+        assert f"Epoch {i + 1}, Loss: {epoch['epoch/loss']:.4f}\n" in printed
+    assert result["train_loss"] == pytest.approx(epochs[-1]["epoch/loss"])
+    assert f"Test Accuracy: {100 * result['test_accuracy']:.2f}%\n" in printed
+
+    # Started again, it is already complete and changes nothing.
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train(tiny_config, tmp_path / "run") == result
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+    # And it can be used.
+    model, params, loaded = vit_jax.load(tmp_path / "run")
+    assert config_lib.difference(loaded, tiny_config) == []
+    image = np.zeros((1, 8, 8, 3), np.float32) - 1
+    image[..., 2] = 1
+    assert model.apply({"params": params}, image).argmax() == sorted(
+        ("red", "green", "blue")
+    ).index("blue")
+
+
+def test_epoch_loss_is_the_mean_of_every_batch_loss(tiny_config, tmp_path):
+    tiny_config.log_every_steps = 1
+    train(tiny_config, tmp_path)
+    losses = [p["train/loss"] for p in lines(tmp_path, "train/")]
+    means = [p["epoch/loss"] for p in lines(tmp_path, "epoch/")]
+    assert len(losses) == 18  # six batches an epoch, the last of 10
+    np.testing.assert_allclose(np.reshape(losses, (3, 6)).mean(1), means, rtol=1e-6)
+
+
+def test_validation_split_is_watched_and_the_test_split_read_once(tiny_config, tmp_path, capsys):
+    tiny_config.data.train_split, tiny_config.data.val_split = "train[:60]", "train[60:]"
+    tiny_config.optim.ema_decay = 0.5
+    result = train(tiny_config, tmp_path)
+    assert [p["step"] for p in lines(tmp_path, "val/")] == [4, 8, 12]
+    assert len(lines(tmp_path, "test/")) == 1
+    assert lines(tmp_path, "val/")[-1]["val/accuracy"] == result["val_accuracy"]
+    assert "Validation Accuracy" in capsys.readouterr().out
+    # The averaged weights are what is evaluated, saved and loaded.
+    params, _, _ = checkpoint.restore_for_inference(tmp_path / "checkpoints")
+    raw = setup(tiny_config)
+    params = jax.tree.map(lambda p: p[None], params)
+    (again,) = raw.evaluator(raw.test)(params)
+    assert again["accuracy"] == result["test_accuracy"]
+    assert again["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 7, 30, 64])
+def test_evaluation_counts_each_example_once(tiny_config, eval_batch_size):
+    tiny_config.eval_batch_size = eval_batch_size
+    run = setup(tiny_config)
+    (result,) = run.evaluator(run.test)(run.init(run.seeds).params)
+    assert result["count"] == 30
+    tiny_config.eval_batch_size = 30
+    run = setup(tiny_config)
+    (whole,) = run.evaluator(run.test)(run.init(run.seeds).params)
+    assert result == {**whole, "loss": pytest.approx(whole["loss"])}
+
+
+def test_several_seeds_train_as_one_program_as_each_would_alone(tiny_config, tmp_path, capsys):
+    tiny_config.steps, tiny_config.seed, tiny_config.augment.flip = 7, 5, "random"
+    alone = []
+    for tiny_config.seed in (5, 6):
+        train(tiny_config, tmp_path / f"alone{tiny_config.seed}")
+        alone.append(lines(tmp_path / f"alone{tiny_config.seed}"))
+    tiny_config.seed, tiny_config.num_seeds = 5, 2
+    result = train(tiny_config, tmp_path / "both")
+    for expected, seed in zip(alone, (5, 6), strict=True):
+        got = lines(tmp_path / "both" / f"seed_{seed}")
+        assert [g.keys() for g in got] == [e.keys() for e in expected]
+        for g, e in zip(got, expected, strict=True):
+            np.testing.assert_allclose(list(g.values()), list(e.values()), rtol=2e-3, atol=1e-5)
+        config = vit_jax.load(tmp_path / "both" / f"seed_{seed}").config
+        assert (config.seed, config.num_seeds) == (seed, 1)
+    of_each = result["test_accuracy_of_each_seed"]
+    assert result["test_accuracy"] == pytest.approx(np.mean(of_each)) and len(of_each) == 2
+    assert "mean of 2 seeds" in capsys.readouterr().out
+    assert train(tiny_config, tmp_path / "both") == result
+
+
+def test_steps_bound_a_run_of_any_recipe(tiny_config, tmp_path, capsys):
+    tiny_config.steps = 8
+    result = train(tiny_config, tmp_path)
+    assert result["steps"] == 8 and (tmp_path / "checkpoints" / "8").is_dir()
+    assert "(2 of its 6 steps)" in capsys.readouterr().out
+
+
+def test_header_explains_the_run(tiny_config, tmp_path):
+    text = "\n".join(header(setup(tiny_config), tmp_path))
+    for part in (
+        "patch 4, width 16, depth 2, 2 heads, MLP 32",
+        "parameters",
+        "GFLOP an image",
+        "batch 16 in all, 16 a device",
+        "18 of batch 16, 6 an epoch (3 epochs; the last batch of an epoch holds 10)",
+        "adamw, constant 0.01",
+        "(all of them)",
+        "augmentation: none",
+        "train: 90, test: 30 images, 3 classes",
+        str(tmp_path),
+    ):
+        assert part in text
+    tiny_config.optim.decay = "kernels"
+    tiny_config.augment.crop, tiny_config.augment.flip = "pad", "random"
+    text = "\n".join(header(setup(tiny_config), tmp_path))
+    assert "(not on bias, cls_token, pos_embed, scale)" in text
+    line = next(x for x in text.splitlines() if x.startswith("augmentation:"))
+    assert 0 < line.index("crop") < line.index("flip")
+
+
+class TestRefusals:
+    """Wrong input ends in one line before anything is written."""
+
+    def refused(self, c, workdir, says):
+        with pytest.raises(UserError) as e:
+            train(c, workdir)
+        assert says in str(e.value) and "\n" not in str(e.value)
+        assert not (workdir / "metrics.jsonl").exists()
+
+    def test_batch_larger_than_the_split(self, tiny_config, tmp_path):
+        tiny_config.batch_size = 91
+        self.refused(tiny_config, tmp_path / "w", "batch_size=91 is larger than the 90 examples")
+        assert not (tmp_path / "w").exists()
+
+    def test_image_not_a_multiple_of_the_patch(self, tiny_config, tmp_path):
+        tiny_config.model.patch_size = 3
+        self.refused(tiny_config, tmp_path / "w", "8x8 pixels do not divide into patches of 3")
+        assert not (tmp_path / "w").exists()
+
+    def test_channels(self, tiny_config, tmp_path):
+        tiny_config.data.mean = tiny_config.data.std = (0.5,)
+        self.refused(tiny_config, tmp_path / "w", "has 1 entries")
+
+    def test_warmup_longer_than_the_run(self, tiny_config, tmp_path):
+        tiny_config.optim.warmup_epochs = 4
+        self.refused(tiny_config, tmp_path / "w", "warmup is 24 steps, the run has only 18")
+
+    def test_mesh_of_other_devices(self, tiny_config, tmp_path):
+        tiny_config.mesh.fsdp = 3
+        self.refused(tiny_config, tmp_path / "w", "does not make 1 devices")
+
+    def test_workdir_of_another_config(self, tiny_config, tmp_path):
+        tiny_config.steps = 2
+        train(tiny_config, tmp_path)
+        tiny_config.optim.peak_lr = 0.5
+        with pytest.raises(UserError, match=r"optim.peak_lr: 0.5, was 0.01"):
+            train(tiny_config, tmp_path)
+
+    def test_workdir_that_cannot_be_written(self, tiny_config, tmp_path):
+        (tmp_path / "file").write_text("")
+        self.refused(tiny_config, tmp_path / "file" / "w", "cannot write the workdir")
+
+    def test_damaged_checkpoint(self, tiny_config, tmp_path):
+        tiny_config.steps, tiny_config.checkpoint_every_steps = 4, 2
+        tiny_config.checkpoint_every_epochs = 0
+        train(tiny_config, tmp_path)
+        (tmp_path / "result.json").unlink()
+        for path in (tmp_path / "checkpoints" / "4" / "params").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:10])
+        with pytest.raises(UserError, match=r"cannot restore .*checkpoints/4"):
+            train(tiny_config, tmp_path)
+
+
+def command(c, workdir):
+    """A main command that makes the config of `c`."""
+    changed = config_lib.difference(c, config_lib.from_file(ROOT / "configs" / "cifar10_vit.py"))
+    overrides = []
+    for name in (d.split(":")[0] for d in changed):
+        value = c
+        for part in name.split("."):
+            value = value[part]
+        overrides.append(f"--config.{name}={value}")
+    base = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
+    return [*base, "--workdir", str(workdir), *overrides]
+
+
+def environment():
+    cache = jax.config.jax_compilation_cache_dir
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+def start(c, workdir):
+    return subprocess.Popen(
+        command(c, workdir),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_killed_at_any_moment_and_started_again_it_is_the_same_run(tiny_config, tmp_path):
+    tiny_config.epochs, tiny_config.log_every_steps = 60, 1
+    tiny_config.checkpoint_every_steps, tiny_config.checkpoint_every_epochs = 25, 0
+    tiny_config.augment.flip = "random"
+    tiny_config.tensorboard = False
+    process = start(tiny_config, tmp_path / "whole")
+    assert process.wait(timeout=120) == 0, process.stdout.read()
+
+    moments = random.Random(0)
+    killed, continued = 0, 0
+    while True:
+        process = start(tiny_config, tmp_path / "killed")
+        # Wait for the first step of this start, then for a random moment.
+        path, seen = tmp_path / "killed" / "metrics.jsonl", 0
+        before = path.stat().st_size if path.exists() else 0
+        while process.poll() is None and seen == 0:
+            time.sleep(0.01)
+            seen = path.exists() and path.stat().st_size not in (0, before)
+        time.sleep(moments.uniform(0, 0.3))
+        if killed >= 4:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+            break
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        continued += "Continuing from step" in output
+        killed += 1
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
+    ]
+    for name in ("test_accuracy", "test_loss", "train_loss", "steps"):
+        assert results[0][name] == results[1][name]
+    a, b = (
+        checkpoint.restore_for_inference(tmp_path / name / "checkpoints")[0]
+        for name in ("whole", "killed")
+    )
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config.sed=1"], "did you mean seed?"),
+        (["--cnfig", "x"], "unknown argument --cnfig"),
+        (["--config", "none.py"], "none.py does not exist"),
+        (["--config.data.name=folder:/none"], "/none"),
+    ],
+)
+def test_commands_end_wrong_input_with_one_line_and_code_2(arguments, says, tmp_path):
+    base = [sys.executable, "-m", "vit_jax.main", "--workdir", str(tmp_path / "w")]
+    done = subprocess.run([*base, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_evaluate_command_repeats_the_result(tiny_config, tmp_path):
+    tiny_config.steps = 6
+    result = train(tiny_config, tmp_path)
+    base = [sys.executable, "-m", "vit_jax.evaluate", "--workdir", str(tmp_path), "--json"]
+    done = subprocess.run(
+        base, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    told = json.loads(done.stdout)
+    assert told["accuracy"] == result["test_accuracy"] and told["count"] == 30
+    done = subprocess.run([*base, "--step", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "it has 6" in done.stderr
+
+
+def test_checkpoint_restores_with_orbax_alone_on_any_device_count(tiny_config, tmp_path):
+    tiny_config.steps = 2
+    train(tiny_config, tmp_path)
+    code = (
+        "import sys, jax, numpy as np, orbax.checkpoint as ocp\n"
+        "params = ocp.StandardCheckpointer().restore(sys.argv[1])\n"
+        "assert jax.device_count() == 3 and 'vit_jax' not in sys.modules\n"
+        "print(sum(float(np.abs(p).sum()) for p in jax.tree.leaves(params)))"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "checkpoints" / "2" / "params")],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    params = vit_jax.load(tmp_path)[1]
+    expected = sum(float(np.abs(p).sum()) for p in jax.tree.leaves(params))
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
+
+
+def test_several_devices_train_the_same_model(tiny_config, tmp_path):
+    """Four CPU devices, data parallel and fsdp, against one: the same losses, to rounding."""
+    tiny_config.steps, tiny_config.log_every_steps = 8, 1
+    tiny_config.augment.flip = "random"
+    train(tiny_config, tmp_path / "one")
+    expected = [p["train/loss"] for p in lines(tmp_path / "one", "train/")]
+    for fsdp in (1, 2):
+        tiny_config.mesh.fsdp = fsdp
+        workdir = tmp_path / f"fsdp{fsdp}"
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        done = subprocess.run(
+            command(tiny_config, workdir),
+            cwd=ROOT,
+            env=environment() | flags,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"devices: 4 x cpu (data {4 // fsdp}, fsdp {fsdp})" in done.stdout
+        got = [p["train/loss"] for p in lines(workdir, "train/")]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_an_odd_image_in_a_folder_names_itself(tiny_config, tmp_path):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"not an image")
+    tiny_config.data.name = f"folder:{tmp_path / 'data'}"
+    tiny_config.data.test_split = "train"
+    with pytest.raises(UserError, match=r"bad\.png"):
+        setup(tiny_config)

@@ -1,0 +1,85 @@
+"""Counting a split exactly: every example once, whatever the batch size and device count.
+
+As a command: python -m vit_jax.evaluate --workdir D [--split test] [--step N] [--json]
+"""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+
+from vit_jax import data, mesh, step
+from vit_jax.errors import run_command
+from vit_jax.loading import load
+
+
+def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1):
+    """evaluate(params, split_data) -> a list of {"loss", "accuracy", "count"}, one a replica.
+
+    `split_data` is the resident split {"image", "label"}; the arrays of `params` lead with
+    [num_seeds]. The split's last batch is padded and masked; sums stay on the device to the end.
+    """
+    batch_size += -batch_size % the_mesh.size
+    indices = data.eval_indices(num_examples, batch_size)
+    indices = jax.device_put(indices, mesh.replicated(the_mesh))
+    batch_sharding = mesh.batch_sharding(the_mesh)
+    eval_step = step.over_seeds(eval_step, num_seeds, (0, None))
+
+    @jax.jit
+    def add(sums, params, split_data, indices, i):
+        batch = step.gather(split_data, indices[i])
+        batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+        return jax.tree.map(lambda a, b: a + b, sums, eval_step(params, batch))
+
+    def evaluate(params, split_data):
+        zeros = np.zeros(num_seeds)
+        sums = {"loss": np.float32(zeros), "correct": np.int32(zeros), "count": np.int32(zeros)}
+        for i in range(len(indices)):
+            sums = add(sums, params, split_data, indices, np.int32(i))
+        sums = jax.device_get(sums)
+        return [
+            {"loss": float(loss) / int(n), "accuracy": int(correct) / int(n), "count": int(n)}
+            for loss, correct, n in zip(sums["loss"], sums["correct"], sums["count"], strict=True)
+        ]
+
+    return evaluate
+
+
+def main():
+    """The command: the accuracy and loss of a run's weights on one split."""
+    parser = argparse.ArgumentParser(prog="python -m vit_jax.evaluate", description=main.__doc__)
+    parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser.add_argument("--split", help="a TFDS split; default: the run's test_split")
+    parser.add_argument("--step", type=int, help="a saved step; default: the newest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    model, params, config = load(args.workdir, args.step)
+    split = args.split or config.data.test_split
+    examples = data.load_split(
+        config.data.name,
+        split,
+        data_dir=config.data.dir or None,
+        image_size=config.data.image_size or None,
+    )
+    the_mesh = mesh.make_mesh(0, 1)
+    evaluate = make_evaluate(
+        step.make_eval_step(model, mean=config.data.mean, std=config.data.std),
+        the_mesh,
+        num_examples=len(examples.labels),
+        batch_size=config.eval_batch_size,
+    )
+    resident = {"image": examples.images, "label": examples.labels}
+    params = jax.tree.map(lambda p: p[None], params)
+    (result,) = evaluate(params, jax.device_put(resident, mesh.replicated(the_mesh)))
+    if args.json:
+        print(json.dumps({"split": split, **result}))
+    else:
+        print(
+            f"{split}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}, "
+            f"{result['count']} images"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,336 @@
+"""The Vision Transformer: float images in, float32 logits out.
+
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm encoder.
+Shapes: B batch, H W pixels, C channels, P patch size, N tokens, D width, h heads, K = D / h.
+Parameters are float32 always; activations are `dtype`; softmax, norms and logits are float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.errors import UserError
+
+# width, depth, num_heads, mlp_dim (arXiv 2010.11929 table 1; Ti and S from DeiT, arXiv 2012.12877)
+SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+}
+POOLS = ("cls", "gap")
+POSEMBS = ("learned", "sincos2d")
+STEMS = ("patch", "conv")
+INITS = ("pytorch", "trunc_normal", "mimetic")
+DTYPES = ("float32", "bfloat16")
+
+
+def _linear_init(init, fan_in):
+    """Initializers of a linear layer: torch.nn.Linear's own, or timm's truncated normal of .02."""
+    if init == "pytorch":
+        bound = fan_in**-0.5
+
+        def uniform(key, shape, dtype=jnp.float32):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        return {"kernel_init": uniform, "bias_init": uniform}
+    return {"kernel_init": nn.initializers.truncated_normal(0.02)}
+
+
+class PatchEmbedding(nn.Module):
+    """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
+
+    Equal to a convolution with kernel and stride P; the kernel is stored as one, [P, P, C, D].
+    """
+
+    patch_size: int
+    width: int
+    weight_init: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        P = self.patch_size
+        init = _linear_init(self.weight_init, P * P * C)
+        kernel = self.param("kernel", init["kernel_init"], (P, P, C, self.width))
+        bias = self.param("bias", init.get("bias_init", nn.initializers.zeros), (self.width,))
+        x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3)
+        x = x.reshape(B, (H // P) * (W // P), P * P * C).astype(self.dtype)
+        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+
+
+class ConvStem(nn.Module):
+    """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
+
+    Source: Xiao et al., "Early Convolutions Help Transformers See Better" (arXiv 2106.14881),
+    without batch norm: channel LayerNorm and GELU after each 3x3, channels doubling up to D.
+    """
+
+    patch_size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        num_convs = self.patch_size.bit_length() - 1
+        x = x.astype(self.dtype)
+        for i in range(num_convs):
+            channels = self.width // 2 ** (num_convs - 1 - i)
+            x = nn.Conv(channels, (3, 3), 2, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
+            x = nn.gelu(x, approximate=False)
+        x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="proj")(x)
+        return x.reshape(x.shape[0], -1, self.width)
+
+
+class MultiHeadAttention(nn.Module):
+    """[B, N, D] -> [B, N, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
+
+    `qkv/kernel` is [D, 3 D], ordered q, k, v and head by head within each, as torch's
+    MultiheadAttention keeps it (transposed). The attention maps, float32[B, h, N, N], are sown as
+    the intermediate `attention`.
+    """
+
+    num_heads: int
+    qk_norm: bool
+    dropout: float
+    norm_eps: float
+    weight_init: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        B, N, D = x.shape
+        K = D // self.num_heads
+        if (
+            self.weight_init == "pytorch"
+        ):  # MultiheadAttention draws Xavier over the fused matrix, bias 0
+            qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
+        else:
+            qkv_init = _linear_init(self.weight_init, D)
+        qkv = nn.Dense(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
+        if self.qk_norm:  # arXiv 2302.05442: keeps attention logits from growing
+            q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
+            k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
+        scores = jnp.einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
+        attention = jax.nn.softmax(scores, axis=-1)
+        self.sow("intermediates", "attention", attention)
+        attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
+        x = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
+        x = x.transpose(0, 2, 1, 3).reshape(B, N, D)
+        out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
+        return nn.Dense(D, dtype=self.dtype, name="out", **out_init)(x)
+
+
+class MlpBlock(nn.Module):
+    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, exact GELU, linear back."""
+
+    mlp_dim: int
+    dropout: float
+    weight_init: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        D = x.shape[-1]
+        x = nn.Dense(
+            self.mlp_dim, dtype=self.dtype, name="fc1", **_linear_init(self.weight_init, D)
+        )(x)
+        x = nn.gelu(x, approximate=False)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        init = _linear_init(self.weight_init, self.mlp_dim)
+        return nn.Dense(D, dtype=self.dtype, name="fc2", **init)(x)
+
+
+class TransformerBlock(nn.Module):
+    """[B, N, D] -> [B, N, D]: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float
+    weight_init: str
+    dtype: jnp.dtype
+    qk_norm: bool = False
+    layer_scale: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        def residual(y, name):
+            if self.layer_scale:  # arXiv 2103.17239
+                scale = nn.initializers.constant(self.layer_scale)
+                y = y * self.param(name, scale, x.shape[-1:]).astype(self.dtype)
+            y = nn.Dropout(self.dropout)(y, deterministic=not train)
+            # Stochastic depth (arXiv 1603.09382): a branch is dropped for a whole image.
+            return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
+
+        y = layer_norm(self.norm_eps, self.dtype, "norm1")(x)
+        y = MultiHeadAttention(
+            self.num_heads,
+            self.qk_norm,
+            self.dropout,
+            self.norm_eps,
+            self.weight_init,
+            self.dtype,
+            name="attn",
+        )(y, train=train)
+        x = x + residual(y, "layer_scale1")
+        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
+        y = MlpBlock(self.mlp_dim, self.dropout, self.weight_init, self.dtype, name="mlp")(
+            y, train=train
+        )
+        return x + residual(y, "layer_scale2")
+
+
+def layer_norm(eps, dtype, name):
+    """LayerNorm over D, computed in float32, two passes as torch does it."""
+    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class VisionTransformer(nn.Module):
+    """float[B, H, W, C] normalized images -> float32[B, num_classes] logits."""
+
+    num_classes: int
+    patch_size: int = 4
+    width: int = 256
+    depth: int = 6
+    num_heads: int = 8
+    mlp_dim: int = 1024
+    pool: str = "cls"
+    posemb: str = "learned"
+    stem: str = "patch"
+    weight_init: str = "pytorch"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    layer_scale: float = 0.0
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        B, H, W, _ = images.shape
+        if self.stem == "conv":
+            embed = ConvStem(self.patch_size, self.width, self.dtype, name="conv_stem")
+        else:
+            embed = PatchEmbedding(
+                self.patch_size, self.width, self.weight_init, self.dtype, name="patch_embed"
+            )
+        x = embed(images)
+        start = nn.initializers.truncated_normal(0.02)
+        if self.weight_init == "pytorch":  # the notebook starts both embeddings at zero
+            start = nn.initializers.zeros
+        grid = (H // self.patch_size, W // self.patch_size)
+        if self.pool == "cls":
+            cls_token = self.param("cls_token", start, (1, 1, self.width))
+            cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
+            x = jnp.concatenate([cls_token, x], axis=1)
+        if self.posemb == "learned":
+            pos_embed = self.param("pos_embed", start, (1, x.shape[1], self.width))
+        else:
+            pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
+        x = x + jnp.asarray(pos_embed, self.dtype)
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        for i in range(self.depth):
+            x = TransformerBlock(
+                self.num_heads,
+                self.mlp_dim,
+                self.norm_eps,
+                self.weight_init,
+                self.dtype,
+                self.qk_norm,
+                self.layer_scale,
+                self.dropout,
+                self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as the paper
+                name=f"block_{i}",
+            )(x, train=train)
+        x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+        head = nn.Dense(self.num_classes, name="head", **_linear_init(self.weight_init, self.width))
+        return head(x.astype(jnp.float32))
+
+
+def sincos2d(grid, width, *, cls_token):
+    """Fixed position embedding, float32[1, N, D]; a class token gets zeros (arXiv 2205.01580)."""
+    y, x = np.mgrid[: grid[0], : grid[1]]
+    omega = 1.0 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
+    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    if cls_token:
+        table = np.concatenate([np.zeros((1, width)), table])
+    return table[None].astype(np.float32)
+
+
+def make_model(model_config, *, num_classes):
+    """VisionTransformer from the `model` group of a config."""
+    fields = dict(model_config)
+    size = fields.pop("size")
+    if size:
+        shape = ("width", "depth", "num_heads", "mlp_dim")
+        fields |= dict(zip(shape, SIZES[size], strict=True))
+    fields["dtype"] = jnp.dtype(fields["dtype"])
+    return VisionTransformer(num_classes=num_classes, **fields)
+
+
+def check_image_shape(model, image_shape):
+    """Raises UserError if images of (H, W, C) do not divide into the model's patches."""
+    H, W, _ = image_shape
+    if H % model.patch_size or W % model.patch_size:
+        raise UserError(
+            f"images of {H}x{W} pixels do not divide into patches of {model.patch_size}: "
+            f"set config.model.patch_size to a divisor, or config.data.image_size to a multiple"
+        )
+
+
+def init_params(model, key, image_shape):
+    """The model's starting weights, a nested dict of float32 arrays, for images of (H, W, C)."""
+    params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
+    if model.weight_init != "mimetic":
+        return params
+    # Trockman & Kolter (arXiv 2305.09828): start attention near the identity, as trained ViTs are.
+    # W_q W_k' ~ .7 Z + .7 I in each head and W_v W_out ~ .4 Z - .4 I, Z of N(0, 1/D), by SVD.
+    D, K = model.width, model.width // model.num_heads
+    for i in range(model.depth):
+        keys = jax.random.split(jax.random.fold_in(key, i), model.num_heads + 1)
+        noise = jax.random.normal(keys[0], (D, D)) / D**0.5
+        u, s, vt = jnp.linalg.svd(0.4 * noise - 0.4 * jnp.eye(D))
+        value, out = u * s**0.5, s[:, None] ** 0.5 * vt
+        query, key_ = [], []
+        for head_key in keys[1:]:
+            noise = jax.random.normal(head_key, (D, D)) / D**0.5
+            u, s, vt = jnp.linalg.svd(0.7 * noise + 0.7 * jnp.eye(D))
+            query.append(u[:, :K] * s[:K] ** 0.5)
+            key_.append(vt[:K].T * s[:K] ** 0.5)
+        attn = params[f"block_{i}"]["attn"]
+        attn["qkv"]["kernel"] = jnp.concatenate([*query, *key_, value], axis=1)
+        attn["out"]["kernel"] = out
+    return params
+
+
+def num_tokens(model, image_shape):
+    """N, the class token included, for images of (H, W, C)."""
+    H, W, _ = image_shape
+    return (H // model.patch_size) * (W // model.patch_size) + (model.pool == "cls")
+
+
+def train_flops_per_image(model, image_shape):
+    """Floating-point operations of one image's forward and backward pass.
+
+    Counts the matrix products alone, a multiply-add as two, the backward pass as twice the
+    forward (the convention of the PaLM paper's MFU, arXiv 2204.02311 appendix B).
+    """
+    N, D, C = num_tokens(model, image_shape), model.width, image_shape[-1]
+    block = 2 * N * D * (4 * D + 2 * model.mlp_dim) + 4 * N * N * D
+    patches = N - (model.pool == "cls")
+    embed = 2 * patches * model.patch_size**2 * C * D
+    if model.stem == "conv":
+        embed, channels, pixels = 0, C, image_shape[0] * image_shape[1]
+        for i in range(num_convs := model.patch_size.bit_length() - 1):
+            out, pixels = D // 2 ** (num_convs - 1 - i), pixels // 4
+            embed, channels = embed + 2 * pixels * 9 * channels * out, out
+        embed += 2 * patches * D * D
+    return 3 * (model.depth * block + embed + 2 * D * model.num_classes)

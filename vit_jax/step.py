@@ -1,0 +1,134 @@
+"""TrainState, and the pure functions that make one, advance it and count its mistakes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax import augment
+from vit_jax.model import init_params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step, and the seed.
+
+    `sums` holds the sums of the batch losses and batch accuracies since the epoch began, so that
+    an epoch's mean survives an interruption. `ema_params` is None when there is no averaging.
+    """
+
+    step: jax.Array  # int32[]: optimizer updates made so far
+    seed: jax.Array  # uint32[]
+    params: Any
+    opt_state: Any
+    ema_params: Any
+    sums: dict[str, jax.Array]  # float32[] each
+
+
+def init_state(seed, model, optimizer, *, image_shape, ema):
+    """The state before the first step, for images of (H, W, C). Jittable."""
+    params = init_params(model, jax.random.key(seed), image_shape)
+    return TrainState(
+        step=jnp.int32(0),
+        seed=jnp.uint32(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        sums={"loss": jnp.float32(0), "accuracy": jnp.float32(0)},
+    )
+
+
+def gather(data, indices):
+    """A batch out of the resident split.
+
+    Args: data {"image": uint8[N, H, W, C], "label": int32[N]}; indices int32[B], -1 for no example.
+    Returns {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}.
+    """
+    rows = jnp.maximum(indices, 0)
+    return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
+
+
+def over_seeds(fn, num_seeds, in_axes):
+    """`fn` over replicas: arguments whose axis is 0 and all results lead with [num_seeds].
+
+    One replica is not vmapped, so that its program is the plain one, bit for bit.
+    """
+    if num_seeds > 1:
+        return jax.vmap(fn, in_axes)
+
+    def single(*args):
+        args = [
+            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+            for arg, axis in zip(args, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], fn(*args))
+
+    return single
+
+
+def masked_mean(values, mask):
+    """The mean of float32[B] over the examples that exist."""
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def make_train_step(
+    model, optimizer, augment_fn, *, schedule, steps_per_epoch, mix_steps, ema_decay
+):
+    """train_step(state, batch) -> (state, metrics): pure, to be jitted by the caller.
+
+    The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
+    float32[]: loss and accuracy over the mask, grad_norm (before clipping) and lr. All randomness
+    of a step derives from (state.seed, state.step). Mixup and cutmix stop after `mix_steps`.
+    """
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        augment_key, dropout_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        epoch = state.step // steps_per_epoch
+        images, labels = augment_fn(augment_key, batch, epoch=epoch, mix=state.step < mix_steps)
+
+        def loss_fn(params):
+            rngs = {"dropout": dropout_key}
+            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
+            return masked_mean(optax.softmax_cross_entropy(logits, labels), batch["mask"]), logits
+
+        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            # The average warms up, or a short run would remember its first weights.
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
+        correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        metrics = {
+            "loss": loss,
+            "accuracy": masked_mean(correct.astype(jnp.float32), batch["mask"]),
+            "grad_norm": optax.tree.norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        first = state.step % steps_per_epoch == 0
+        sums = {k: jnp.where(first, 0.0, v) + metrics[k] for k, v in state.sums.items()}
+        state = TrainState(state.step + 1, state.seed, params, opt_state, ema_params, sums)
+        return state, metrics
+
+    return train_step
+
+
+def make_eval_step(model, *, mean, std):
+    """eval_step(params, batch) -> {"loss", "correct", "count"}: sums over the batch's mask."""
+
+    def eval_step(params, batch):
+        logits = model.apply({"params": params}, augment.normalize(batch["image"], mean, std))
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        mask = batch["mask"]
+        return {
+            "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+            "correct": jnp.sum(correct & mask),
+            "count": jnp.sum(mask),
+        }
+
+    return eval_step
