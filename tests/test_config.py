@@ -1,12 +1,14 @@
 """Recipes, overrides, durations and the one-line errors for each way they can be wrong."""
 
 import json
+import pathlib
 
 import pytest
-from conftest import ROOT
 
 from vit_jax import config
 from vit_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def in_steps(group, name):

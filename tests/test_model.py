@@ -1,10 +1,11 @@
 """The model's variants: shapes, parameter counts, starting weights, stochastic parts, FLOPs."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from vit_jax import config
 from vit_jax import model as model_lib
@@ -17,6 +18,8 @@ from vit_jax.model import (
     sincos2d,
     train_flops_per_image,
 )
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 SMALL = dict(num_classes=5, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32)
 IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)

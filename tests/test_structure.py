@@ -16,7 +16,7 @@ LEVELS = {
     2: {"config"},
     3: {"step", "loading"},
     4: {"evaluate"},
-    5: {"train"},
+    5: {"train", "sweep"},
     6: {"main"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -11,7 +12,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import vit_jax
@@ -19,6 +19,8 @@ from vit_jax import checkpoint
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.train import header, setup, train
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def lines(workdir, prefix=""):

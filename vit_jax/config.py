@@ -34,7 +34,7 @@ def defaults():
     c.epochs = 20.0
     c.steps = 0  # bounds the run instead of `epochs` when set
     c.tensorboard = True
-    _duration(c, "eval_every", epochs=1.0)  # on val_split, or on test_split where there is none
+    _duration(c, "eval_every", epochs=1.0)  # on val_split
     _duration(c, "log_every", steps=50)
     _duration(c, "checkpoint_every", epochs=1.0)
 
@@ -43,7 +43,7 @@ def defaults():
     c.data.dir = ""  # empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.data.train_split = "train"
     c.data.val_split = ""  # empty: none is held out
-    c.data.test_split = "test"  # read once, at the end, when there is a val_split
+    c.data.test_split = "test"  # read once, at the end; empty: never, as in a sweep
     c.data.image_size = 0  # 0: as stored
     c.data.mean = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
     c.data.std = (0.5, 0.5, 0.5)
@@ -203,6 +203,8 @@ def validate(config):
         at_least(f"optim.{name}", o[name], 0, below=1)
     if not o.eps > 0:
         raise UserError(f"config.optim.eps must be above 0, got {o.eps:g}")
+    if not config.data.train_split or not (config.data.val_split or config.data.test_split):
+        raise UserError("config.data needs a train_split, and a test_split or a val_split")
     if len(config.data.mean) != len(config.data.std) or min(config.data.std) <= 0:
         raise UserError(
             f"config.data.mean {config.data.mean} and std {config.data.std} must have one entry "

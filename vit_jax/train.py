@@ -37,7 +37,7 @@ class Run:
     model: VisionTransformer
     train: data.Dataset
     val: data.Dataset | None
-    test: data.Dataset
+    test: data.Dataset | None
     steps_per_epoch: int
     total_steps: int
     durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
@@ -218,7 +218,9 @@ def header(run, workdir):
     seeds = f"seed: {c.seed}"
     if c.num_seeds > 1:
         seeds = f"seeds: {', '.join(map(str, run.seeds))}, trained in one program"
-    held_out = f", {c.data.val_split}: {len(run.val.labels):,}" if run.val else ""
+    splits = ((c.data.train_split, run.train), (c.data.val_split, run.val))
+    splits = (*splits, (c.data.test_split, run.test))
+    counts = ", ".join(f"{name}: {len(split.labels):,}" for name, split in splits if split)
     return [
         f"model: ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
         f"MLP {m.mlp_dim}, pool {m.pool}, {tokens} tokens of {H}x{W}x{C} images, "
@@ -233,8 +235,7 @@ def header(run, workdir):
         f"{n - (run.steps_per_epoch - 1) * c.batch_size})",
         f"optimizer: {o.name}, {rate}; {decay}",
         f"augmentation: {', '.join(augment.describe(c.augment)) or 'none'}",
-        f"data: {run.train.source}; {c.data.train_split}: {n:,}{held_out}, "
-        f"{c.data.test_split}: {len(run.test.labels):,} images, {m.num_classes} classes",
+        f"data: {run.train.source}; {counts} images, {m.num_classes} classes",
         seeds,
         f"workdir: {workdir}",
     ]
@@ -416,39 +417,31 @@ def train(config, workdir, *, command=""):
     for replica in replicas:
         replica.checkpoints.close()
 
-    tested = run.evaluator(run.test)(averaged(state))
-    values = {f"test/{k}": [r[k] for r in tested] for k in ("loss", "accuracy")}
-    writer.write(run.total_steps, values)
-    validated = evaluate_val(averaged(state)) if run.val else None
-    batches = (run.total_steps - 1) % spe + 1
-    losses = jax.device_get(state.sums["loss"]) / batches
-    results = []
+    final = {"train_loss": jax.device_get(state.sums["loss"]) / ((run.total_steps - 1) % spe + 1)}
+    for name, split in (("val", run.val), ("test", run.test)):
+        if split:
+            evaluated = run.evaluator(split)(averaged(state))
+            final |= {f"{name}_{k}": [r[k] for r in evaluated] for k in ("accuracy", "loss")}
+    if run.test:
+        values = {f"test/{k}": final[f"test_{k}"] for k in ("loss", "accuracy")}
+        writer.write(run.total_steps, values)
+    shared = {
+        "steps": run.total_steps,
+        "epochs": run.total_steps / spe,
+        "seconds": clock.seconds,
+        "images_per_second": clock.images / clock.seconds if clock.seconds else None,
+        "num_params": run.num_params,
+        "device": f"{run.mesh.size} x {jax.devices()[0].device_kind}",
+    }
     for i, replica in enumerate(replicas):
-        result = {
-            "test_accuracy": tested[i]["accuracy"],
-            "test_loss": tested[i]["loss"],
-            "test_images": tested[i]["count"],
-            **({"val_accuracy": validated[i]["accuracy"]} if validated else {}),
-            "train_loss": float(losses[i]),
-            "steps": run.total_steps,
-            "epochs": run.total_steps / spe,
-            "seconds": clock.seconds,
-            "images_per_second": clock.images / clock.seconds if clock.seconds else None,
-            "num_params": run.num_params,
-            "seed": replica.seed,
-            "device": f"{run.mesh.size} x {jax.devices()[0].device_kind}",
-        }
+        result = {k: float(v[i]) for k, v in final.items()} | {"seed": replica.seed, **shared}
         metrics.write_json(replica.workdir / "result.json", result)
-        results.append(result)
     if config.num_seeds > 1:
-        result = results[0] | {"seed": [r["seed"] for r in results]}
-        for name in ("test_accuracy", "test_loss", "train_loss", *["val_accuracy"] * bool(run.val)):
-            of_each = [r[name] for r in results]
-            result |= {
-                name: float(np.mean(of_each)),
-                f"{name}_std": float(np.std(of_each, ddof=1)),
-                f"{name}_of_each_seed": of_each,
-            }
+        result = {"seed": run.seeds.tolist(), **shared}
+        for name, of_each in final.items():
+            result[name] = float(np.mean(of_each))
+            result[f"{name}_std"] = float(np.std(of_each, ddof=1))
+            result[f"{name}_of_each_seed"] = [float(v) for v in of_each]
         metrics.write_json(workdir / "result.json", result)
     writer.say(summary(result))
     writer.close()
@@ -456,9 +449,11 @@ def train(config, workdir, *, command=""):
 
 
 def summary(result):
-    """'Test Accuracy: 63.68%', with the spread over seeds where there are several."""
-    text = f"Test Accuracy: {100 * result['test_accuracy']:.2f}%"
-    if "test_accuracy_std" in result:
-        spread, n = 100 * result["test_accuracy_std"], len(result["seed"])
+    """'Test Accuracy: 63.68%', or of the validation split where no test split is read."""
+    name = "test" if "test_accuracy" in result else "val"
+    text = f"{'Test' if name == 'test' else 'Validation'} Accuracy: "
+    text += f"{100 * result[f'{name}_accuracy']:.2f}%"
+    if f"{name}_accuracy_std" in result:
+        spread, n = 100 * result[f"{name}_accuracy_std"], len(result["seed"])
         text += f" (mean of {n} seeds, standard deviation {spread:.2f})"
     return text

@@ -1,0 +1,18 @@
+"""CIFAR-100 by the 300-epoch recipe of CIFAR-10.
+
+    ./launch.sh python -m vit_jax.main --config configs/cifar100_vit.py --config.num_seeds=3
+
+Expected: not yet measured; docs/results.md will have it.
+"""
+
+import pathlib
+
+from vit_jax.config import from_file
+
+
+def get_config():
+    config = from_file(pathlib.Path(__file__).with_name("cifar10_vit_300ep.py"))
+    config.data.name = "cifar100"
+    config.data.mean = (0.5071, 0.4865, 0.4409)
+    config.data.std = (0.2673, 0.2564, 0.2762)
+    return config

@@ -1,0 +1,37 @@
+"""100 epochs of a plain patch-4 ViT, 92% aimed at.
+
+    ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_100ep.py --config.num_seeds=3
+
+Expected: at least 92% test accuracy, one data-centre GPU. Whether it has been measured, and what it
+gave: docs/results.md.
+"""
+
+import pathlib
+
+from vit_jax.config import from_file
+
+
+def get_config():
+    config = from_file(pathlib.Path(__file__).with_name("cifar10_vit_20ep.py"))
+    config.batch_size = 256
+    config.epochs = 100
+    config.checkpoint_every_epochs = 5
+
+    config.model.drop_path = 0.05
+
+    config.augment.policy = "randaugment"
+    config.augment.randaugment_num_ops = 2
+    config.augment.randaugment_magnitude = 4.0
+    config.augment.randaugment_magnitude_std = 0.5
+    config.augment.erasing_prob = 0.1
+    config.augment.mixup_alpha = 0.8
+    config.augment.cutmix_alpha = 1.0
+    config.augment.mix_prob = 0.5
+    config.augment.mix_off_last_percent = 15
+
+    config.optim.schedule = "cosine"
+    config.optim.end_lr = 1e-5
+    config.optim.warmup_epochs = 5
+    config.optim.b2 = 0.99
+    config.optim.ema_decay = 0.9995
+    return config
