@@ -1,0 +1,51 @@
+"""Fixtures of the parity tests.
+
+Tests that need PyTorch ask for the fixture `torch` or `reference`. Without PyTorch they are skipped
+and the golden file alone is checked; with VIT_JAX_REQUIRE_TORCH=1, as in CI, they fail instead.
+"""
+
+import importlib.util
+import os
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """The torch module, on two threads."""
+    if importlib.util.find_spec("torch") is None:
+        if os.environ.get("VIT_JAX_REQUIRE_TORCH") == "1":
+            pytest.fail(
+                "VIT_JAX_REQUIRE_TORCH=1, but PyTorch is not installed: pip install torch, or "
+                "unset the variable to check against the golden file alone",
+                pytrace=False,
+            )
+        pytest.skip("PyTorch is not installed")
+    module = importlib.import_module("torch")
+    module.set_num_threads(2)
+    return module
+
+
+@pytest.fixture(scope="session")
+def reference(torch):
+    """The notebook's model in PyTorch."""
+    return importlib.import_module("notebook_torch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_float32():
+    """Matrix products in full float32, where accelerators round to TF32 or bf16 by default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def split():
+    """(uint8[208, 32, 32, 3], int32[208]): noise tinted by class; 3 batches of 64, and 16."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 208).astype(np.int32)
+    tint = rng.integers(0, 128, (10, 1, 1, 3))
+    images = rng.integers(0, 128, (208, 32, 32, 3)) + tint[labels]
+    return images.astype(np.uint8), labels

@@ -1,0 +1,54 @@
+"""`model.weight_init = "pytorch"` draws from the distributions that torch's layers start with."""
+
+import jax
+import numpy as np
+import pytest
+from ours import NUM_CLASSES, is_constant, notebook_config
+from scipy import stats
+
+from vit_jax.interop.notebook import params_to_notebook_arrays
+from vit_jax.model import init_params, make_model
+
+SEEDS = 4
+FAMILY_SIGNIFICANCE = 1e-3  # of one false alarm among all tensors, by Bonferroni
+LARGEST_SAMPLE = 100_000  # values a tensor, evenly spaced; the largest have 262,144 a seed
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """[{notebook name: array}], one for each seed, at the notebook's own sizes."""
+    vit = make_model(notebook_config().model, num_classes=NUM_CLASSES)
+    init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (32, 32, 3)))
+    return [params_to_notebook_arrays(jax.device_get(init(seed))) for seed in range(SEEDS)]
+
+
+def test_initial_weights_are_drawn_as_torch_draws_them(torch, reference, ours):
+    theirs = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        state_dict = reference.VisionTransformer().state_dict()
+        theirs.append({name: p.numpy() for name, p in state_dict.items()})
+    drawn = [name for name, array in theirs[0].items() if not is_constant(array)]
+    assert len(drawn) == 2 + 6 * 6 + 2  # patches; attention's two matrices and the MLP; head
+    for name, array in theirs[0].items():
+        assert all(mine[name].shape == array.shape for mine in ours)
+        if name not in drawn:  # norms at one; embeddings, attention's biases and the rest at zero
+            assert all(np.array_equal(mine[name], array) for mine in ours), name
+    p_values = {}
+    for name in drawn:
+        samples = (np.concatenate([a[name].ravel() for a in side]) for side in (ours, theirs))
+        samples = (s[:: -(-s.size // LARGEST_SAMPLE)] for s in samples)
+        p_values[name] = stats.ks_2samp(*samples, method="asymp").pvalue
+    wrong = {k: p for k, p in p_values.items() if p < FAMILY_SIGNIFICANCE / len(drawn)}
+    assert not wrong, f"starting weights are of another distribution: {wrong}"
+
+
+def test_no_two_draws_are_the_same(ours):
+    """Layers, and seeds, do not share their random numbers."""
+    first = {}
+    for seed, weights in enumerate(ours):
+        for name, array in weights.items():
+            if not is_constant(array):
+                scaled = tuple(np.round(array.ravel()[:4] / np.abs(array).max(), 2))
+                assert scaled not in first, f"{name}, seed {seed}, starts as {first[scaled]}"
+                first[scaled] = f"{name}, seed {seed}"
