@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,27 @@ class TestRefusals:
     def test_workdir_that_cannot_be_written(self, tiny_config, tmp_path):
         (tmp_path / "file").write_text("")
         self.refused(tiny_config, tmp_path / "file" / "w", "cannot write the workdir")
+
+    def test_disk_too_small_for_the_checkpoints(self, tiny_config, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+        self.refused(tiny_config, tmp_path / "w", "where 0.1 MB are free")
+        assert not (tmp_path / "w").exists()
+
+    def test_disk_that_fills_while_training(self, tiny_config, tmp_path):
+        """A file-size limit stands in for a full disk: the save fails in orbax's threads."""
+        tiny_config.model.mlp_dim = 4096  # checkpoints of 3 MB
+        code = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, (500_000, 500_000)); "
+        code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
+        arguments = command(tiny_config, tmp_path / "w")[3:]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        # The libraries' threads may complain too; our line names the cause and the way on.
+        (line,) = (x for x in done.stderr.splitlines() if x.startswith("error: "))
+        assert "cannot save to" in line and "nothing is saved yet; make room" in line
 
     def test_damaged_checkpoint(self, tiny_config, tmp_path):
         tiny_config.steps, tiny_config.checkpoint_every_steps = 4, 2

@@ -4,10 +4,19 @@
 alone, with no target tree and on any device count. `config` and `progress` are JSON.
 """
 
+import contextlib
+import errno
+import os
+
 import orbax.checkpoint as ocp
 from absl import logging
 
 from vit_jax.errors import UserError
+
+
+_DISK_REFUSES = [
+    os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+]
 
 
 class Checkpoints:
@@ -18,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory):
-        logging.set_verbosity(logging.WARNING)  # orbax tells every step of a save
+        logging.set_verbosity(logging.FATAL)  # orbax tells each step of a save, and raises errors
         policy = ocp.checkpoint_managers.LatestN(n=2)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy, cleanup_tmp_directories=True
@@ -43,7 +52,8 @@ class Checkpoints:
         }
         if ema_params is not None:
             items["ema_params"] = ocp.args.StandardSave(ema_params)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with self._named_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step, *, params, ema_params, opt_state):
         """A dict of the items at `step`, as host arrays.
@@ -70,8 +80,25 @@ class Checkpoints:
 
     def close(self):
         """Waits until every save is complete on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._named_errors():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self):
+        """A save fails in orbax's threads, and is heard of at the next save or at the end."""
+        try:
+            yield
+        except Exception as e:  # orbax and tensorstore raise many kinds for a disk that refuses
+            reason = next((r for r in _DISK_REFUSES if r in str(e)), None)
+            if reason is None:
+                raise
+            newest = self.latest_step()
+            kept = f"step {newest} is the last one saved" if newest else "nothing is saved yet"
+            raise UserError(
+                f"cannot save to {self._directory}: {reason}; {kept}; make room, then start the "
+                "same command again"
+            ) from e
 
 
 def restore_for_inference(directory, step=None):
@@ -80,7 +107,7 @@ def restore_for_inference(directory, step=None):
     These are `ema_params` where the run keeps them, else `params`. Raises UserError when there is
     no complete checkpoint, or not that one.
     """
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     if not directory.is_dir():
         raise UserError(f"no checkpoints in {directory}: train with this --workdir first")
     with ocp.CheckpointManager(directory.absolute()) as manager:

@@ -24,4 +24,5 @@ def run_command(main, *args):
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.unraisablehook = lambda _: None  # what libraries complain of while the process ends
     sys.exit(code)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -241,9 +242,19 @@ def header(run, workdir):
     ]
 
 
-def open_workdir(workdir, config, command):
-    """Makes the workdir and its config.json and run.json, or checks that it is this config's."""
+def open_workdir(workdir, config, command, *, needs=0):
+    """Makes the workdir and its config.json and run.json, or checks that it is this config's.
+
+    Raises UserError when it cannot be written, has less free space than `needs` bytes, or holds a
+    run of another config.
+    """
     try:
+        existing = next(f for f in (workdir.absolute(), *workdir.absolute().parents) if f.exists())
+        if (free := shutil.disk_usage(existing).free) < needs:
+            raise UserError(
+                f"the checkpoints of this run need {needs / 1e6:,.1f} MB in {workdir}, where "
+                f"{free / 1e6:,.1f} MB are free: make room or give another --workdir"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / "config.json"
         if not path.exists():
@@ -330,7 +341,10 @@ def train(config, workdir, *, command=""):
     """
     workdir = pathlib.Path(workdir)
     run = setup(config)
-    open_workdir(workdir, config, command)
+    saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
+    a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
+    # Two are kept while a third is being written.
+    open_workdir(workdir, config, command, needs=3 * a_checkpoint)
     print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, command) for i in range(config.num_seeds)]
     start = min(r.checkpoints.latest_step() or 0 for r in replicas)

@@ -23,6 +23,7 @@ def torch():
                 pytrace=False,
             )
         pytest.skip("PyTorch is not installed")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a shared machine
     module = importlib.import_module("torch")
     module.set_num_threads(2)
     return module
