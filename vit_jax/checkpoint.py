@@ -13,7 +13,6 @@ from absl import logging
 
 from vit_jax.errors import UserError
 
-
 _DISK_REFUSES = [
     os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 ]
