@@ -1,0 +1,36 @@
+"""The best a ViT can do on CIFAR-10 in half an hour of two CPU cores.
+
+    ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_cpu.py
+
+Expected: docs/results.md has the measured accuracy, time and curve.
+"""
+
+from vit_jax.config import defaults
+
+
+def get_config():
+    config = defaults()
+    config.batch_size = 128
+    config.epochs = 14
+    config.data.mean = (0.4914, 0.4822, 0.4465)
+    config.data.std = (0.2470, 0.2435, 0.2616)
+
+    config.model.patch_size = 4
+    config.model.width = 96
+    config.model.depth = 4
+    config.model.num_heads = 3
+    config.model.mlp_dim = 192
+    config.model.pool = "gap"
+    config.model.stem = "conv"
+
+    config.augment.crop = "pad"
+    config.augment.crop_padding_mode = "reflect"
+    config.augment.flip = "alternating"
+
+    config.optim.peak_lr = 2e-3
+    config.optim.schedule = "linear"
+    config.optim.warmup_epochs = 1
+    config.optim.weight_decay = 0.05
+    config.optim.grad_clip_norm = 1.0
+    config.optim.ema_decay = 0.998
+    return config
