@@ -15,6 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_grid_is_every_combination():
     assert sweep.grid(["a=1,2", "b=x"]) == [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]
+    ablation = sweep.grid(["a=1,2", "b=x,y"], one_at_a_time=True)
+    assert ablation == [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}]
     brackets = sweep.grid(["data.mean=(0.5,0.5),(0.4,0.4)"])
     assert brackets == [{"data.mean": "(0.5,0.5)"}, {"data.mean": "(0.4,0.4)"}]
     for wrong in ("a", "a="):

@@ -18,9 +18,10 @@ from vit_jax import config as config_lib
 from vit_jax.errors import UserError, run_command
 
 
-def grid(settings):
+def grid(settings, *, one_at_a_time=False):
     """['a=1,2', 'b=x,y'] -> [{'a': '1', 'b': 'x'}, ...]: every combination, in order.
 
+    With `one_at_a_time` only those that change at most one field from its first value: an ablation.
     A value in brackets keeps its commas: data.mean=(0.5,0.5,0.5),(0.4,0.4,0.4).
     """
     axes = {}
@@ -36,7 +37,10 @@ def grid(settings):
             else:
                 values[-1] += character
         axes[name] = values
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    runs = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    if one_at_a_time:
+        runs = [run for run in runs if sum(run[k] != axes[k][0] for k in axes) <= 1]
+    return runs
 
 
 def table(runs, results):
@@ -73,10 +77,13 @@ def main():
         "--workdir", type=pathlib.Path, required=True, help="one folder a run in it"
     )
     parser.add_argument(
+        "--one_at_a_time", action="store_true", help="an ablation: change one field from the first"
+    )
+    parser.add_argument(
         "--processes", type=int, help="runs at once; default: one on a GPU, one a CPU core else"
     )
     args, rest = parser.parse_known_args()
-    runs = grid(args.set)
+    runs = grid(args.set, one_at_a_time=args.one_at_a_time)
 
     # Every run is checked before the first starts.
     commands = []
