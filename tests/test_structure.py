@@ -16,8 +16,9 @@ LEVELS = {
     2: {"config"},
     3: {"step", "loading"},
     4: {"evaluate"},
-    5: {"train", "sweep"},
-    6: {"main"},
+    5: {"run", "sweep"},
+    6: {"train"},
+    7: {"main"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -19,7 +19,8 @@ import vit_jax
 from vit_jax import checkpoint
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-from vit_jax.train import header, setup, train
+from vit_jax.run import header, setup
+from vit_jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 

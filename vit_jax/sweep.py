@@ -103,7 +103,9 @@ def main():
             )
         config.data.test_split = ""
         config_lib.validate(config)
-        name = ",".join(f"{k}={v}" for k, v in run.items()).replace("/", "_")
+        # The fields that tell the runs apart; in an ablation, the one that changed.
+        told = {k: v for k, v in run.items() if not args.one_at_a_time or v != runs[0][k]}
+        name = ",".join(f"{k}={v}" for k, v in told.items()).replace("/", "_") or "base"
         overrides = [f"--config.{k}={v}" for k, v in {**run, "data.test_split": ""}.items()]
         workdir = args.workdir / name
         commands.append((workdir, ["--workdir", str(workdir), *rest, *overrides]))

@@ -1,0 +1,242 @@
+"""A run made ready: data, model, optimizer and jitted step, all that precedes the first step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax import augment, data, optim
+from vit_jax import config as config_lib
+from vit_jax import mesh as mesh_lib
+from vit_jax.errors import UserError
+from vit_jax.evaluate import make_evaluate
+from vit_jax.model import (
+    VisionTransformer,
+    check_image_shape,
+    make_model,
+    num_tokens,
+    train_flops_per_image,
+)
+from vit_jax.step import (
+    TrainState,
+    gather,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    over_seeds,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run made ready: everything that follows from its config before the first step."""
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    model: VisionTransformer
+    train: data.Dataset
+    val: data.Dataset | None
+    test: data.Dataset | None
+    steps_per_epoch: int
+    total_steps: int
+    durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
+    schedule: Any  # step -> learning rate
+    shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings; leads with [num_seeds]
+    init: Any  # jitted: seeds -> TrainState, leading with [num_seeds]
+    step: Any  # jitted: (state, resident split, order) -> (state, metrics); donates the state
+    eval_step: Any  # pure: (params, batch) -> sums, of one replica
+
+    @property
+    def num_params(self):
+        """Parameters of the model."""
+        return sum(math.prod(p.shape[1:]) for p in jax.tree.leaves(self.shapes.params))
+
+    @property
+    def seeds(self):
+        """The seed of each replica."""
+        return np.arange(self.config.num_seeds, dtype=np.uint32) + np.uint32(self.config.seed)
+
+    @property
+    def flops_per_image(self):
+        """Floating-point operations of one image, forward and backward."""
+        return train_flops_per_image(self.model, self.train.images.shape[1:])
+
+    def put(self, tree):
+        """Arrays of the host onto every device."""
+        return jax.device_put(tree, mesh_lib.replicated(self.mesh))
+
+    def resident(self, split):
+        """A data.Dataset on every device, as {"image", "label"}."""
+        return self.put({"image": split.images, "label": split.labels})
+
+    def order(self, epoch):
+        """The resident order of an epoch: int32[num_seeds, steps_per_epoch, B], -1 for no example.
+
+        B is the batch size, rounded up to what the mesh divides.
+        """
+        n, batch_size = len(self.train.labels), self.config.batch_size
+        order = [data.epoch_indices(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
+        padding = ((0, 0), (0, 0), (0, -batch_size % self.mesh.size))
+        return self.put(np.pad(np.stack(order), padding, constant_values=-1))
+
+    def evaluator(self, split):
+        """A function params -> [{"loss", "accuracy", "count"}] over all of a split, by replica."""
+        resident = self.resident(split)
+        evaluate = make_evaluate(
+            self.eval_step,
+            self.mesh,
+            num_examples=len(split.labels),
+            batch_size=self.config.eval_batch_size,
+            num_seeds=self.config.num_seeds,
+        )
+        return lambda params: evaluate(params, resident)
+
+
+def setup(config):
+    """The Run of a config. Reads the data; writes nothing. Raises UserError for wrong input."""
+    config_lib.validate(config)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train, val, test = (
+        data.load_split(
+            config.data.name,
+            split,
+            data_dir=config.data.dir or None,
+            image_size=config.data.image_size or None,
+        )
+        if split
+        else None
+        for split in (config.data.train_split, config.data.val_split, config.data.test_split)
+    )
+    num_examples, *image_shape = train.images.shape
+    if config.batch_size > num_examples:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is larger than the {num_examples} examples "
+            f"of {config.data.name} {config.data.train_split}"
+        )
+    if len(config.data.mean) != image_shape[-1]:
+        raise UserError(
+            f"config.data.mean has {len(config.data.mean)} entries, the images of "
+            f"{config.data.name} have {image_shape[-1]} channels"
+        )
+
+    steps_per_epoch = math.ceil(num_examples / config.batch_size)
+    total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    counts = {
+        "steps_per_epoch": steps_per_epoch,
+        "batch_size": config.batch_size,
+        "total_steps": total_steps,
+    }
+    groups = {"log_every": config, "eval_every": config, "checkpoint_every": config}
+    groups |= {"warmup": config.optim, "mix_off_last": config.augment}
+    durations = {k: config_lib.in_steps(group, k, **counts) for k, group in groups.items()}
+    for name in ("warmup", "mix_off_last"):
+        if durations[name] > total_steps:
+            raise UserError(f"{name} is {durations[name]} steps, the run has only {total_steps}")
+
+    model = make_model(config.model, num_classes=len(train.class_names))
+    check_image_shape(model, image_shape)
+    plan = {
+        "total_steps": total_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "warmup_steps": durations["warmup"],
+    }
+    schedule = optim.make_schedule(config.optim, **plan)
+    muon_schedule = optim.make_schedule(config.optim, **plan, peak_lr=config.optim.muon_lr)
+    optimizer = optim.make_optimizer(config.optim, schedule, muon_schedule=muon_schedule)
+    pixels = {"mean": config.data.mean, "std": config.data.std}
+    augment_fn = augment.make_augment(
+        config.augment,
+        num_classes=model.num_classes,
+        label_smoothing=config.optim.label_smoothing,
+        **pixels,
+    )
+    train_step = make_train_step(
+        model,
+        optimizer,
+        augment_fn,
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+        mix_steps=total_steps - durations["mix_off_last"],
+        ema_decay=config.optim.ema_decay,
+    )
+
+    def init(seed):
+        ema = config.optim.ema_decay > 0
+        return init_state(seed, model, optimizer, image_shape=image_shape, ema=ema)
+
+    def resident_step(state, split, order):
+        batch = gather(split, order[state.step % steps_per_epoch])
+        batch = jax.lax.with_sharding_constraint(batch, mesh_lib.batch_sharding(mesh))
+        return train_step(state, batch)
+
+    init = over_seeds(init, config.num_seeds, (0,))
+    resident_step = over_seeds(resident_step, config.num_seeds, (0, None, 0))
+    shapes = jax.eval_shape(init, np.zeros(config.num_seeds, np.uint32))
+    shardings = mesh_lib.state_sharding(mesh, shapes)
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    step_shardings = (shardings, mesh_lib.replicated(mesh))
+    return Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        durations=durations,
+        schedule=schedule,
+        shapes=shapes,
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(resident_step, donate_argnums=0, out_shardings=step_shardings),
+        eval_step=make_eval_step(model, **pixels),
+    )
+
+
+def header(run, workdir):
+    """The lines that explain a run before its first step."""
+    c, m, o, n = run.config, run.model, run.config.optim, len(run.train.labels)
+    H, W, C = run.train.images.shape[1:]
+    tokens = num_tokens(m, (H, W, C))
+    mask = optim.decay_mask(o.decay, run.shapes.params)
+    sizes = jax.tree.map(lambda p: math.prod(p.shape[1:]), run.shapes.params)
+    decayed = sum(
+        s for s, d in zip(jax.tree.leaves(sizes), jax.tree.leaves(mask), strict=True) if d
+    )
+    left_out = {path[-1].key for path, d in jax.tree_util.tree_leaves_with_path(mask) if not d}
+    decay = f"weight decay {o.weight_decay:g} on {decayed:,} of {run.num_params:,} parameters"
+    decay += f" (not on {', '.join(sorted(left_out))})" if left_out else " (all of them)"
+    rate = f"{o.schedule} {o.peak_lr:g}"
+    if o.schedule != "constant":
+        rate += f" to {o.end_lr:g}, changing every {o.schedule_per}"
+    if run.durations["warmup"]:
+        rate += f", warm-up of {run.durations['warmup']} steps"
+    devices = run.mesh.size
+    seeds = f"seed: {c.seed}"
+    if c.num_seeds > 1:
+        seeds = f"seeds: {', '.join(map(str, run.seeds))}, trained in one program"
+    splits = ((c.data.train_split, run.train), (c.data.val_split, run.val))
+    splits = (*splits, (c.data.test_split, run.test))
+    counts = ", ".join(f"{name}: {len(split.labels):,}" for name, split in splits if split)
+    return [
+        f"model: ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
+        f"MLP {m.mlp_dim}, pool {m.pool}, {tokens} tokens of {H}x{W}x{C} images, "
+        f"init {m.weight_init}, compute {m.dtype.name}",
+        f"size: {run.num_params:,} parameters; {run.flops_per_image / 1e9:.2f} GFLOP an image, "
+        "forward and backward",
+        f"devices: {devices} x {jax.devices()[0].device_kind} "
+        f"(data {run.mesh.shape['data']}, fsdp {run.mesh.shape['fsdp']}); "
+        f"batch {c.batch_size} in all, {math.ceil(c.batch_size / devices)} a device",
+        f"steps: {run.total_steps:,} of batch {c.batch_size}, {run.steps_per_epoch:,} an epoch "
+        f"({run.total_steps / run.steps_per_epoch:g} epochs; the last batch of an epoch holds "
+        f"{n - (run.steps_per_epoch - 1) * c.batch_size})",
+        f"optimizer: {o.name}, {rate}; {decay}",
+        f"augmentation: {', '.join(augment.describe(c.augment)) or 'none'}",
+        f"data: {run.train.source}; {counts} images, {m.num_classes} classes",
+        seeds,
+        f"workdir: {workdir}",
+    ]
