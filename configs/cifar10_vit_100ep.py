@@ -21,7 +21,7 @@ def get_config():
 
     config.augment.policy = "randaugment"
     config.augment.randaugment_num_ops = 2
-    config.augment.randaugment_magnitude = 4.0
+    config.augment.randaugment_magnitude = 7.0
     config.augment.randaugment_magnitude_std = 0.5
     config.augment.erasing_prob = 0.1
     config.augment.mixup_alpha = 0.8

@@ -18,6 +18,7 @@ def get_config():
 
     config.model.drop_path = 0.1
 
+    config.augment.randaugment_magnitude = 9.0
     config.augment.erasing_prob = 0.25
     config.augment.mix_prob = 1.0
     config.augment.mix_off_last_percent = 40
