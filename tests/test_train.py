@@ -389,3 +389,20 @@ def test_an_odd_image_in_a_folder_names_itself(tiny_config, tmp_path):
     tiny_config.data.test_split = "train"
     with pytest.raises(UserError, match=r"bad\.png"):
         setup(tiny_config)
+
+
+def test_the_notebooks_recipe_learns_real_cifar10(tmp_path):
+    """The shipped recipe on the real data, shrunk to a width and a length that CI can pay."""
+    place = os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds"
+    if not (pathlib.Path(place) / "cifar10").is_dir():
+        pytest.skip("no prepared CIFAR-10 in TFDS_DATA_DIR")
+    c = config_lib.from_file(ROOT / "configs" / "cifar10_vit.py")
+    c.data.dir, c.data.test_split = str(place), "test[:2000]"
+    c.steps, c.log_every_steps = 150, 10
+    c.model.width, c.model.depth, c.model.num_heads, c.model.mlp_dim = 64, 2, 4, 128
+    c.model.patch_size = 8
+    c.optim.peak_lr = 1e-3
+    result = train(c, tmp_path)
+    losses = [p["train/loss"] for p in lines(tmp_path, "train/")]
+    assert np.mean(losses[-3:]) < 1.95 < np.mean(losses[:2])
+    assert result["test_accuracy"] > 0.3  # chance is 10%
