@@ -126,6 +126,16 @@ def test_several_seeds_train_as_one_program_as_each_would_alone(tiny_config, tmp
     assert "mean of 2 seeds" in capsys.readouterr().out
     assert train(tiny_config, tmp_path / "both") == result
 
+    # Killed when one seed had saved its last step and the other had not.
+    both, seed_6 = lines(tmp_path / "both" / "seed_5"), tmp_path / "both" / "seed_6"
+    shutil.rmtree(seed_6 / "checkpoints" / "7")
+    (tmp_path / "both" / "result.json").unlink()
+    again = train(tiny_config, tmp_path / "both")
+    assert "Continuing from step 6 of 7" in capsys.readouterr().out
+    for name in ("train_loss_of_each_seed", "test_loss_of_each_seed"):
+        assert again[name] == result[name]
+    assert lines(tmp_path / "both" / "seed_5") == both
+
 
 def test_steps_bound_a_run_of_any_recipe(tiny_config, tmp_path, capsys):
     tiny_config.steps = 8

@@ -55,7 +55,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step, *, params, ema_params, opt_state):
-        """A dict of the items at `step`, as host arrays.
+        """A dict of the items at `step`, as host arrays; later steps are deleted.
 
         The arguments are trees of jax.ShapeDtypeStruct, without shardings; an `ema_params` of None
         is left out. Raises UserError when the files are damaged.
@@ -75,6 +75,9 @@ class Checkpoints:
                 f"cannot restore {self._directory / str(step)}: {reason}; "
                 "delete that folder to go on from an earlier checkpoint"
             ) from e
+        for later in self._manager.all_steps():
+            if later > step:  # of one replica, when a kill came before the others had saved
+                self._manager.delete(later)
         return {"ema_params": None, **restored}
 
     def close(self):
