@@ -22,6 +22,7 @@ def get_config():
     config.model.mlp_dim = 192
     config.model.pool = "gap"
     config.model.stem = "conv"
+    config.model.weight_init = "pytorch"  # .02 is too small a start for this width
 
     config.augment.crop = "pad"
     config.augment.crop_padding_mode = "reflect"
