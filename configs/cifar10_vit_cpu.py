@@ -11,7 +11,7 @@ from vit_jax.config import defaults
 def get_config():
     config = defaults()
     config.batch_size = 128
-    config.epochs = 14
+    config.epochs = 12
     config.data.mean = (0.4914, 0.4822, 0.4465)
     config.data.std = (0.2470, 0.2435, 0.2616)
 
@@ -28,6 +28,7 @@ def get_config():
     config.augment.crop_padding_mode = "reflect"
     config.augment.flip = "alternating"
 
+    config.optim.name = "muon"
     config.optim.peak_lr = 2e-3
     config.optim.schedule = "linear"
     config.optim.warmup_epochs = 1
