@@ -213,6 +213,8 @@ def header(run, workdir):
     rate = f"{o.schedule} {o.peak_lr:g}"
     if o.schedule != "constant":
         rate += f" to {o.end_lr:g}, changing every {o.schedule_per}"
+    if o.name == "muon":
+        rate += f" (the blocks' matrices {o.muon_lr:g})"
     if run.durations["warmup"]:
         rate += f", warm-up of {run.durations['warmup']} steps"
     devices = run.mesh.size
