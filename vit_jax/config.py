@@ -64,6 +64,9 @@ def defaults():
     c.model.layer_scale = 0.0  # starting value; 0: off
     c.model.dropout = 0.0
     c.model.drop_path = 0.0  # at the last block, growing linearly with depth
+    c.model.gelu = "exact"  # exact | tanh, the approximation that Google's .npz were trained with
+    c.model.pre_logits = 0  # width of a tanh layer before the head; 0: none
+    c.model.image_size = 0  # images are resized to this side on the device; 0: as they come
     c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
 
     c.augment = ConfigDict()
@@ -171,6 +174,7 @@ def validate(config):
     one_of("model.stem", m.stem, model.STEMS)
     one_of("model.weight_init", m.weight_init, model.INITS)
     one_of("model.dtype", m.dtype, model.DTYPES)
+    one_of("model.gelu", m.gelu, model.GELUS)
     one_of("optim.name", o.name, optim.OPTIMIZERS)
     one_of("optim.schedule", o.schedule, optim.SCHEDULES)
     one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
@@ -187,7 +191,10 @@ def validate(config):
         at_least(f"model.{name}", m[name], 1)
     for name in ("dropout", "drop_path"):
         at_least(f"model.{name}", m[name], 0, below=1)
-    at_least("model.layer_scale", m.layer_scale, 0)
+    for name in ("layer_scale", "pre_logits", "image_size"):
+        at_least(f"model.{name}", m[name], 0)
+    if not m.norm_eps > 0:
+        raise UserError(f"config.model.norm_eps must be above 0, got {m.norm_eps:g}")
     width, _, num_heads, _ = model.SIZES.get(m.size, (m.width, 0, m.num_heads, 0))
     if width % num_heads:
         raise UserError(

@@ -72,6 +72,7 @@ class Replica:
             "config": self.config.to_dict(),
             "class_names": list(run.train.class_names),
             "image_shape": list(run.train.images.shape[1:]),
+            "num_heads": run.model.num_heads,  # config.model.size may say it instead
             "preprocessing": {
                 "divide_by": 255,
                 "mean": list(self.config.data.mean),
