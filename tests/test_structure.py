@@ -14,7 +14,7 @@ LEVELS = {
     0: {"errors", "shapes10"},
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"},
     2: {"config"},
-    3: {"step", "loading"},
+    3: {"step", "loading", "weights"},
     4: {"evaluate"},
     5: {"run", "sweep"},
     6: {"train"},
