@@ -33,6 +33,7 @@ def defaults():
     c.eval_batch_size = 500
     c.epochs = 20.0
     c.steps = 0  # bounds the run instead of `epochs` when set
+    c.init_from = ""  # weights to start from: whatever vit_jax.load_weights reads; empty: random
     c.tensorboard = True
     _duration(c, "eval_every", epochs=1.0)  # on val_split
     _duration(c, "log_every", steps=50)
@@ -107,6 +108,8 @@ def defaults():
     c.optim.momentum = 0.9  # sgd
     c.optim.muon_lr = 0.02  # muon: peak rate of the hidden matrices; the rest is adamw at peak_lr
     c.optim.grad_clip_norm = 0.0  # 0: off
+    c.optim.backbone_lr_factor = 1.0  # times the learning rate of all but the head
+    c.optim.freeze = ""  # paths that stay as they are, as "pos_embed,block_[0-3]/*"; empty: none
     c.optim.label_smoothing = 0.0
     c.optim.ema_decay = 0.0  # 0: off; else evaluation uses the averaged weights
 
@@ -206,6 +209,7 @@ def validate(config):
         raise UserError(f"stem=conv needs a patch_size that is a power of 2, got {m.patch_size}")
     for name in ("peak_lr", "end_lr", "muon_lr", "weight_decay", "grad_clip_norm"):
         at_least(f"optim.{name}", o[name], 0)
+    at_least("optim.backbone_lr_factor", o.backbone_lr_factor, 0)
     for name in ("b1", "b2", "momentum", "label_smoothing", "ema_decay"):
         at_least(f"optim.{name}", o[name], 0, below=1)
     if not o.eps > 0:
