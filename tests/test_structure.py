@@ -15,7 +15,7 @@ LEVELS = {
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"},
     2: {"config"},
     3: {"step", "loading", "weights"},
-    4: {"evaluate"},
+    4: {"evaluate", "export"},
     5: {"run", "sweep"},
     6: {"train"},
     7: {"main"},
