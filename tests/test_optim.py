@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from vit_jax import config
+from vit_jax.errors import UserError
 from vit_jax.optim import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
 
 PARAMS = {
@@ -99,6 +100,52 @@ def test_muon_orthogonalizes_the_hidden_matrices_only():
     singular = np.linalg.svd(updates["block_0"]["mlp"]["fc1"]["kernel"], compute_uv=False)
     assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them near one value
     np.testing.assert_allclose(np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3)  # Adam's first
+
+
+def test_the_backbone_takes_a_part_of_the_rate():
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    for name in ("sgd", "adamw"):
+        whole, part = (
+            make_optimizer(optim_config(name=name, backbone_lr_factor=f), lambda _: 0.1)
+            for f in (1.0, 0.25)
+        )
+        whole, _ = whole.update(grads, whole.init(PARAMS), PARAMS)
+        part, _ = jax.jit(part.update)(grads, part.init(PARAMS), PARAMS)
+        expected = {
+            k: v if k == "head" else jax.tree.map(lambda u: u / 4, v) for k, v in whole.items()
+        }
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), part, expected)
+
+
+def test_frozen_parameters_neither_move_nor_count_nor_have_state():
+    o = optim_config(name="adamw", freeze="pos_embed, block_?/norm*", grad_clip_norm=1.0)
+    tx = make_optimizer(o, lambda _: 0.1)
+    state = tx.init(PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = jax.jit(tx.update)(grads, state, PARAMS)
+    still = {
+        "/".join(k.key for k in p)
+        for p, u in jax.tree_util.tree_leaves_with_path(updates)
+        if not u.any()
+    }
+    assert still == {"pos_embed", "block_0/norm1/scale", "block_0/norm1/bias"}
+    trained = sum(p.size for p in jax.tree.leaves(PARAMS)) - 12 - 8
+    assert sum(s.size for s in jax.tree.leaves(state) if s.ndim) == 2 * trained
+    # Clipped by the norm of what is trained alone: the notebook's optimizer on those would agree.
+    sgd = optim_config(
+        name="sgd", momentum=0.0, freeze="head/*", grad_clip_norm=1.0, weight_decay=0.0
+    )
+    tx = make_optimizer(sgd, lambda _: 1.0)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert optax.tree.norm(updates) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "says"), [("blocks_0/*", "no parameter matches 'blocks_0"), ("*", "leaves no param")]
+)
+def test_freezing_nothing_or_everything_is_an_error(freeze, says):
+    with pytest.raises(UserError, match=says):
+        make_optimizer(optim_config(freeze=freeze), lambda _: 0.1).init(PARAMS)
 
 
 def test_gradient_clipping_bounds_the_global_norm():

@@ -1,4 +1,7 @@
-"""Vision Transformers in JAX. `vit_jax.load(workdir)` gives a trained model back."""
+"""Vision Transformers in JAX. `vit_jax.load(workdir)` gives a trained model back.
+
+`vit_jax.load_weights(path)` reads the weights of other programs.
+"""
 
 __version__ = "0.1.0"
 
@@ -8,4 +11,8 @@ def __getattr__(name):
         from vit_jax.loading import load
 
         return load
+    if name == "load_weights":
+        from vit_jax.weights import load_weights
+
+        return load_weights
     raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")

@@ -103,22 +103,27 @@ class Checkpoints:
             ) from e
 
 
+def saved_steps(directory):
+    """The complete checkpoints in a directory, ascending. Raises UserError where it is none."""
+    logging.set_verbosity(logging.FATAL)
+    if not directory.is_dir():
+        raise UserError(f"no checkpoints in {directory}: train with this --workdir first")
+    with ocp.CheckpointManager(directory.absolute()) as manager:
+        return sorted(manager.all_steps())
+
+
 def restore_for_inference(directory, step=None):
     """(params, config item, step): the evaluated weights as numpy arrays on the host.
 
     These are `ema_params` where the run keeps them, else `params`. Raises UserError when there is
     no complete checkpoint, or not that one.
     """
-    logging.set_verbosity(logging.FATAL)
-    if not directory.is_dir():
-        raise UserError(f"no checkpoints in {directory}: train with this --workdir first")
-    with ocp.CheckpointManager(directory.absolute()) as manager:
-        steps = manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            known = f"it has {', '.join(map(str, sorted(steps)))}" if steps else "it has none yet"
-            wanted = "checkpoint" if step is None else f"checkpoint {step}"
-            raise UserError(f"no {wanted} in {directory}: {known}")
-        step = max(steps) if step is None else step
+    steps = saved_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        known = f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
+        wanted = "checkpoint" if step is None else f"checkpoint {step}"
+        raise UserError(f"no {wanted} in {directory}: {known}")
+    step = max(steps) if step is None else step
     folder = directory.absolute() / str(step)
     item = "ema_params" if (folder / "ema_params").is_dir() else "params"
     try:

@@ -33,6 +33,7 @@ def defaults():
     c.eval_batch_size = 500
     c.epochs = 20.0
     c.steps = 0  # bounds the run instead of `epochs` when set
+    c.init_from = ""  # weights to start from: whatever vit_jax.load_weights reads; empty: random
     c.tensorboard = True
     _duration(c, "eval_every", epochs=1.0)  # on val_split
     _duration(c, "log_every", steps=50)
@@ -64,6 +65,9 @@ def defaults():
     c.model.layer_scale = 0.0  # starting value; 0: off
     c.model.dropout = 0.0
     c.model.drop_path = 0.0  # at the last block, growing linearly with depth
+    c.model.gelu = "exact"  # exact | tanh, the approximation that Google's .npz were trained with
+    c.model.pre_logits = 0  # width of a tanh layer before the head; 0: none
+    c.model.image_size = 0  # images are resized to this side on the device; 0: as they come
     c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
 
     c.augment = ConfigDict()
@@ -104,6 +108,8 @@ def defaults():
     c.optim.momentum = 0.9  # sgd
     c.optim.muon_lr = 0.02  # muon: peak rate of the hidden matrices; the rest is adamw at peak_lr
     c.optim.grad_clip_norm = 0.0  # 0: off
+    c.optim.backbone_lr_factor = 1.0  # times the learning rate of all but the head
+    c.optim.freeze = ""  # paths that stay as they are, as "pos_embed,block_[0-3]/*"; empty: none
     c.optim.label_smoothing = 0.0
     c.optim.ema_decay = 0.0  # 0: off; else evaluation uses the averaged weights
 
@@ -171,6 +177,7 @@ def validate(config):
     one_of("model.stem", m.stem, model.STEMS)
     one_of("model.weight_init", m.weight_init, model.INITS)
     one_of("model.dtype", m.dtype, model.DTYPES)
+    one_of("model.gelu", m.gelu, model.GELUS)
     one_of("optim.name", o.name, optim.OPTIMIZERS)
     one_of("optim.schedule", o.schedule, optim.SCHEDULES)
     one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
@@ -187,7 +194,10 @@ def validate(config):
         at_least(f"model.{name}", m[name], 1)
     for name in ("dropout", "drop_path"):
         at_least(f"model.{name}", m[name], 0, below=1)
-    at_least("model.layer_scale", m.layer_scale, 0)
+    for name in ("layer_scale", "pre_logits", "image_size"):
+        at_least(f"model.{name}", m[name], 0)
+    if not m.norm_eps > 0:
+        raise UserError(f"config.model.norm_eps must be above 0, got {m.norm_eps:g}")
     width, _, num_heads, _ = model.SIZES.get(m.size, (m.width, 0, m.num_heads, 0))
     if width % num_heads:
         raise UserError(
@@ -199,6 +209,7 @@ def validate(config):
         raise UserError(f"stem=conv needs a patch_size that is a power of 2, got {m.patch_size}")
     for name in ("peak_lr", "end_lr", "muon_lr", "weight_decay", "grad_clip_norm"):
         at_least(f"optim.{name}", o[name], 0)
+    at_least("optim.backbone_lr_factor", o.backbone_lr_factor, 0)
     for name in ("b1", "b2", "momentum", "label_smoothing", "ema_decay"):
         at_least(f"optim.{name}", o[name], 0, below=1)
     if not o.eps > 0:

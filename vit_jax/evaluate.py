@@ -1,6 +1,6 @@
 """Counting a split exactly: every example once, whatever the batch size and device count.
 
-As a command: python -m vit_jax.evaluate --workdir D [--split test] [--step N] [--json]
+As a command: python -m vit_jax.evaluate --workdir D [--split test] [--step N|best] [--json]
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m vit_jax.evaluate", description=main.__doc__)
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--split", help="a TFDS split; default: the run's test_split")
-    parser.add_argument("--step", type=int, help="a saved step; default: the newest")
+    parser.add_argument("--step", default="last", help="a saved step, best or last (default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     model, params, config = load(args.workdir, args.step)

@@ -23,6 +23,7 @@ POOLS = ("cls", "gap")
 POSEMBS = ("learned", "sincos2d")
 STEMS = ("patch", "conv")
 INITS = ("pytorch", "trunc_normal", "mimetic")
+GELUS = ("exact", "tanh")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -147,20 +148,25 @@ class MultiHeadAttention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, exact GELU, linear back."""
+    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back.
+
+    `gelu` is "exact", as in torch, or "tanh": the approximation that is the default of
+    flax's `nn.gelu`, with which Google trained its ViTs.
+    """
 
     mlp_dim: int
     dropout: float
     weight_init: str
     dtype: jnp.dtype
+    gelu: str
 
     @nn.compact
     def __call__(self, x, *, train):
         D = x.shape[-1]
-        x = Linear(
-            self.mlp_dim, dtype=self.dtype, name="fc1", **_linear_init(self.weight_init, D)
-        )(x)
-        x = nn.gelu(x, approximate=False)
+        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **_linear_init(self.weight_init, D))(
+            x
+        )
+        x = nn.gelu(x, approximate=self.gelu == "tanh")
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         init = _linear_init(self.weight_init, self.mlp_dim)
         return Linear(D, dtype=self.dtype, name="fc2", **init)(x)
@@ -178,6 +184,7 @@ class TransformerBlock(nn.Module):
     layer_scale: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
+    gelu: str = "exact"
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -201,9 +208,9 @@ class TransformerBlock(nn.Module):
         )(y, train=train)
         x = x + residual(y, "layer_scale1")
         y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
-        y = MlpBlock(self.mlp_dim, self.dropout, self.weight_init, self.dtype, name="mlp")(
-            y, train=train
-        )
+        y = MlpBlock(
+            self.mlp_dim, self.dropout, self.weight_init, self.dtype, self.gelu, name="mlp"
+        )(y, train=train)
         return x + residual(y, "layer_scale2")
 
 
@@ -213,7 +220,11 @@ def layer_norm(eps, dtype, name):
 
 
 class VisionTransformer(nn.Module):
-    """float[B, H, W, C] normalized images -> float32[B, num_classes] logits."""
+    """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
+
+    With an `image_size` the images are first resized to that side, bilinearly, antialiased where
+    they shrink: so small images cross to the device, and a model of another resolution takes them.
+    """
 
     num_classes: int
     patch_size: int = 4
@@ -231,10 +242,16 @@ class VisionTransformer(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    gelu: str = "exact"
+    pre_logits: int = 0
+    image_size: int = 0
 
     @nn.compact
     def __call__(self, images, *, train=False):
-        B, H, W, _ = images.shape
+        B, C = images.shape[0], images.shape[3]
+        H, W, _ = resolution(self, images.shape[1:])
+        if images.shape[1:3] != (H, W):
+            images = jax.image.resize(images, (B, H, W, C), "bilinear")
         if self.stem == "conv":
             embed = ConvStem(self.patch_size, self.width, self.dtype, name="conv_stem")
         else:
@@ -267,11 +284,15 @@ class VisionTransformer(nn.Module):
                 self.layer_scale,
                 self.dropout,
                 self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as the paper
+                self.gelu,
                 name=f"block_{i}",
             )(x, train=train)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
-        head = Linear(self.num_classes, name="head", **_linear_init(self.weight_init, self.width))
+        if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)
+            init = _linear_init(self.weight_init, self.width)
+            x = jnp.tanh(Linear(self.pre_logits, name="pre_logits", **init)(x))
+        head = Linear(self.num_classes, name="head", **_linear_init(self.weight_init, x.shape[-1]))
         return head(x.astype(jnp.float32))
 
 
@@ -297,13 +318,19 @@ def make_model(model_config, *, num_classes):
     return VisionTransformer(num_classes=num_classes, **fields)
 
 
+def resolution(model, image_shape):
+    """(H, W, C) that the patches are cut from, for images of (H, W, C)."""
+    H, W, C = image_shape
+    return (model.image_size or H, model.image_size or W, C)
+
+
 def check_image_shape(model, image_shape):
     """Raises UserError if images of (H, W, C) do not divide into the model's patches."""
-    H, W, _ = image_shape
+    H, W, _ = resolution(model, image_shape)
     if H % model.patch_size or W % model.patch_size:
         raise UserError(
             f"images of {H}x{W} pixels do not divide into patches of {model.patch_size}: "
-            f"set config.model.patch_size to a divisor, or config.data.image_size to a multiple"
+            "set config.model.patch_size to a divisor, or config.model.image_size to a multiple"
         )
 
 
@@ -334,7 +361,7 @@ def init_params(model, key, image_shape):
 
 def num_tokens(model, image_shape):
     """N, the class token included, for images of (H, W, C)."""
-    H, W, _ = image_shape
+    H, W, _ = resolution(model, image_shape)
     return (H // model.patch_size) * (W // model.patch_size) + (model.pool == "cls")
 
 
@@ -344,12 +371,13 @@ def train_flops_per_image(model, image_shape):
     Counts the matrix products alone, a multiply-add as two, the backward pass as twice the
     forward (the convention of the PaLM paper's MFU, arXiv 2204.02311 appendix B).
     """
-    N, D, C = num_tokens(model, image_shape), model.width, image_shape[-1]
+    N, D = num_tokens(model, image_shape), model.width
+    H, W, C = resolution(model, image_shape)
     block = 2 * N * D * (4 * D + 2 * model.mlp_dim) + 4 * N * N * D
     patches = N - (model.pool == "cls")
     embed = 2 * patches * model.patch_size**2 * C * D
     if model.stem == "conv":
-        embed, channels, pixels = 0, C, image_shape[0] * image_shape[1]
+        embed, channels, pixels = 0, C, H * W
         for i in range(num_convs := model.patch_size.bit_length() - 1):
             out, pixels = D // 2 ** (num_convs - 1 - i), pixels // 4
             embed, channels = embed + 2 * pixels * 9 * channels * out, out

@@ -1,7 +1,11 @@
 """Learning-rate schedule, weight-decay mask and gradient transformation, all of optax."""
 
+import fnmatch
+
 import jax
 import optax
+
+from vit_jax.errors import UserError
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -41,6 +45,41 @@ def decay_mask(decay, params):
     )
 
 
+def freeze_labels(patterns, params):
+    """A tree of "frozen" and "trained".
+
+    `patterns` are shell patterns with commas between, matched against whole paths such as
+    block_0/attn/qkv/kernel, in which * takes slashes too. Raises UserError for one that matches
+    nothing, and when nothing is left to train.
+    """
+    patterns = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    paths = jax.tree_util.tree_map_with_path(lambda p, _: "/".join(k.key for k in p), params)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in jax.tree.leaves(paths)):
+            raise UserError(
+                f"config.optim.freeze: no parameter matches {pattern!r}; their paths are as "
+                f"block_0/attn/qkv/kernel, under {', '.join(params)}: 'block_0/*' is all of a block"
+            )
+
+    def label(path):
+        frozen = any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        return "frozen" if frozen else "trained"
+
+    labels = jax.tree.map(label, paths)
+    if "trained" not in jax.tree.leaves(labels):
+        raise UserError("config.optim.freeze leaves no parameter to train")
+    return labels
+
+
+def _scale_backbone(factor):
+    """Scales the updates of all but the head, and of a pre-logits layer, which belongs to it."""
+
+    def scale(path, update):
+        return update if path[0].key in ("head", "pre_logits") else factor * update
+
+    return optax.stateless(lambda u, _: jax.tree_util.tree_map_with_path(scale, u))
+
+
 def _muon_labels(params):
     """ "muon" for the hidden matrices, those inside the blocks; "adamw" for all else."""
     return jax.tree_util.tree_map_with_path(
@@ -53,7 +92,8 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
     """optax.GradientTransformation from the `optim` group of a config.
 
     Weight decay is decoupled and multiplied by the learning rate in all but sgd, where it is
-    added to the gradient; both are torch's conventions.
+    added to the gradient; both are torch's conventions. Frozen parameters have no part in it: not
+    in the norm that is clipped, and with no state.
     """
 
     def mask(params):
@@ -74,4 +114,9 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
         steps = [optax.multi_transform({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
         steps.insert(0, optax.clip_by_global_norm(o.grad_clip_norm))
-    return optax.chain(*steps)
+    if o.backbone_lr_factor != 1:
+        steps.append(_scale_backbone(o.backbone_lr_factor))
+    if not o.freeze:
+        return optax.chain(*steps)
+    transforms = {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, lambda params: freeze_labels(o.freeze, params))

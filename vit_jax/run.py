@@ -10,6 +10,7 @@ import numpy as np
 from vit_jax import augment, data, optim
 from vit_jax import config as config_lib
 from vit_jax import mesh as mesh_lib
+from vit_jax import weights as weights_lib
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluate
 from vit_jax.model import (
@@ -44,7 +45,8 @@ class Run:
     durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
     schedule: Any  # step -> learning rate
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings; leads with [num_seeds]
-    init: Any  # jitted: seeds -> TrainState, leading with [num_seeds]
+    init: Any  # seeds -> TrainState, leading with [num_seeds]
+    start: tuple[str, ...]  # what was done to the weights of config.init_from, in words
     step: Any  # jitted: (state, resident split, order) -> (state, metrics); donates the state
     eval_step: Any  # pure: (params, batch) -> sums, of one replica
 
@@ -94,8 +96,12 @@ class Run:
         return lambda params: evaluate(params, resident)
 
 
-def setup(config):
-    """The Run of a config. Reads the data; writes nothing. Raises UserError for wrong input."""
+def setup(config, *, fresh=True):
+    """The Run of a config. Reads the data; writes nothing. Raises UserError for wrong input.
+
+    With `fresh` false a checkpoint will take the place of `init`, and config.init_from, which may
+    be gone by then, is not read.
+    """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
     train, val, test = (
@@ -162,22 +168,29 @@ def setup(config):
         ema_decay=config.optim.ema_decay,
     )
 
-    def init(seed):
+    params, start = None, ()
+    if config.init_from and fresh:
+        weights = weights_lib.load_weights(config.init_from, num_heads=model.num_heads)
+        params, notes = weights_lib.start_from(weights, model, image_shape, train.class_names)
+        start = (f"{config.init_from} ({weights.kind})", *notes)
+
+    def init(seed, params):
         ema = config.optim.ema_decay > 0
-        return init_state(seed, model, optimizer, image_shape=image_shape, ema=ema)
+        return init_state(seed, model, optimizer, image_shape=image_shape, ema=ema, params=params)
 
     def resident_step(state, split, order):
         batch = gather(split, order[state.step % steps_per_epoch])
         batch = jax.lax.with_sharding_constraint(batch, mesh_lib.batch_sharding(mesh))
         return train_step(state, batch)
 
-    init = over_seeds(init, config.num_seeds, (0,))
+    init = over_seeds(init, config.num_seeds, (0, None))
     resident_step = over_seeds(resident_step, config.num_seeds, (0, None, 0))
-    shapes = jax.eval_shape(init, np.zeros(config.num_seeds, np.uint32))
+    shapes = jax.eval_shape(init, np.zeros(config.num_seeds, np.uint32), params)
     shardings = mesh_lib.state_sharding(mesh, shapes)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
+    init = jax.jit(init, out_shardings=shardings)
     step_shardings = (shardings, mesh_lib.replicated(mesh))
     return Run(
         config=config,
@@ -191,7 +204,8 @@ def setup(config):
         durations=durations,
         schedule=schedule,
         shapes=shapes,
-        init=jax.jit(init, out_shardings=shardings),
+        init=lambda seeds: init(seeds, params),
+        start=start,
         step=jax.jit(resident_step, donate_argnums=0, out_shardings=step_shardings),
         eval_step=make_eval_step(model, **pixels),
     )
@@ -204,6 +218,10 @@ def header(run, workdir):
     tokens = num_tokens(m, (H, W, C))
     mask = optim.decay_mask(o.decay, run.shapes.params)
     sizes = jax.tree.map(lambda p: math.prod(p.shape[1:]), run.shapes.params)
+    labels = jax.tree.leaves(optim.freeze_labels(o.freeze, run.shapes.params))
+    frozen = sum(
+        s for s, label in zip(jax.tree.leaves(sizes), labels, strict=True) if label == "frozen"
+    )
     decayed = sum(
         s for s, d in zip(jax.tree.leaves(sizes), jax.tree.leaves(mask), strict=True) if d
     )
@@ -217,6 +235,11 @@ def header(run, workdir):
         rate += f" (the blocks' matrices {o.muon_lr:g})"
     if run.durations["warmup"]:
         rate += f", warm-up of {run.durations['warmup']} steps"
+    if o.backbone_lr_factor != 1:
+        rate += f", times {o.backbone_lr_factor:g} for all but the head"
+    if frozen:
+        rate += f"; {frozen:,} parameters frozen ({o.freeze})"
+    resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
     devices = run.mesh.size
     seeds = f"seed: {c.seed}"
     if c.num_seeds > 1:
@@ -226,7 +249,7 @@ def header(run, workdir):
     counts = ", ".join(f"{name}: {len(split.labels):,}" for name, split in splits if split)
     return [
         f"model: ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
-        f"MLP {m.mlp_dim}, pool {m.pool}, {tokens} tokens of {H}x{W}x{C} images, "
+        f"MLP {m.mlp_dim}, pool {m.pool}, {tokens} tokens of {H}x{W}x{C} images{resized}, "
         f"init {m.weight_init}, compute {m.dtype.name}",
         f"size: {run.num_params:,} parameters; {run.flops_per_image / 1e9:.2f} GFLOP an image, "
         "forward and backward",
@@ -238,6 +261,7 @@ def header(run, workdir):
         f"{n - (run.steps_per_epoch - 1) * c.batch_size})",
         f"optimizer: {o.name}, {rate}; {decay}",
         f"augmentation: {', '.join(augment.describe(c.augment)) or 'none'}",
+        *([f"start: {', '.join(run.start)}"] if run.start else []),
         f"data: {run.train.source}; {counts} images, {m.num_classes} classes",
         seeds,
         f"workdir: {workdir}",

@@ -27,9 +27,13 @@ class TrainState:
     sums: dict[str, jax.Array]  # float32[] each
 
 
-def init_state(seed, model, optimizer, *, image_shape, ema):
-    """The state before the first step, for images of (H, W, C). Jittable."""
-    params = init_params(model, jax.random.key(seed), image_shape)
+def init_state(seed, model, optimizer, *, image_shape, ema, params=None):
+    """The state before the first step, for images of (H, W, C). Jittable.
+
+    It starts from `params` where they are given, else from the model's random weights.
+    """
+    if params is None:
+        params = init_params(model, jax.random.key(seed), image_shape)
     return TrainState(
         step=jnp.int32(0),
         seed=jnp.uint32(seed),

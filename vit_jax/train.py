@@ -72,6 +72,7 @@ class Replica:
             "config": self.config.to_dict(),
             "class_names": list(run.train.class_names),
             "image_shape": list(run.train.images.shape[1:]),
+            "num_heads": run.model.num_heads,  # config.model.size may say it instead
             "preprocessing": {
                 "divide_by": 255,
                 "mean": list(self.config.data.mean),
@@ -116,7 +117,9 @@ def train(config, workdir, *, command=""):
     UserError for wrong input, before anything is written.
     """
     workdir = pathlib.Path(workdir)
-    run = setup(config)
+    saved = workdir / "checkpoints"
+    continuing = saved.is_dir() and any(step.name.isdigit() for step in saved.iterdir())
+    run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two are kept while a third is being written.
@@ -124,6 +127,8 @@ def train(config, workdir, *, command=""):
     print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, command) for i in range(config.num_seeds)]
     start = min(r.checkpoints.latest_step() or 0 for r in replicas)
+    if not start and continuing:  # what looked like a checkpoint is none
+        run = setup(config)
     if start == run.total_steps and (workdir / "result.json").exists():
         result = json.loads((workdir / "result.json").read_text())
         print(f"Already complete. {summary(result)}")

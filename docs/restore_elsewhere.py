@@ -1,0 +1,73 @@
+"""A checkpoint of vit_jax, used with orbax, jax and numpy alone: no vit_jax, no target tree.
+
+    python restore_elsewhere.py WORKDIR/checkpoints/STEP
+
+`restore` is the whole of reading one, on any number of devices, whatever mesh the weights were
+trained on. `predict` is the plain model, to show what every array is for: patches, a learned
+position embedding, blocks, a class token or the mean of all tokens. The variants `layer_scale`,
+`qk_norm`, `pre_logits`, `stem = "conv"` and `posemb = "sincos2d"` stand in vit_jax/model.py alone.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def restore(step_folder):
+    """(params, saved): a nested dict of float32 numpy arrays, and the JSON kept beside them."""
+    folder = pathlib.Path(step_folder).absolute()
+    item = "ema_params" if (folder / "ema_params").is_dir() else "params"  # what was evaluated
+    params = ocp.StandardCheckpointer().restore(folder / item)
+    return params, json.loads((folder / "config" / "metadata").read_text())
+
+
+# The forward pass: 40 lines.
+def predict(params, saved, images):
+    """uint8[B, H, W, C] -> float32[B, num_classes] probabilities."""
+    model, pixels = saved["config"]["model"], saved["preprocessing"]
+    mean, std = np.float32(pixels["mean"]), np.float32(pixels["std"])
+    x = (jnp.asarray(images, jnp.float32) / pixels["divide_by"] - mean) / std
+    if size := model.get("image_size"):  # the model's own resolution, where it has one
+        x = jax.image.resize(x, (len(x), size, size, x.shape[3]), "bilinear")
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    def norm(x, p):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model["norm_eps"])
+        return x * p["scale"] + p["bias"]
+
+    kernel = params["patch_embed"]["kernel"]  # [P, P, C, D]
+    P, _, C, D = kernel.shape
+    B, H, W, _ = x.shape
+    x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3).reshape(B, -1, P * P * C)
+    x = x @ kernel.reshape(-1, D) + params["patch_embed"]["bias"]
+    if "cls_token" in params:
+        x = jnp.concatenate([jnp.tile(params["cls_token"], (B, 1, 1)), x], axis=1)
+    x = x + params["pos_embed"]  # [1, N, D], the class token first, then the patches row by row
+    h = saved.get("num_heads") or model["num_heads"]
+    for i in range(sum(name.startswith("block_") for name in params)):
+        p = params[f"block_{i}"]
+        qkv = linear(norm(x, p["norm1"]), p["attn"]["qkv"])  # [B, N, 3 D]: q, k, v; heads within
+        q, k, v = qkv.reshape(B, -1, 3, h, D // h).transpose(2, 0, 3, 1, 4)
+        weights = jax.nn.softmax(q @ k.swapaxes(2, 3) / (D // h) ** 0.5)
+        y = (weights @ v).swapaxes(1, 2).reshape(B, -1, D)
+        x = x + linear(y, p["attn"]["out"])
+        y = linear(norm(x, p["norm2"]), p["mlp"]["fc1"])
+        x = x + linear(jax.nn.gelu(y, model.get("gelu") == "tanh"), p["mlp"]["fc2"])
+    x = norm(x, params["norm"])
+    x = x[:, 0] if "cls_token" in params else x.mean(axis=1)
+    return jax.nn.softmax(linear(x, params["head"]))
+
+
+if __name__ == "__main__":
+    params, saved = restore(sys.argv[1])
+    black = np.zeros((1, *saved["image_shape"]), np.uint8)
+    for name, p in zip(saved["class_names"], predict(params, saved, black)[0], strict=True):
+        print(f"{p:.4f} {name}")

@@ -1,0 +1,139 @@
+"""Training that starts from weights: the head, the grid, freezing, continuing, refusals."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_weights import same_bits
+
+import vit_jax
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+from vit_jax.interop import layouts
+from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
+from vit_jax.run import header, setup
+from vit_jax.train import train
+
+
+@pytest.fixture
+def pretrained(tiny_config, tmp_path):
+    """A trained run of the tiny recipe."""
+    train(tiny_config, tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+@pytest.fixture
+def google_file(tiny_config, tmp_path):
+    """Random weights of the tiny model in Google's format: 7 classes, a grid of 3x3 patches."""
+    tiny_config.model.gelu, tiny_config.model.norm_eps = "tanh", 1e-6
+    vit = make_model(tiny_config.model, num_classes=7)
+    shapes = jax.eval_shape(lambda key: init_params(vit, key, (12, 12, 3)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    path = tmp_path / "google.npz"
+    np.savez(path, **layouts.from_params(params, layouts.GOOGLE, num_heads=2))
+    return path
+
+
+def first(run):
+    """The parameters a run starts from, on the host."""
+    return jax.tree.map(lambda p: np.asarray(p[0]), run.init(run.seeds).params)
+
+
+def test_the_same_classes_keep_the_head(tiny_config, pretrained):
+    tiny_config.init_from = str(pretrained)
+    run = setup(tiny_config)
+    assert same_bits(first(run), vit_jax.load(pretrained).params)
+    assert run.start == (f"{pretrained} (vit_jax)",)
+    (result,) = run.evaluator(run.test)(run.init(run.seeds).params)
+    assert result["accuracy"] > 0.9
+
+
+def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrained, tiny_folder):
+    renamed = tiny_folder.parent / "renamed"
+    shutil.copytree(tiny_folder, renamed, dirs_exist_ok=True)
+    for split in ("train", "test"):
+        if (renamed / split / "red").exists():
+            (renamed / split / "red").rename(renamed / split / "crimson")
+    tiny_config.data.name, tiny_config.init_from = f"folder:{renamed}", str(pretrained)
+    run = setup(tiny_config)
+    params, old = first(run), vit_jax.load(pretrained).params
+    assert not params["head"]["kernel"].any() and same_bits(params["block_1"], old["block_1"])
+
+
+def test_a_run_from_googles_file(tiny_config, google_file, tmp_path, capsys):
+    c = tiny_config
+    c.init_from, c.model.image_size, c.steps = str(google_file), 16, 6
+    c.checkpoint_every_epochs, c.checkpoint_every_steps = 0.0, 3
+    c.optim.freeze, c.optim.backbone_lr_factor = "patch_embed/*,block_0/*", 0.5
+    started = first(setup(c))
+    train(c, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert f"start: {google_file} (google), a new head, zeros, for 3 classes" in printed
+    assert "positions of 3x3 patches resized to 4x4 (zoom)" in printed
+    assert "17 tokens of 8x8x3 images resized to 16x16" in printed
+    assert "times 0.5 for all but the head" in printed and "(patch_embed/*,block_0/*)" in printed
+    params = vit_jax.load(tmp_path / "run").params
+    for name in params:
+        assert same_bits(params[name], started[name]) == (name in ("patch_embed", "block_0"))
+
+    # Killed after step 3, it continues bit for bit, and no longer needs the file.
+    google_file.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    (tmp_path / "run" / "result.json").unlink()
+    train(c, tmp_path / "run")
+    assert "Continuing from step 3" in capsys.readouterr().out
+    assert same_bits(vit_jax.load(tmp_path / "run").params, params)
+
+
+def test_several_seeds_start_from_the_same_weights(tiny_config, google_file):
+    tiny_config.init_from, tiny_config.num_seeds = str(google_file), 2
+    tiny_config.optim.ema_decay = 0.9
+    state = setup(tiny_config).init(np.array([3, 4], np.uint32))
+    for leaf in jax.tree.leaves((state.params, state.ema_params)):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tiny_config, google_file, tmp_path
+):
+    wrong = {
+        "no.npz": ("init_from", "no.npz does not exist"),
+        "exact": ("model.gelu", "google.npz is of another model.*set --config.model.gelu=tanh"),
+        "24": (
+            "model.width",
+            r"google.npz.*qkv/kernel is \(16, 48\) and \(24, 72\).*width=16",
+        ),
+        "nothing": ("optim.freeze", "no parameter matches 'nothing'"),
+    }
+    tiny_config.init_from = str(google_file)
+    for value, (field, says) in wrong.items():
+        c = config_lib.from_dict(tiny_config.to_dict())
+        config_lib.set_field(c, field, value)
+        with pytest.raises(UserError, match=says) as refusal:
+            train(c, tmp_path / "run")
+        assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+def test_a_model_of_another_resolution_resizes_on_the_device(tiny_config):
+    images = np.random.default_rng(0).normal(size=(2, 8, 6, 3)).astype(np.float32)
+    tiny_config.model.image_size = 16
+    vit = make_model(tiny_config.model, num_classes=3)
+    params = vit.init(jax.random.key(0), images)["params"]
+    assert num_tokens(vit, (8, 6, 3)) == params["pos_embed"].shape[1] == 17
+    big = jax.image.resize(images, (2, 16, 16, 3), "bilinear")
+    expected = vit.clone(image_size=0).apply({"params": params}, big)
+    np.testing.assert_array_equal(vit.apply({"params": params}, images), expected)
+    with pytest.raises(UserError, match="images of 18x18 pixels"):
+        check_image_shape(vit.clone(image_size=18), (8, 8, 3))
+
+
+def test_the_config_of_a_run_tells_where_it_started(tiny_config, google_file, tmp_path):
+    tiny_config.init_from, tiny_config.steps = str(google_file), 1
+    train(tiny_config, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["init_from"] == str(google_file)
+    tiny_config.init_from = ""
+    assert not any(line.startswith("start:") for line in header(setup(tiny_config), tmp_path))

@@ -1,0 +1,132 @@
+"""A run's weights back in Python, and in other code that has orbax, jax and numpy alone."""
+
+import ast
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import vit_jax
+from vit_jax.augment import normalize
+from vit_jax.errors import UserError
+from vit_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+ELSEWHERE = ROOT / "docs" / "restore_elsewhere.py"
+
+
+@pytest.fixture
+def workdir(tiny_config, tmp_path):
+    tiny_config.data.train_split, tiny_config.data.val_split = "train[:60]", "train[60:]"
+    tiny_config.log_every_steps = 100
+    train(tiny_config, tmp_path / "run")  # validated and saved at 4, 8 and 12; 8 and 12 are kept
+    return tmp_path / "run"
+
+
+def images(count=5, seed=1):
+    return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+
+
+def test_load_tells_all_that_a_model_needs(workdir):
+    loaded = vit_jax.load(workdir)
+    model, params, config = loaded
+    assert (loaded.step, loaded.image_shape) == (12, [8, 8, 3])
+    assert loaded.class_names == ["blue", "green", "red"] and model.num_classes == 3
+    assert loaded.preprocessing == {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert config is loaded.config and params is loaded.params
+
+
+def test_load_takes_a_step_the_best_and_the_last(workdir):
+    def rewrite(accuracies):
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        lines = [{**p, "val/accuracy": accuracies[p["step"]]} for p in lines if "val/loss" in p]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in lines))
+
+    rewrite({4: 0.9, 8: 0.5, 12: 0.4})  # 4 is better still, but no longer saved
+    assert [vit_jax.load(workdir, step).step for step in ("best", "last", None, 8, "12")] == [
+        8,
+        12,
+        12,
+        8,
+        12,
+    ]
+    rewrite({4: 0.9, 8: 0.5, 12: 0.5})
+    assert vit_jax.load(workdir, "best").step == 8
+    with pytest.raises(UserError, match="it has 8, 12"):
+        vit_jax.load(workdir, 4)
+    with pytest.raises(UserError, match="a number, best or last; got 'newest'"):
+        vit_jax.load(workdir, "newest")
+    (workdir / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"no val/accuracy of a saved step \(8, 12\)"):
+        vit_jax.load(workdir, "best")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"pool": "gap", "gelu": "tanh"}, {"image_size": 16, "norm_eps": 1e-3, "dtype": "float32"}],
+    ids=["plain", "gap", "resized"],
+)
+def test_the_forward_pass_in_docs_is_the_models(tiny_config, tmp_path, fields):
+    tiny_config.model.update(fields)
+    tiny_config.steps = 3
+    train(tiny_config, tmp_path)
+    elsewhere = runpy.run_path(str(ELSEWHERE))
+    got = elsewhere["predict"](*elsewhere["restore"](tmp_path / "checkpoints" / "3"), images())
+    model, params, config = vit_jax.load(tmp_path)
+    x = normalize(images(), config.data.mean, config.data.std)
+    expected = jax.nn.softmax(model.apply({"params": params}, x))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_forward_pass_in_docs_is_40_lines_without_us():
+    text = ELSEWHERE.read_text()
+    tree = ast.parse(text)
+    (predict,) = (n for n in tree.body if getattr(n, "name", "") == "predict")
+    assert predict.end_lineno - predict.lineno + 1 <= 40
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert imported <= {"json", "pathlib", "sys", "jax", "jax.numpy", "numpy", "orbax.checkpoint"}
+
+
+def test_saved_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
+    """With nothing of ours importable; scripts/clean_restore.sh does it in a clean environment."""
+    from test_train import command, environment
+
+    tiny_config.steps, tiny_config.mesh.fsdp, tiny_config.model.width = 2, 2, 64
+    environ = environment()
+    done = subprocess.run(
+        command(tiny_config, tmp_path),
+        cwd=ROOT,
+        env=environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "devices: 8 x cpu (data 4, fsdp 2)" in done.stdout
+    model, params, config = vit_jax.load(tmp_path)
+    black = normalize(np.zeros((1, 8, 8, 3), np.uint8), config.data.mean, config.data.std)
+    expected = jax.nn.softmax(model.apply({"params": params}, black))[0]
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['vit_jax', 'flax', 'optax', 'ml_collections']))\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
+        "import jax; print(jax.device_count())"
+    )
+    for devices in (1, 3):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ELSEWHERE), str(tmp_path / "checkpoints" / "2")],
+            env=os.environ | flags,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        *rows, count = done.stdout.splitlines()
+        assert int(count) == devices
+        np.testing.assert_allclose([float(r.split()[0]) for r in rows], expected, atol=1e-4)
