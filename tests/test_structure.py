@@ -17,7 +17,7 @@ LEVELS = {
     3: {"step", "loading"},
     4: {"evaluate"},
     5: {"run", "sweep"},
-    6: {"train"},
+    6: {"train", "explain"},
     7: {"main"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

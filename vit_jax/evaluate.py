@@ -22,7 +22,8 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
     """
     batch_size += -batch_size % the_mesh.size
     indices = data.eval_indices(num_examples, batch_size)
-    indices = jax.device_put(indices, mesh.replicated(the_mesh))
+    everywhere = mesh.replicated(the_mesh)
+    indices = mesh.put(indices, everywhere)
     batch_sharding = mesh.batch_sharding(the_mesh)
     eval_step = step.over_seeds(eval_step, num_seeds, (0, None))
 
@@ -35,8 +36,9 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
     def evaluate(params, split_data):
         zeros = np.zeros(num_seeds)
         sums = {"loss": np.float32(zeros), "correct": np.int32(zeros), "count": np.int32(zeros)}
+        sums = mesh.put(sums, everywhere)
         for i in range(len(indices)):
-            sums = add(sums, params, split_data, indices, np.int32(i))
+            sums = add(sums, params, split_data, indices, mesh.put(np.int32(i), everywhere))
         sums = jax.device_get(sums)
         return [
             {"loss": float(loss) / int(n), "accuracy": int(correct) / int(n), "count": int(n)}

@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, metrics
+from vit_jax import checkpoint, mesh, metrics
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.run import header, setup
@@ -132,11 +132,11 @@ def train(config, workdir, *, command=""):
     if start:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.shapes)
         states, progress = zip(*(r.restore(start, one) for r in replicas), strict=True)
-        state = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *states), shardings)
+        state = mesh.put(jax.tree.map(lambda *x: np.stack(x), *states), shardings)
         progress = progress[0]
         print(f"Continuing from step {start:,} of {run.total_steps:,}", flush=True)
     else:
-        state, progress = run.init(run.seeds), {"timed_images": 0, "timed_seconds": 0.0}
+        state, progress = run.init(run.put(run.seeds)), {"timed_images": 0, "timed_seconds": 0.0}
     clock = metrics.Clock(progress["timed_images"], progress["timed_seconds"])
     writer = metrics.Writer(
         [r.workdir for r in replicas],
@@ -161,49 +161,51 @@ def train(config, workdir, *, command=""):
     def averaged(state):
         return state.params if state.ema_params is None else state.ema_params
 
-    for step in range(start + 1, run.total_steps + 1):
-        epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
-        if batches == 1 or order is None:
-            order = run.order(epoch)
-        state, step_metrics = run.step(state, split, order)
+    # Nothing crosses between host and device in the loop that is not asked for by name.
+    with jax.transfer_guard("disallow"):
+        for step in range(start + 1, run.total_steps + 1):
+            epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
+            if batches == 1 or order is None:
+                order = run.order(epoch)
+            state, step_metrics = run.step(state, split, order)
 
-        # A step's metrics are read once the next step is under way, so that neither waits.
-        in_flight.append((step, step_metrics))
-        last = step == run.total_steps
-        epoch_ends, saves = batches == spe or last, due("checkpoint_every", step) or last
-        evaluates = run.val and (due("eval_every", step) or last)
-        while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
-            done, values = in_flight.popleft()
-            jax.block_until_ready(values)
-            clock.tick((images(done) - images(done - 1)) * config.num_seeds)
-            if due("log_every", done):
-                rate = clock.lap()
-                line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
-                line["time/images_per_second"] = rate
-                if peak:
-                    line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
-                writer.write(done, line)
-                loss = line["train/loss"].mean()
-                writer.progress(done, loss=loss, images_per_second=rate / config.num_seeds)
+            # A step's metrics are read once the next step is under way, so that neither waits.
+            in_flight.append((step, step_metrics))
+            last = step == run.total_steps
+            epoch_ends, saves = batches == spe or last, due("checkpoint_every", step) or last
+            evaluates = run.val and (due("eval_every", step) or last)
+            while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
+                done, values = in_flight.popleft()
+                jax.block_until_ready(values)
+                clock.tick((images(done) - images(done - 1)) * config.num_seeds)
+                if due("log_every", done):
+                    rate = clock.lap()
+                    line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
+                    line["time/images_per_second"] = rate
+                    if peak:
+                        line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
+                    writer.write(done, line)
+                    loss = line["train/loss"].mean()
+                    writer.progress(done, loss=loss, images_per_second=rate / config.num_seeds)
 
-        if epoch_ends:
-            means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}
-            writer.write(step, means)
-            part = "" if batches == spe else f" ({batches} of its {spe} steps)"
-            writer.say(f"Epoch {epoch + 1}, Loss: {means['epoch/loss'].mean():.4f}{part}")
-        if evaluates:
-            results = evaluate_val(averaged(state))
-            values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
-            writer.write(step, values)
-            writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
-        if saves:
-            writer.sync()  # before the checkpoint: a continued run keeps the lines up to its step
-            host = jax.device_get(state)
-            timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
-            for i, replica in enumerate(replicas):
-                replica.save(step, jax.tree.map(lambda x, i=i: x[i], host), timed)
-        if epoch_ends or evaluates or saves:
-            clock.skip()
+            if epoch_ends:
+                means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}
+                writer.write(step, means)
+                part = "" if batches == spe else f" ({batches} of its {spe} steps)"
+                writer.say(f"Epoch {epoch + 1}, Loss: {means['epoch/loss'].mean():.4f}{part}")
+            if evaluates:
+                results = evaluate_val(averaged(state))
+                values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
+                writer.write(step, values)
+                writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
+            if saves:
+                writer.sync()  # before the checkpoint: a continued run keeps lines up to its step
+                host = mesh.fetch(state)
+                timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
+                for i, replica in enumerate(replicas):
+                    replica.save(step, jax.tree.map(lambda x, i=i: x[i], host), timed)
+            if epoch_ends or evaluates or saves:
+                clock.skip()
     for replica in replicas:
         replica.checkpoints.close()
 
