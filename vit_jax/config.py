@@ -30,6 +30,7 @@ def defaults():
     c.seed = 0  # all randomness derives from (seed, step), data order from (seed, epoch)
     c.num_seeds = 1  # replicas trained in one program, with seeds seed, seed + 1, ...
     c.batch_size = 64  # global: over all devices and hosts
+    c.accumulate_steps = 1  # parts that a batch is computed in, one after another, for memory
     c.eval_batch_size = 500
     c.epochs = 20.0
     c.steps = 0  # bounds the run instead of `epochs` when set
@@ -64,6 +65,7 @@ def defaults():
     c.model.layer_scale = 0.0  # starting value; 0: off
     c.model.dropout = 0.0
     c.model.drop_path = 0.0  # at the last block, growing linearly with depth
+    c.model.remat = False  # computes each block's activations again instead of keeping them
     c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
 
     c.augment = ConfigDict()
@@ -175,8 +177,9 @@ def validate(config):
     one_of("optim.schedule", o.schedule, optim.SCHEDULES)
     one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
     one_of("optim.decay", o.decay, optim.DECAYS)
-    for name in ("batch_size", "eval_batch_size", "num_seeds"):
+    for name in ("batch_size", "accumulate_steps", "eval_batch_size", "num_seeds"):
         at_least(name, config[name], 1)
+    at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)
     at_least("mesh.data", config.mesh.data, 0)

@@ -74,7 +74,7 @@ class Run:
     def order(self, epoch):
         """The resident order of an epoch: int32[num_seeds, steps_per_epoch, B], -1 for no example.
 
-        B is the batch size, rounded up to what the mesh divides.
+        B is the batch size, rounded up to what the mesh and the parts of a batch divide.
         """
         n, batch_size = len(self.train.labels), self.config.batch_size
         order = [data.epoch_indices(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
@@ -85,7 +85,7 @@ class Run:
     def order_shape(self):
         """(num_seeds, steps_per_epoch, B) of an epoch's order."""
         batch_size = self.config.batch_size
-        batch_size += -batch_size % self.mesh.size
+        batch_size += -batch_size % (self.mesh.size * self.config.accumulate_steps)
         return self.config.num_seeds, self.steps_per_epoch, batch_size
 
     def evaluator(self, split):
@@ -170,6 +170,7 @@ def setup(config, *, devices=None):
         steps_per_epoch=steps_per_epoch,
         mix_steps=total_steps - durations["mix_off_last"],
         ema_decay=config.optim.ema_decay,
+        accumulate_steps=config.accumulate_steps,
     )
 
     def init(seed):
@@ -241,7 +242,9 @@ def header(run, workdir):
         "forward and backward",
         f"devices: {devices} x {kind} "
         f"(data {run.mesh.shape['data']}, fsdp {run.mesh.shape['fsdp']}); "
-        f"batch {c.batch_size} in all, {math.ceil(c.batch_size / devices)} a device",
+        f"batch {c.batch_size} in all, {math.ceil(c.batch_size / devices)} a device"
+        + (f", computed in {c.accumulate_steps} parts" if c.accumulate_steps > 1 else "")
+        + (", blocks computed again in the backward pass" if m.remat else ""),
         f"sharding: {mesh_lib.describe(run.mesh, run.shapes)}; "
         f"data {run.train.images.nbytes / 1e6:,.1f} MB on each",
         f"steps: {run.total_steps:,} of batch {c.batch_size}, {run.steps_per_epoch:,} an epoch "

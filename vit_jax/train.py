@@ -15,7 +15,7 @@ from vit_jax.run import header, setup
 from vit_jax.step import TrainState
 
 # May differ between a run and its continuation: they do not change what is computed.
-NOT_COMPARED = ("data.dir", "mesh.data", "mesh.fsdp", "tensorboard")
+NOT_COMPARED = ("data.dir", "mesh.data", "mesh.fsdp", "model.remat", "tensorboard")
 
 
 def open_workdir(workdir, config, command, *, needs=0):
