@@ -12,7 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
     0: {"errors", "shapes10"},
-    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"},
+    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
+    | {"distributed"},
     2: {"config"},
     3: {"step", "loading"},
     4: {"evaluate"},

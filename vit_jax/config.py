@@ -304,11 +304,12 @@ def _as_type_of(old, value):
 def difference(ours, theirs, *, ignore=()):
     """'field: a, was b' for every dotted field on which two configs differ, as a list."""
     names = dict.fromkeys([*field_names(ours), *field_names(theirs)])
-    values = ((n, _get(ours, n), _get(theirs, n)) for n in names if n not in ignore)
+    values = ((n, get_field(ours, n), get_field(theirs, n)) for n in names if n not in ignore)
     return [f"{name}: {a!r}, was {b!r}" for name, a, b in values if a != b]
 
 
-def _get(config, name):
+def get_field(config, name):
+    """The value of a dotted name; None where there is no such field."""
     for part in name.split("."):
         config = config.get(part) if config is not None else None
     return config

@@ -4,6 +4,7 @@ As a command: python -m vit_jax.evaluate --workdir D [--split test] [--step N] [
 """
 
 import argparse
+import functools
 import json
 
 import jax
@@ -27,7 +28,7 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
     batch_sharding = mesh.batch_sharding(the_mesh)
     eval_step = step.over_seeds(eval_step, num_seeds, (0, None))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def add(sums, params, split_data, indices, i):
         batch = step.gather(split_data, indices[i])
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding)

@@ -57,6 +57,14 @@ def parse(argv):
     return config, args
 
 
+def compared(config):
+    """{dotted name: value} of the fields that all processes of a run must share."""
+    from vit_jax.config import field_names, get_field
+
+    own = ("data.dir", "tensorboard")  # what may differ from host to host
+    return {f"config.{n}": get_field(config, n) for n in field_names(config) if n not in own}
+
+
 def main():
     """The console script `vit-jax`, and `python -m vit_jax.main`."""
     run_command(_main)
@@ -70,17 +78,27 @@ def _main():
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
+    from vit_jax import distributed
+
+    with distributed.joined(compared(config)) as peers:
+        _run(config, args, peers)
+    if args.config == _DEFAULT and (not peers or peers.process == 0):
+        print("Next, CIFAR-10: ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py")
+
+
+def _run(config, args, peers):
     if args.dry_run:
         from vit_jax.explain import explain
         from vit_jax.run import setup
 
-        print(*explain(setup(config), args.workdir), sep="\n")
+        lines = explain(setup(config), args.workdir)
+        if not peers or peers.process == 0:
+            print(*lines, sep="\n")
         return
     from vit_jax.train import train
 
-    train(config, args.workdir, command=shlex.join(["python", "-m", "vit_jax.main", *sys.argv[1:]]))
-    if args.config == _DEFAULT:
-        print("Next, CIFAR-10: ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py")
+    command = shlex.join(["python", "-m", "vit_jax.main", *sys.argv[1:]])
+    train(config, args.workdir, command=command, peers=peers)
 
 
 if __name__ == "__main__":

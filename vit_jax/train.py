@@ -66,7 +66,8 @@ class Replica:
         if run.config.num_seeds > 1:
             self.config.seed, self.config.num_seeds = self.seed, 1
             self.workdir = workdir / f"seed_{self.seed}"
-            open_workdir(self.workdir, self.config, command)
+            if jax.process_index() == 0:
+                open_workdir(self.workdir, self.config, command)
         self.checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
         self._saved_config = {
             "config": self.config.to_dict(),
@@ -109,24 +110,36 @@ class Replica:
         return state, saved["progress"]
 
 
-def train(config, workdir, *, command=""):
+def train(config, workdir, *, command="", peers=None):
     """Trains by a config, printing as it goes, and returns the content of result.json.
 
     Continues from the newest checkpoint in `workdir` when it holds one of the same config. Raises
-    UserError for wrong input, before anything is written.
+    UserError for wrong input, before anything is written. One of several processes gets its
+    `peers` (distributed.Peers); process 0 alone prints, and writes all but its part of a
+    checkpoint, which orbax asks of each.
     """
     workdir = pathlib.Path(workdir)
+    first = jax.process_index() == 0
     run = setup(config)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two are kept while a third is being written.
-    open_workdir(workdir, config, command, needs=3 * a_checkpoint)
-    print(*header(run, workdir), sep="\n", flush=True)
+    if first:
+        open_workdir(workdir, config, command, needs=3 * a_checkpoint)
+    if peers:
+        splits = {"train": run.train, "val": run.val, "test": run.test}
+        peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
+    if first:
+        print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, command) for i in range(config.num_seeds)]
     start = min(r.checkpoints.latest_step() or 0 for r in replicas)
-    if start == run.total_steps and (workdir / "result.json").exists():
+    complete = start == run.total_steps and (workdir / "result.json").exists()
+    if peers:  # a workdir on each host's own disk would differ
+        peers.agree({f"the newest checkpoint in {workdir}": start, "a result there": complete})
+    if complete:
         result = json.loads((workdir / "result.json").read_text())
-        print(f"Already complete. {summary(result)}")
+        if first:
+            print(f"Already complete. {summary(result)}")
         return result
     shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
     if start:
@@ -134,12 +147,13 @@ def train(config, workdir, *, command=""):
         states, progress = zip(*(r.restore(start, one) for r in replicas), strict=True)
         state = mesh.put(jax.tree.map(lambda *x: np.stack(x), *states), shardings)
         progress = progress[0]
-        print(f"Continuing from step {start:,} of {run.total_steps:,}", flush=True)
+        if first:
+            print(f"Continuing from step {start:,} of {run.total_steps:,}", flush=True)
     else:
         state, progress = run.init(run.put(run.seeds)), {"timed_images": 0, "timed_seconds": 0.0}
     clock = metrics.Clock(progress["timed_images"], progress["timed_seconds"])
     writer = metrics.Writer(
-        [r.workdir for r in replicas],
+        [r.workdir for r in replicas] if first else [],
         step=start,
         total_steps=run.total_steps,
         batch_size=config.batch_size,
@@ -227,14 +241,16 @@ def train(config, workdir, *, command=""):
     }
     for i, replica in enumerate(replicas):
         result = {k: float(v[i]) for k, v in final.items()} | {"seed": replica.seed, **shared}
-        metrics.write_json(replica.workdir / "result.json", result)
+        if first:
+            metrics.write_json(replica.workdir / "result.json", result)
     if config.num_seeds > 1:
         result = {"seed": run.seeds.tolist(), **shared}
         for name, of_each in final.items():
             result[name] = float(np.mean(of_each))
             result[f"{name}_std"] = float(np.std(of_each, ddof=1))
             result[f"{name}_of_each_seed"] = [float(v) for v in of_each]
-        metrics.write_json(workdir / "result.json", result)
+        if first:
+            metrics.write_json(workdir / "result.json", result)
     writer.say(summary(result))
     writer.close()
     return result
