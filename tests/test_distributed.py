@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from vit_jax import config as config_lib
+from vit_jax import distributed
 from vit_jax.distributed import Place, find_place
 from vit_jax.errors import UserError
 from vit_jax.train import train
@@ -84,9 +85,8 @@ def small(tiny_config):
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_train_as_one_and_one_goes_on_from_them(small, tmp_path, fsdp):
-    """Two processes of two devices each; and one with one device that continues what they left."""
-    small.checkpoint_every_steps, small.checkpoint_every_epochs = 10, 0
+def test_two_processes_train_as_one(small, tmp_path, fsdp):
+    """Two processes of two devices each."""
     train(small, tmp_path / "one")
     small.mesh.fsdp = fsdp
     whole = start([command(small, tmp_path / "two")] * 2, devices=2)
@@ -102,13 +102,24 @@ def test_two_processes_train_as_one_and_one_goes_on_from_them(small, tmp_path, f
     assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-5)
 
-    # As after a kill before step 20 was saved.
-    (tmp_path / "two" / "result.json").unlink()
 
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "20")
+def test_killed_on_two_processes_it_goes_on_on_one(small, tmp_path):
+    small.steps, small.checkpoint_every_steps, small.checkpoint_every_epochs = 100, 10, 0
+    small.optim.peak_lr = 1e-4
+    train(small, tmp_path / "one")
+    small.mesh.fsdp = 4
+    processes = start([command(small, tmp_path / "two")] * 2, devices=2)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "two").glob("checkpoints/[1-9]0")) and time.monotonic() < deadline:
+        assert processes[1].poll() is None, processes[1].stderr.read()
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    ends(processes)
+    assert not (tmp_path / "two" / "result.json").exists()
     small.mesh.fsdp = 1
     train(small, tmp_path / "two")
-    two = losses(tmp_path / "two")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
 
 
@@ -151,11 +162,19 @@ def test_two_processes_of_one_number(small, tmp_path):
         assert "two processes have PROCESS_ID=1" in line
 
 
-def test_a_missing_process(small, tmp_path):
-    processes = start([command(small, tmp_path / "w")] * 2, NUM_PROCESSES=["3", "3"])
-    for lines in refusals(processes):
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [("01", "process 2 of 3 did not come"), ("12", "found no process 0 at 127.0.0.1")],
+)
+def test_a_missing_process(small, tmp_path, ids, says):
+    assert distributed._GATHER_SECONDS < distributed._ANSWER_SECONDS < 60
+    code = "import runpy; from vit_jax import distributed as d; "
+    code += "d._GATHER_SECONDS, d._ANSWER_SECONDS = 5, 8; "
+    code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
+    arguments = [sys.executable, "-c", code, *command(small, tmp_path / "w")[3:]]
+    for lines in refusals(start([arguments] * 2, PROCESS_ID=ids, NUM_PROCESSES="33")):
         (line,) = lines
-        assert "process 2 of 3 did not come" in line
+        assert says in line
 
 
 @pytest.mark.parametrize("victim", [0, 1])
