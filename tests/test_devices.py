@@ -47,7 +47,7 @@ def found(tiny_folder, tmp_path_factory):
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(path)],
-        cwd=ROOT, env=os.environ | EIGHT | cache, capture_output=True, text=True, timeout=400,
+        cwd=ROOT, env=os.environ | EIGHT | cache, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
