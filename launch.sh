@@ -4,13 +4,18 @@
 #     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py
 #     ./launch.sh pytest
 #
+# One process a host, which takes all its GPUs. Several hosts (docs/multi_host.md):
+#
+#     srun ./launch.sh python -m vit_jax.main ...                                (SLURM)
+#     COORDINATOR=host:port NUM_PROCESSES=n PROCESS_ID=i ./launch.sh python ...  (on each host)
+#
 # PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder (.venv here).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$root/.venv}
 
 if [ $# -eq 0 ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 

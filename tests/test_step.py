@@ -117,3 +117,29 @@ def test_evaluation_counts_over_the_mask():
     assert sums["count"] == 3
     assert sums["correct"] == (np.argmax(logits, -1) == DATA["label"][5:8]).sum()
     assert float(sums["loss"]) == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole():
+    c = config.defaults()
+    c.augment.flip, c.augment.mixup_alpha = "random", 0.8
+    model = MODEL.clone(dropout=0.0)
+    make_step = functools.partial(
+        make_train_step,
+        optimizer=optax.sgd(1.0),
+        augment_fn=augment.make_augment(c.augment, num_classes=4, **PIXELS),
+        schedule=optax.constant_schedule(1.0),
+        steps_per_epoch=3,
+        mix_steps=100,
+        ema_decay=0.0,
+    )
+    _, state = make()
+    state = state.replace(opt_state=optax.sgd(1.0).init(state.params))
+    batch = gather(DATA, np.array([3, 1, 4, 15, 9, -1, -1, -1]))
+    whole, told = jax.jit(make_step(model))(state, batch)
+    for parts, remat in ((2, False), (4, True)):
+        step = jax.jit(make_step(model.clone(remat=remat), accumulate_steps=parts))
+        again, metrics = step(state, batch)
+        for name, value in told.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

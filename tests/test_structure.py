@@ -12,12 +12,13 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
     0: {"errors", "shapes10"},
-    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"},
+    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
+    | {"distributed"},
     2: {"config"},
     3: {"step", "loading", "weights"},
     4: {"evaluate", "export"},
     5: {"run", "sweep"},
-    6: {"train"},
+    6: {"train", "explain"},
     7: {"main"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

@@ -151,6 +151,7 @@ def test_header_explains_the_run(tiny_config, tmp_path):
         "parameters",
         "GFLOP an image",
         "batch 16 in all, 16 a device",
+        "weights and optimizer state whole on each device; 0.1 MB a device of 0.1 MB; data",
         "18 of batch 16, 6 an epoch (3 epochs; the last batch of an epoch holds 10)",
         "adamw, constant 0.01",
         "(all of them)",

@@ -30,6 +30,7 @@ def defaults():
     c.seed = 0  # all randomness derives from (seed, step), data order from (seed, epoch)
     c.num_seeds = 1  # replicas trained in one program, with seeds seed, seed + 1, ...
     c.batch_size = 64  # global: over all devices and hosts
+    c.accumulate_steps = 1  # parts that a batch is computed in, one after another, for memory
     c.eval_batch_size = 500
     c.epochs = 20.0
     c.steps = 0  # bounds the run instead of `epochs` when set
@@ -68,6 +69,7 @@ def defaults():
     c.model.gelu = "exact"  # exact | tanh, the approximation that Google's .npz were trained with
     c.model.pre_logits = 0  # width of a tanh layer before the head; 0: none
     c.model.image_size = 0  # images are resized to this side on the device; 0: as they come
+    c.model.remat = False  # computes each block's activations again instead of keeping them
     c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
 
     c.augment = ConfigDict()
@@ -182,8 +184,9 @@ def validate(config):
     one_of("optim.schedule", o.schedule, optim.SCHEDULES)
     one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
     one_of("optim.decay", o.decay, optim.DECAYS)
-    for name in ("batch_size", "eval_batch_size", "num_seeds"):
+    for name in ("batch_size", "accumulate_steps", "eval_batch_size", "num_seeds"):
         at_least(name, config[name], 1)
+    at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)
     at_least("mesh.data", config.mesh.data, 0)
@@ -312,11 +315,12 @@ def _as_type_of(old, value):
 def difference(ours, theirs, *, ignore=()):
     """'field: a, was b' for every dotted field on which two configs differ, as a list."""
     names = dict.fromkeys([*field_names(ours), *field_names(theirs)])
-    values = ((n, _get(ours, n), _get(theirs, n)) for n in names if n not in ignore)
+    values = ((n, get_field(ours, n), get_field(theirs, n)) for n in names if n not in ignore)
     return [f"{name}: {a!r}, was {b!r}" for name, a, b in values if a != b]
 
 
-def _get(config, name):
+def get_field(config, name):
+    """The value of a dotted name; None where there is no such field."""
     for part in name.split("."):
         config = config.get(part) if config is not None else None
     return config

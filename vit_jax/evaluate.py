@@ -4,6 +4,7 @@ As a command: python -m vit_jax.evaluate --workdir D [--split test] [--step N|be
 """
 
 import argparse
+import functools
 import json
 
 import jax
@@ -22,11 +23,12 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
     """
     batch_size += -batch_size % the_mesh.size
     indices = data.eval_indices(num_examples, batch_size)
-    indices = jax.device_put(indices, mesh.replicated(the_mesh))
+    everywhere = mesh.replicated(the_mesh)
+    indices = mesh.put(indices, everywhere)
     batch_sharding = mesh.batch_sharding(the_mesh)
     eval_step = step.over_seeds(eval_step, num_seeds, (0, None))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def add(sums, params, split_data, indices, i):
         batch = step.gather(split_data, indices[i])
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
@@ -35,8 +37,9 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
     def evaluate(params, split_data):
         zeros = np.zeros(num_seeds)
         sums = {"loss": np.float32(zeros), "correct": np.int32(zeros), "count": np.int32(zeros)}
+        sums = mesh.put(sums, everywhere)
         for i in range(len(indices)):
-            sums = add(sums, params, split_data, indices, np.int32(i))
+            sums = add(sums, params, split_data, indices, mesh.put(np.int32(i), everywhere))
         sums = jax.device_get(sums)
         return [
             {"loss": float(loss) / int(n), "accuracy": int(correct) / int(n), "count": int(n)}

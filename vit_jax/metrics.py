@@ -129,7 +129,8 @@ class Writer:
     """Writes metrics of a run into its workdirs, one a replica, and its progress to the terminal.
 
     On a terminal a bar shows images, images/s, the time left and the newest loss; elsewhere a line
-    is printed every `plain_seconds` at most. `say` prints a line without tearing the bar.
+    is printed every `plain_seconds` at most. `say` prints a line without tearing the bar. Without
+    workdirs it is silent: of several processes one tells.
     """
 
     def __init__(self, workdirs, *, step, total_steps, batch_size, tensorboard, plain_seconds=30):
@@ -148,7 +149,7 @@ class Writer:
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not workdirs or not sys.stderr.isatty(),
         )
         self._plain_seconds, self._last_plain = plain_seconds, time.monotonic()
 
@@ -157,6 +158,8 @@ class Writer:
 
         A value is one number for all replicas, or one a replica.
         """
+        if not self._files:
+            return
         metrics = {k: np.broadcast_to(v, len(self._files)) for k, v in metrics.items()}
         for i, file in enumerate(self._files):
             values = {name: float(value[i]) for name, value in metrics.items()}
@@ -167,6 +170,8 @@ class Writer:
 
     def progress(self, step, *, loss, images_per_second):
         """Moves the bar, or prints a plain line where there is no terminal."""
+        if not self._files:
+            return
         if not self._bar.disable:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(step * self._batch_size - self._bar.n)
@@ -181,7 +186,8 @@ class Writer:
 
     def say(self, text):
         """Prints a line."""
-        self._bar.write(text)
+        if self._files:
+            self._bar.write(text)
         sys.stdout.flush()
 
     def sync(self):

@@ -241,6 +241,7 @@ class VisionTransformer(nn.Module):
     layer_scale: float = 0.0
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
     gelu: str = "exact"
     pre_logits: int = 0
@@ -274,7 +275,7 @@ class VisionTransformer(nn.Module):
         x = x + jnp.asarray(pos_embed, self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         for i in range(self.depth):
-            x = TransformerBlock(
+            block = TransformerBlock(
                 self.num_heads,
                 self.mlp_dim,
                 self.norm_eps,
@@ -286,7 +287,11 @@ class VisionTransformer(nn.Module):
                 self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as the paper
                 self.gelu,
                 name=f"block_{i}",
-            )(x, train=train)
+            )
+            if self.remat:  # only a block's input is kept for the backward pass
+                x = nn.remat(lambda block, x: block(x, train=train))(block, x)
+            else:
+                x = block(x, train=train)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
         if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)

@@ -67,7 +67,7 @@ class Run:
 
     def put(self, tree):
         """Arrays of the host onto every device."""
-        return jax.device_put(tree, mesh_lib.replicated(self.mesh))
+        return mesh_lib.put(tree, mesh_lib.replicated(self.mesh))
 
     def resident(self, split):
         """A data.Dataset on every device, as {"image", "label"}."""
@@ -76,12 +76,19 @@ class Run:
     def order(self, epoch):
         """The resident order of an epoch: int32[num_seeds, steps_per_epoch, B], -1 for no example.
 
-        B is the batch size, rounded up to what the mesh divides.
+        B is the batch size, rounded up to what the mesh and the parts of a batch divide.
         """
         n, batch_size = len(self.train.labels), self.config.batch_size
         order = [data.epoch_indices(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
-        padding = ((0, 0), (0, 0), (0, -batch_size % self.mesh.size))
+        padding = ((0, 0), (0, 0), (0, self.order_shape[-1] - batch_size))
         return self.put(np.pad(np.stack(order), padding, constant_values=-1))
+
+    @property
+    def order_shape(self):
+        """(num_seeds, steps_per_epoch, B) of an epoch's order."""
+        batch_size = self.config.batch_size
+        batch_size += -batch_size % (self.mesh.size * self.config.accumulate_steps)
+        return self.config.num_seeds, self.steps_per_epoch, batch_size
 
     def evaluator(self, split):
         """A function params -> [{"loss", "accuracy", "count"}] over all of a split, by replica."""
@@ -96,14 +103,15 @@ class Run:
         return lambda params: evaluate(params, resident)
 
 
-def setup(config, *, fresh=True):
-    """The Run of a config. Reads the data; writes nothing. Raises UserError for wrong input.
+def setup(config, *, devices=None, fresh=True):
+    """The Run of a config, on a list of devices or on all.
 
-    With `fresh` false a checkpoint will take the place of `init`, and config.init_from, which may
-    be gone by then, is not read.
+    Reads the data; writes nothing. Raises UserError for wrong input. With `fresh` false a
+    checkpoint will take the place of `init`, and config.init_from, which may be gone by then, is
+    not read.
     """
     config_lib.validate(config)
-    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     train, val, test = (
         data.load_split(
             config.data.name,
@@ -166,6 +174,7 @@ def setup(config, *, fresh=True):
         steps_per_epoch=steps_per_epoch,
         mix_steps=total_steps - durations["mix_off_last"],
         ema_decay=config.optim.ema_decay,
+        accumulate_steps=config.accumulate_steps,
     )
 
     params, start = None, ()
@@ -241,6 +250,7 @@ def header(run, workdir):
         rate += f"; {frozen:,} parameters frozen ({o.freeze})"
     resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
     devices = run.mesh.size
+    kind = run.mesh.devices.flat[0].device_kind
     seeds = f"seed: {c.seed}"
     if c.num_seeds > 1:
         seeds = f"seeds: {', '.join(map(str, run.seeds))}, trained in one program"
@@ -253,9 +263,13 @@ def header(run, workdir):
         f"init {m.weight_init}, compute {m.dtype.name}",
         f"size: {run.num_params:,} parameters; {run.flops_per_image / 1e9:.2f} GFLOP an image, "
         "forward and backward",
-        f"devices: {devices} x {jax.devices()[0].device_kind} "
+        f"devices: {devices} x {kind} "
         f"(data {run.mesh.shape['data']}, fsdp {run.mesh.shape['fsdp']}); "
-        f"batch {c.batch_size} in all, {math.ceil(c.batch_size / devices)} a device",
+        f"batch {c.batch_size} in all, {math.ceil(c.batch_size / devices)} a device"
+        + (f", computed in {c.accumulate_steps} parts" if c.accumulate_steps > 1 else "")
+        + (", blocks computed again in the backward pass" if m.remat else ""),
+        f"sharding: {mesh_lib.describe(run.mesh, run.shapes)}; "
+        f"data {run.train.images.nbytes / 1e6:,.1f} MB on each",
         f"steps: {run.total_steps:,} of batch {c.batch_size}, {run.steps_per_epoch:,} an epoch "
         f"({run.total_steps / run.steps_per_epoch:g} epochs; the last batch of an epoch holds "
         f"{n - (run.steps_per_epoch - 1) * c.batch_size})",

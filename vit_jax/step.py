@@ -78,13 +78,26 @@ def masked_mean(values, mask):
 
 
 def make_train_step(
-    model, optimizer, augment_fn, *, schedule, steps_per_epoch, mix_steps, ema_decay
+    model,
+    optimizer,
+    augment_fn,
+    *,
+    schedule,
+    steps_per_epoch,
+    mix_steps,
+    ema_decay,
+    accumulate_steps=1,
 ):
     """train_step(state, batch) -> (state, metrics): pure, to be jitted by the caller.
 
     The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
     float32[]: loss and accuracy over the mask, grad_norm (before clipping) and lr. All randomness
     of a step derives from (state.seed, state.step). Mixup and cutmix stop after `mix_steps`.
+
+    With `accumulate_steps` of A the batch is augmented and mixed whole, then goes forward and
+    backward in A parts, one after another, whose gradients are summed: the same step for the
+    memory of B / A images. Only dropout draws otherwise, each part with a key of its own. A part
+    is every A-th row, so that each device finds its share of every part among its own rows.
     """
 
     def train_step(state, batch):
@@ -93,12 +106,34 @@ def make_train_step(
         epoch = state.step // steps_per_epoch
         images, labels = augment_fn(augment_key, batch, epoch=epoch, mix=state.step < mix_steps)
 
-        def loss_fn(params):
+        def loss_fn(params, images, labels, mask, dropout_key):
             rngs = {"dropout": dropout_key}
             logits = model.apply({"params": params}, images, train=True, rngs=rngs)
-            return masked_mean(optax.softmax_cross_entropy(logits, labels), batch["mask"]), logits
+            losses = optax.softmax_cross_entropy(logits, labels)
+            if accumulate_steps == 1:
+                return masked_mean(losses, mask), logits
+            return jnp.sum(jnp.where(mask, losses, 0.0)) / count, logits
 
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        inputs = (images, labels, batch["mask"])
+        if accumulate_steps == 1:
+            (loss, logits), grads = grad_fn(state.params, *inputs, dropout_key)
+        else:
+            count = jnp.maximum(jnp.sum(batch["mask"]), 1)  # of the whole batch, not of a part
+
+            def split(x):
+                return jnp.swapaxes(x.reshape(-1, accumulate_steps, *x.shape[1:]), 0, 1)
+
+            def add_part(total, part):
+                inputs, i = part
+                key = jax.random.fold_in(dropout_key, i)
+                (loss, logits), grads = grad_fn(state.params, *inputs, key)
+                return jax.tree.map(jnp.add, total, (loss, grads)), logits
+
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+            parts = (jax.tree.map(split, inputs), jnp.arange(accumulate_steps))
+            (loss, grads), logits = jax.lax.scan(add_part, zeros, parts)
+            logits = jnp.swapaxes(logits, 0, 1).reshape(-1, logits.shape[-1])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params

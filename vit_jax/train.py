@@ -8,14 +8,14 @@ import shutil
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, metrics
+from vit_jax import checkpoint, mesh, metrics
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.run import header, setup
 from vit_jax.step import TrainState
 
 # May differ between a run and its continuation: they do not change what is computed.
-NOT_COMPARED = ("data.dir", "mesh.data", "mesh.fsdp", "tensorboard")
+NOT_COMPARED = ("data.dir", "mesh.data", "mesh.fsdp", "model.remat", "tensorboard")
 
 
 def open_workdir(workdir, config, command, *, needs=0):
@@ -66,7 +66,8 @@ class Replica:
         if run.config.num_seeds > 1:
             self.config.seed, self.config.num_seeds = self.seed, 1
             self.workdir = workdir / f"seed_{self.seed}"
-            open_workdir(self.workdir, self.config, command)
+            if jax.process_index() == 0:
+                open_workdir(self.workdir, self.config, command)
         self.checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
         self._saved_config = {
             "config": self.config.to_dict(),
@@ -110,41 +111,54 @@ class Replica:
         return state, saved["progress"]
 
 
-def train(config, workdir, *, command=""):
+def train(config, workdir, *, command="", peers=None):
     """Trains by a config, printing as it goes, and returns the content of result.json.
 
     Continues from the newest checkpoint in `workdir` when it holds one of the same config. Raises
-    UserError for wrong input, before anything is written.
+    UserError for wrong input, before anything is written. One of several processes gets its
+    `peers` (distributed.Peers); process 0 alone prints, and writes all but its part of a
+    checkpoint, which orbax asks of each.
     """
     workdir = pathlib.Path(workdir)
+    first = jax.process_index() == 0
     saved = workdir / "checkpoints"
     continuing = saved.is_dir() and any(step.name.isdigit() for step in saved.iterdir())
     run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two are kept while a third is being written.
-    open_workdir(workdir, config, command, needs=3 * a_checkpoint)
-    print(*header(run, workdir), sep="\n", flush=True)
+    if first:
+        open_workdir(workdir, config, command, needs=3 * a_checkpoint)
+    if peers:
+        splits = {"train": run.train, "val": run.val, "test": run.test}
+        peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
+    if first:
+        print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, command) for i in range(config.num_seeds)]
     start = min(r.checkpoints.latest_step() or 0 for r in replicas)
     if not start and continuing:  # what looked like a checkpoint is none
         run = setup(config)
-    if start == run.total_steps and (workdir / "result.json").exists():
+    complete = start == run.total_steps and (workdir / "result.json").exists()
+    if peers:  # a workdir on each host's own disk would differ
+        peers.agree({f"the newest checkpoint in {workdir}": start, "a result there": complete})
+    if complete:
         result = json.loads((workdir / "result.json").read_text())
-        print(f"Already complete. {summary(result)}")
+        if first:
+            print(f"Already complete. {summary(result)}")
         return result
     shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
     if start:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.shapes)
         states, progress = zip(*(r.restore(start, one) for r in replicas), strict=True)
-        state = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *states), shardings)
+        state = mesh.put(jax.tree.map(lambda *x: np.stack(x), *states), shardings)
         progress = progress[0]
-        print(f"Continuing from step {start:,} of {run.total_steps:,}", flush=True)
+        if first:
+            print(f"Continuing from step {start:,} of {run.total_steps:,}", flush=True)
     else:
-        state, progress = run.init(run.seeds), {"timed_images": 0, "timed_seconds": 0.0}
+        state, progress = run.init(run.put(run.seeds)), {"timed_images": 0, "timed_seconds": 0.0}
     clock = metrics.Clock(progress["timed_images"], progress["timed_seconds"])
     writer = metrics.Writer(
-        [r.workdir for r in replicas],
+        [r.workdir for r in replicas] if first else [],
         step=start,
         total_steps=run.total_steps,
         batch_size=config.batch_size,
@@ -166,49 +180,51 @@ def train(config, workdir, *, command=""):
     def averaged(state):
         return state.params if state.ema_params is None else state.ema_params
 
-    for step in range(start + 1, run.total_steps + 1):
-        epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
-        if batches == 1 or order is None:
-            order = run.order(epoch)
-        state, step_metrics = run.step(state, split, order)
+    # Nothing crosses between host and device in the loop that is not asked for by name.
+    with jax.transfer_guard("disallow"):
+        for step in range(start + 1, run.total_steps + 1):
+            epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
+            if batches == 1 or order is None:
+                order = run.order(epoch)
+            state, step_metrics = run.step(state, split, order)
 
-        # A step's metrics are read once the next step is under way, so that neither waits.
-        in_flight.append((step, step_metrics))
-        last = step == run.total_steps
-        epoch_ends, saves = batches == spe or last, due("checkpoint_every", step) or last
-        evaluates = run.val and (due("eval_every", step) or last)
-        while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
-            done, values = in_flight.popleft()
-            jax.block_until_ready(values)
-            clock.tick((images(done) - images(done - 1)) * config.num_seeds)
-            if due("log_every", done):
-                rate = clock.lap()
-                line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
-                line["time/images_per_second"] = rate
-                if peak:
-                    line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
-                writer.write(done, line)
-                loss = line["train/loss"].mean()
-                writer.progress(done, loss=loss, images_per_second=rate / config.num_seeds)
+            # A step's metrics are read once the next step is under way, so that neither waits.
+            in_flight.append((step, step_metrics))
+            last = step == run.total_steps
+            epoch_ends, saves = batches == spe or last, due("checkpoint_every", step) or last
+            evaluates = run.val and (due("eval_every", step) or last)
+            while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
+                done, values = in_flight.popleft()
+                jax.block_until_ready(values)
+                clock.tick((images(done) - images(done - 1)) * config.num_seeds)
+                if due("log_every", done):
+                    rate = clock.lap()
+                    line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
+                    line["time/images_per_second"] = rate
+                    if peak:
+                        line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
+                    writer.write(done, line)
+                    loss = line["train/loss"].mean()
+                    writer.progress(done, loss=loss, images_per_second=rate / config.num_seeds)
 
-        if epoch_ends:
-            means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}
-            writer.write(step, means)
-            part = "" if batches == spe else f" ({batches} of its {spe} steps)"
-            writer.say(f"Epoch {epoch + 1}, Loss: {means['epoch/loss'].mean():.4f}{part}")
-        if evaluates:
-            results = evaluate_val(averaged(state))
-            values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
-            writer.write(step, values)
-            writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
-        if saves:
-            writer.sync()  # before the checkpoint: a continued run keeps the lines up to its step
-            host = jax.device_get(state)
-            timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
-            for i, replica in enumerate(replicas):
-                replica.save(step, jax.tree.map(lambda x, i=i: x[i], host), timed)
-        if epoch_ends or evaluates or saves:
-            clock.skip()
+            if epoch_ends:
+                means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}
+                writer.write(step, means)
+                part = "" if batches == spe else f" ({batches} of its {spe} steps)"
+                writer.say(f"Epoch {epoch + 1}, Loss: {means['epoch/loss'].mean():.4f}{part}")
+            if evaluates:
+                results = evaluate_val(averaged(state))
+                values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
+                writer.write(step, values)
+                writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
+            if saves:
+                writer.sync()  # before the checkpoint: a continued run keeps lines up to its step
+                host = mesh.fetch(state)
+                timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
+                for i, replica in enumerate(replicas):
+                    replica.save(step, jax.tree.map(lambda x, i=i: x[i], host), timed)
+            if epoch_ends or evaluates or saves:
+                clock.skip()
     for replica in replicas:
         replica.checkpoints.close()
 
@@ -230,14 +246,16 @@ def train(config, workdir, *, command=""):
     }
     for i, replica in enumerate(replicas):
         result = {k: float(v[i]) for k, v in final.items()} | {"seed": replica.seed, **shared}
-        metrics.write_json(replica.workdir / "result.json", result)
+        if first:
+            metrics.write_json(replica.workdir / "result.json", result)
     if config.num_seeds > 1:
         result = {"seed": run.seeds.tolist(), **shared}
         for name, of_each in final.items():
             result[name] = float(np.mean(of_each))
             result[f"{name}_std"] = float(np.std(of_each, ddof=1))
             result[f"{name}_of_each_seed"] = [float(v) for v in of_each]
-        metrics.write_json(workdir / "result.json", result)
+        if first:
+            metrics.write_json(workdir / "result.json", result)
     writer.say(summary(result))
     writer.close()
     return result

@@ -1,0 +1,126 @@
+"""Trains one small model on many arrangements of devices and prints how far their losses differ.
+
+    ./launch.sh python scripts/device_table.py
+
+Virtual CPU devices and processes over loopback; crop, flip, mixup and cutmix are on, the last batch
+of an epoch is not full. Each row is the command that trains, run anew.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+PARTS = ["--config.accumulate_steps=4", "--config.model.remat=true"]
+ROWS = [  # devices, processes, mode, overrides
+    (1, 1, "data parallel", []),
+    (2, 1, "data parallel", []),
+    (4, 1, "data parallel", []),
+    (8, 1, "data parallel", []),
+    (2, 1, "fsdp 2", ["--config.mesh.fsdp=2"]),
+    (4, 1, "fsdp 4", ["--config.mesh.fsdp=4"]),
+    (8, 1, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
+    (1, 1, "4 parts, remat", PARTS),
+    (8, 1, "fsdp 8, 4 parts, remat", ["--config.mesh.fsdp=8", *PARTS]),
+    (2, 2, "data parallel", []),
+    (8, 2, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
+    (4, 4, "data parallel", []),
+    (4, 4, "fsdp 4", ["--config.mesh.fsdp=4"]),
+]
+
+
+def write_images(folder):
+    """90 train and 30 test images of 16x16 in three classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 10)):
+        for label, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+                image[..., label] += 80
+                Image.fromarray(image).save(folder / split / name / f"{i}.png")
+
+
+def train(folder, index, steps):
+    """The loss of the last step of one row."""
+    devices, processes, _, overrides = ROWS[index]
+    workdir = folder / f"row{index}"
+    arguments = [
+        "--config.data.name=folder:" + str(folder / "data"),
+        "--config.batch_size=16",
+        f"--config.steps={steps}",
+        "--config.log_every_steps=1",
+        "--config.tensorboard=false",
+        "--config.model.width=32",
+        "--config.model.depth=2",
+        "--config.model.mlp_dim=128",
+        "--config.augment.crop=pad",
+        "--config.augment.crop_padding=2",
+        "--config.augment.flip=random",
+        "--config.augment.mixup_alpha=0.8",
+        "--config.augment.cutmix_alpha=1",
+        "--config.optim.peak_lr=1e-3",
+        *overrides,
+    ]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    running = []
+    for i in range(processes):
+        place = {
+            "COORDINATOR": f"127.0.0.1:{port}",
+            "NUM_PROCESSES": str(processes),
+            "PROCESS_ID": str(i),
+        }
+        main = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
+        with open(folder / f"row{index}_{i}.txt", "w") as log:
+            running.append(
+                subprocess.Popen(
+                    [*main, "--workdir", str(workdir), *arguments],
+                    cwd=ROOT,
+                    env=environment | place,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+    try:
+        codes = [p.wait(timeout=600) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    if any(codes):
+        sys.exit((folder / f"row{index}_{np.argmax(codes)}.txt").read_text())
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}[steps]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        write_images(folder / "data")
+        print(f"| devices | processes | mode | loss after {args.steps} steps | difference |")
+        print("| --- | --- | --- | --- | --- |", flush=True)
+        one = None
+        for index, (devices, processes, mode, _) in enumerate(ROWS):
+            loss = train(folder, index, args.steps)
+            one = one or loss  # the first row's
+            print(
+                f"| {devices} | {processes} | {mode} | {loss:.7f} | {loss - one:+.1e} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
