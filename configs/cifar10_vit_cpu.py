@@ -2,7 +2,8 @@
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_cpu.py
 
-Expected: docs/results.md has the measured accuracy, time and curve.
+Measured: test accuracy 80.09%, 33 minutes on a busy machine, 52 core-minutes (one seed;
+docs/results.md has the curve).
 """
 
 from vit_jax.config import defaults
