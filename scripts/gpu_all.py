@@ -34,7 +34,7 @@ def row(name, folder):
     accuracy = f"{100 * result['test_accuracy']:.2f}"
     if "test_accuracy_std" in result:
         accuracy += f" +- {100 * result['test_accuracy_std']:.2f} ({len(result['seed'])} seeds)"
-    minutes, rate = result["seconds"] / 60, result["images_per_second"]
+    minutes, rate = result["seconds"] / 60, result["images_per_second"] or 0
     commit = (run["commit"] or "")[:10]
     return (
         f"| `{run['command']}` | {accuracy} | {result['train_loss']:.4f} | {minutes:.1f} | "
