@@ -76,14 +76,3 @@ def _best_step(workdir):
             "needs a run with a config.data.val_split; ask for 'last' or a step"
         )
     return max(sorted(accuracies), key=accuracies.get)
-
-
-def read_config(workdir):
-    """The ConfigDict of a workdir's config.json. Raises UserError where it is not readable."""
-    path = pathlib.Path(workdir) / "config.json"
-    try:
-        return config.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {workdir} is not the workdir of a run") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e

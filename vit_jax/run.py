@@ -43,7 +43,6 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
-    schedule: Any  # step -> learning rate
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings; leads with [num_seeds]
     init: Any  # seeds -> TrainState, leading with [num_seeds]
     start: tuple[str, ...]  # what was done to the weights of config.init_from, in words
@@ -211,7 +210,6 @@ def setup(config, *, devices=None, fresh=True):
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         durations=durations,
-        schedule=schedule,
         shapes=shapes,
         init=lambda seeds: init(seeds, params),
         start=start,

@@ -229,9 +229,10 @@ def train(config, workdir, *, command="", peers=None):
         replica.checkpoints.close()
 
     final = {"train_loss": jax.device_get(state.sums["loss"]) / ((run.total_steps - 1) % spe + 1)}
-    for name, split in (("val", run.val), ("test", run.test)):
-        if split:
-            evaluated = run.evaluator(split)(averaged(state))
+    evaluate_test = run.evaluator(run.test) if run.test else None
+    for name, evaluate in (("val", evaluate_val), ("test", evaluate_test)):
+        if evaluate:
+            evaluated = evaluate(averaged(state))
             final |= {f"{name}_{k}": [r[k] for r in evaluated] for k in ("accuracy", "loss")}
     if run.test:
         values = {f"test/{k}": final[f"test_{k}"] for k in ("loss", "accuracy")}
