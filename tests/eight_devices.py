@@ -16,14 +16,11 @@ from vit_jax.run import setup
 
 
 def losses(run, train_step, steps):
-    """The loss of each of the first steps, the data resident."""
-    state, split = run.init(run.put(run.seeds)), run.resident(run.train)
-    found = []
-    for step in range(steps):
-        if step % run.steps_per_epoch == 0:
-            order = run.order(step // run.steps_per_epoch)
+    """The loss of each of the first steps."""
+    state, inputs, found = run.init(run.put(run.seeds)), run.inputs(0), []
+    for _ in range(steps):
         with jax.transfer_guard("disallow"):
-            state, metrics = train_step(state, split, order)
+            state, metrics = train_step(state, *next(inputs))
         found.append(float(metrics["loss"][0]))
     return found
 

@@ -23,6 +23,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from vit_jax import data, shapes10
 from vit_jax.data import epoch_indices, eval_indices, load_split
 from vit_jax.errors import UserError
+from vit_jax.stream import open_stream
 
 REPO = Path(__file__).resolve().parents[1]
 TFDS_DATA_DIR = os.environ.get("TFDS_DATA_DIR")  # as given to pytest; the tests unset it
@@ -235,6 +236,18 @@ def test_tfrecord_gives_the_same(tiny_tfrecord, prepared):
     np.testing.assert_array_equal(train.images[300], same[300]["image"])
 
 
+@pytest.mark.parametrize("files", ["tiny", "tiny_tfrecord"])
+def test_stream_reads_the_same_in_any_order(files, request):
+    directory = request.getfixturevalue(files)
+    whole = load_split("tiny", "train", data_dir=directory)
+    streamed = open_stream("tiny", "train[100:]", data_dir=directory)
+    assert streamed.num_examples == 500 and streamed.class_names == whole.class_names
+    for i in (499, 0, 155, 156, 157, 499):  # across blocks of 256 and shards
+        image, label = streamed.example(i)
+        np.testing.assert_array_equal(image, whole.images[100 + i])
+        assert label == whole.labels[100 + i]
+
+
 @pytest.mark.parametrize("name, channels", [("grey", 1), ("alpha", 4)])
 def test_channels(name, channels, tmp_path):
     check_tiny(load_split(name, "test", data_dir=tmp_path), 8, channels)
@@ -316,7 +329,7 @@ def test_label_outside_the_classes(tiny, monkeypatch):
     (tiny / "tiny" / "1.0.0" / "label.labels.txt").write_text("ant\nbee\n")
     labels = [e["label"] for e in tfds.builder("tiny", data_dir=tiny).as_data_source("test")]
     index = next(i for i, label in enumerate(labels) if label > 1)
-    says = [f"image {index} of split 'test'", f"label {labels[index]}", "0 to 1"]
+    says = [f"record {index} of", f"label {labels[index]}", "0 to 1"]
     user_error("tiny", "test", data_dir=tiny, says=says)
     assert not cache_file(tiny, "test").exists()
 

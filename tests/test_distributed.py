@@ -84,11 +84,11 @@ def small(tiny_config):
     return c
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_train_as_one(small, tmp_path, fsdp):
-    """Two processes of two devices each."""
+@pytest.mark.parametrize(("fsdp", "streaming"), [(1, False), (4, False), (2, True)])
+def test_two_processes_train_as_one(small, tmp_path, fsdp, streaming):
+    """Two processes of two devices each; streamed, each decodes only its share."""
     train(small, tmp_path / "one")
-    small.mesh.fsdp = fsdp
+    small.mesh.fsdp, small.data.streaming = fsdp, streaming
     whole = start([command(small, tmp_path / "two")] * 2, devices=2)
     for code, _, stderr in (told := ends(whole)):
         assert code == 0, stderr

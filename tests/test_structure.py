@@ -14,7 +14,7 @@ LEVELS = {
     0: {"errors", "shapes10"},
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
     | {"distributed"},
-    2: {"config"},
+    2: {"config", "stream"},
     3: {"step", "loading", "weights"},
     4: {"evaluate", "export"},
     5: {"run", "sweep"},

@@ -600,7 +600,7 @@ def _hue_bytes():
 
 
 _CHOICES = {
-    "crop": ("none", "pad", "resized"),
+    "crop": ("none", "pad", "resized", "decoded"),
     "crop_padding_mode": ("zero", "reflect"),
     "flip": ("none", "random", "alternating"),
     "policy": ("none", "randaugment", "trivialaugment", "autoaugment"),
@@ -673,6 +673,9 @@ def describe(augment):
     elif a.crop == "resized":
         scale, ratio = between(a.crop_scale), between(a.crop_ratio)
         lines.append(f"random resized crop, area {scale}, aspect {ratio}")
+    elif a.crop == "decoded":
+        scale, ratio = between(a.crop_scale), between(a.crop_ratio)
+        lines.append(f"random resized crop of the stored image, area {scale}, aspect {ratio}")
     if a.flip != "none":
         lines.append(f"{a.flip} horizontal flip")
     if a.policy == "randaugment":

@@ -47,6 +47,8 @@ def defaults():
     c.data.val_split = ""  # empty: none is held out
     c.data.test_split = "test"  # read once, at the end; empty: never, as in a sweep
     c.data.image_size = 0  # 0: as stored
+    c.data.streaming = False  # reads images as it goes, for sets larger than memory
+    c.data.streaming_threads = 16  # that decode, on each host
     c.data.mean = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
     c.data.std = (0.5, 0.5, 0.5)
 
@@ -73,7 +75,7 @@ def defaults():
     c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
 
     c.augment = ConfigDict()
-    c.augment.crop = "none"  # none | pad | resized
+    c.augment.crop = "none"  # none | pad | resized | decoded: resized, cut from the image as stored
     c.augment.crop_padding = 4
     c.augment.crop_padding_mode = "zero"  # zero | reflect
     c.augment.crop_scale = (0.08, 1.0)
@@ -186,6 +188,14 @@ def validate(config):
     one_of("optim.decay", o.decay, optim.DECAYS)
     for name in ("batch_size", "accumulate_steps", "eval_batch_size", "num_seeds"):
         at_least(name, config[name], 1)
+    at_least("data.streaming_threads", config.data.streaming_threads, 1)
+    if config.data.streaming and config.num_seeds > 1:
+        raise UserError("config.data.streaming trains one seed: set config.num_seeds=1")
+    if config.augment.crop == "decoded" and not (config.data.streaming and config.data.image_size):
+        raise UserError(
+            "config.augment.crop=decoded needs config.data.streaming=true and a "
+            "config.data.image_size, which it scales to"
+        )
     at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)

@@ -6,6 +6,7 @@ uncompressed `.npz` beside the data set, or under `${XDG_CACHE_HOME:-~/.cache}/v
 directory takes no writes.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -50,6 +51,16 @@ class Dataset:
     class_names: tuple[str, ...]
     source: str  # one line for people: name, version, format, where, cached where
 
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
     def digest(self) -> str:
         """Text that two splits share when their images, labels and classes are the same."""
         of = hashlib.sha256(repr((self.images.shape, self.class_names)).encode())
@@ -59,7 +70,7 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class Source:
     """Where the images of a data set come from, whatever its kind."""
 
     title: str
@@ -67,8 +78,21 @@ class _Source:
     shard_lengths: dict[str, list[int]]  # of each split
     cache_dirs: list[Path]  # the first that holds a cache is read, the first writable is written
     fingerprint: Callable[[str], str]  # split -> text that changes when the files change
-    # split -> (index of the first image, function that reads a few (where, image, label))
-    blocks: Callable[[str], list[tuple[int, Callable[[], Iterator]]]]
+    # split -> read(start, stop), which any thread may call: yields (where, image, label)
+    open: Callable[[str], Callable[[int, int], Iterator[tuple[str, np.ndarray, int]]]]
+
+    def check(self, where: str, image: np.ndarray, label: int, shape: tuple) -> None:
+        """Raises UserError for an image of another shape or a label outside the classes."""
+        if image.shape != shape:
+            raise UserError(
+                f"the images of {self.title} differ in size ({where}: {image.shape}, the first:"
+                f" {shape}): set config.data.image_size to crop and resize them all"
+            )
+        if not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"{where} has label {label}, outside 0 to {len(self.class_names) - 1}: mend the"
+                " data or use another split"
+            )
 
 
 def load_split(
@@ -89,6 +113,28 @@ def load_split(
       UserError: the set or split does not exist, cannot be prepared, is empty, is damaged, or
         holds labels outside its classes; the disk is full.
     """
+    source, parts = open_split(name, split, data_dir)
+    bases = {name: _load_base(source, name, image_size) for name, _ in parts}
+    images = [bases[name][0][r.start : r.stop] for name, r in parts]
+    labels = [bases[name][1][r.start : r.stop] for name, r in parts]
+    if len({part.shape[1:] for part in images}) > 1:
+        raise UserError(f"the splits in {split!r} differ in image size: set config.data.image_size")
+    caches = ", ".join(str(cache) for _, _, cache in bases.values())
+    return Dataset(
+        images=images[0] if len(parts) == 1 else np.concatenate(images),
+        labels=labels[0] if len(parts) == 1 else np.concatenate(labels),
+        class_names=source.class_names,
+        source=f"{source.title}, cached in {caches}",
+    )
+
+
+def open_split(
+    name: str, split: str, data_dir: str | None
+) -> tuple[Source, list[tuple[str, range]]]:
+    """Where a split's images come from, and the (base split, range of indices) it is made of.
+
+    Arguments and errors are those of load_split; what is wrong with an image shows when it is read.
+    """
     import tensorflow_datasets as tfds
 
     if name.startswith("folder:"):
@@ -107,22 +153,10 @@ def load_split(
         raise UserError(
             f"split {split!r} of {source.title}: {_one_line(error)}; it has: {sizes}"
         ) from error
-    ranges = [range(infos[p.splitname].num_examples)[p.from_ : p.to] for p in parts]
-    if not any(ranges):
+    ranges = [(p.splitname, range(infos[p.splitname].num_examples)[p.from_ : p.to]) for p in parts]
+    if not any(r for _, r in ranges):
         raise UserError(f"split {split!r} of {source.title} holds no images; it has: {sizes}")
-
-    bases = {p.splitname: _load_base(source, p.splitname, image_size) for p in parts}
-    images = [bases[p.splitname][0][p.from_ : p.to] for p in parts]
-    labels = [bases[p.splitname][1][p.from_ : p.to] for p in parts]
-    if len({part.shape[1:] for part in images}) > 1:
-        raise UserError(f"the splits in {split!r} differ in image size: set config.data.image_size")
-    caches = ", ".join(str(cache) for _, _, cache in bases.values())
-    return Dataset(
-        images=images[0] if len(parts) == 1 else np.concatenate(images),
-        labels=labels[0] if len(parts) == 1 else np.concatenate(labels),
-        class_names=source.class_names,
-        source=f"{source.title}, cached in {caches}",
-    )
+    return source, ranges
 
 
 def epoch_indices(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -150,7 +184,7 @@ def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
 # Decoding, and the cache of what was decoded.
 
 
-def _load_base(source: _Source, split: str, image_size: int | None):
+def _load_base(source: Source, split: str, image_size: int | None):
     """A whole split: images uint8[N, H, W, C], labels int32[N], path of its cache."""
     size = f"_{image_size}px" if image_size else ""
     paths = [folder / f"vit_jax_{split}{size}_uint8.npz" for folder in source.cache_dirs]
@@ -206,37 +240,29 @@ def _write_cache(path: Path, **arrays: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode(source: _Source, split: str, count: int, image_size: int | None):
+def _decode(source: Source, split: str, count: int, image_size: int | None):
     """Images uint8[count, H, W, C] and labels int32[count], decoded in a pool of threads."""
-    blocks = source.blocks(split)
-    _, image, _ = next(blocks[0][1]())
-    shape = (image if image_size is None else _square(image, image_size)).shape
+    read = source.open(split)
+    _, image, _ = next(read(0, 1))
+    shape = (image if image_size is None else square(image, image_size)).shape
     images = np.empty((count, *shape), np.uint8)
     labels = np.empty(count, np.int32)
 
-    def decode_block(start, read):
-        for index, (where, image, label) in enumerate(read(), start):
+    def decode_block(start):
+        block = read(start, min(start + _BLOCK, count))
+        for index, (where, image, label) in enumerate(block, start):
             if image_size is not None:
-                image = _square(image, image_size)
-            if image.shape != shape:
-                raise UserError(
-                    f"the images of {source.title} differ in size ({where}: {image.shape}, the"
-                    f" first: {shape}): set config.data.image_size to crop and resize them all"
-                )
-            if not 0 <= label < len(source.class_names):
-                raise UserError(
-                    f"image {index} of split {split!r} ({where}) has label {label}, outside 0 to"
-                    f" {len(source.class_names) - 1}: mend the data or use another split"
-                )
+                image = square(image, image_size)
+            source.check(where, image, label, shape)
             images[index], labels[index] = image, label
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda block: decode_block(*block), blocks):
+        for _ in pool.map(decode_block, range(0, count, _BLOCK)):
             pass  # raises what a thread raised
     return images, labels
 
 
-def _square(image: np.ndarray, size: int) -> np.ndarray:
+def square(image: np.ndarray, size: int) -> np.ndarray:
     """uint8[H, W, C] -> uint8[size, size, C]: the central square, its sides resized."""
     import cv2
 
@@ -253,7 +279,7 @@ def _square(image: np.ndarray, size: int) -> np.ndarray:
 # Folders of class folders.
 
 
-def _open_folder(root: Path) -> _Source:
+def _open_folder(root: Path) -> Source:
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: give a folder that holds class folders")
 
@@ -283,20 +309,17 @@ def _open_folder(root: Path) -> _Source:
         # By a hash of the path: the same everywhere, and any slice holds all classes.
         files[split].sort(key=lambda item: hashlib.sha256(item[0].as_posix().encode()).digest())
 
-    def read(items):
-        for path, label in items:
+    def read(split, start, stop):
+        for path, label in files[split][start:stop]:
             yield str(root / path), _read_image(root / path), label
 
-    return _Source(
+    return Source(
         title=f"folder {root}",
         class_names=tuple(class_names),
         shard_lengths={split: [len(items)] for split, items in files.items()},
         cache_dirs=[_user_cache(f"folder-{root.name}", root)],
         fingerprint=lambda split: _fingerprint(root, [p for p, _ in files[split]], class_names),
-        blocks=lambda split: [
-            (start, functools.partial(read, files[split][start : start + _BLOCK]))
-            for start in range(0, len(files[split]), _BLOCK)
-        ],
+        open=lambda split: functools.partial(read, split),
     )
 
 
@@ -314,7 +337,7 @@ def _read_image(path: Path) -> np.ndarray:
 # TensorFlow Datasets.
 
 
-def _open_tfds(name: str, data_dir: str | None) -> _Source:
+def _open_tfds(name: str, data_dir: str | None) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _prepared_builder(name, data_dir)
@@ -340,29 +363,35 @@ def _open_tfds(name: str, data_dir: str | None) -> _Source:
     example = tfds.features.FeaturesDict({image_key: image_feature, label_key: label_feature})
     skip_decoding = {image_key: tfds.decode.SkipDecoding()}
 
-    def read(path, records, start, stop):
+    def open_files(split):
+        shards, starts = [], [0]
+        lengths = info.splits[split].shard_lengths
+        for path, length in zip(info.splits[split].filepaths, lengths, strict=True):
+            records = _guarded(path, _RECORD_READERS[info.file_format.value], str(path))
+            if len(records) != length:
+                raise UserError(f"{path} holds {len(records)} of {length} records: {_AGAIN}")
+            shards.append((path, records))
+            starts.append(starts[-1] + length)
+
+        def read(start, stop):
+            while start < stop:
+                shard = bisect.bisect_right(starts, start) - 1
+                end = min(stop, starts[shard + 1])
+                yield from read_shard(*shards[shard], start - starts[shard], end - starts[shard])
+                start = end
+
+        return read
+
+    def read_shard(path, records, start, stop):
         encoded = _guarded(path, records.__getitems__, range(start, stop))
         for index, record in enumerate(encoded, start):
             where = f"record {index} of {path}"
             fields = _guarded(where, example.deserialize_example_np, record, decoders=skip_decoding)
             yield where, _decode_image(fields[image_key], channels, where), int(fields[label_key])
 
-    def blocks(split):
-        first, found = 0, []
-        shards = info.splits[split]
-        for path, length in zip(shards.filepaths, shards.shard_lengths, strict=True):
-            records = _guarded(path, _RECORD_READERS[info.file_format.value], str(path))
-            if len(records) != length:
-                raise UserError(f"{path} holds {len(records)} of {length} records: {_AGAIN}")
-            for start in range(0, length, _BLOCK):
-                stop = min(start + _BLOCK, length)
-                found.append((first + start, functools.partial(read, path, records, start, stop)))
-            first += length
-        return found
-
     class_names = tuple(label_feature.int2str(i) for i in range(label_feature.num_classes or 0))
     about = [p.name for p in directory.iterdir() if p.suffix in (".json", ".txt")]
-    return _Source(
+    return Source(
         title=title,
         class_names=class_names,
         shard_lengths={split: list(s.shard_lengths) for split, s in info.splits.items()},
@@ -370,7 +399,7 @@ def _open_tfds(name: str, data_dir: str | None) -> _Source:
         fingerprint=lambda split: _fingerprint(
             directory, [*sorted(about), *(p.name for p in info.splits[split].filepaths)]
         ),
-        blocks=blocks,
+        open=open_files,
     )
 
 

@@ -15,31 +15,25 @@ from vit_jax.errors import run_command
 from vit_jax.loading import load
 
 
-def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1):
-    """evaluate(params, split_data) -> a list of {"loss", "accuracy", "count"}, one a replica.
+def make_evaluate(eval_step, the_mesh, *, num_seeds=1):
+    """evaluate(params, batches) -> a list of {"loss", "accuracy", "count"}, one a replica.
 
-    `split_data` is the resident split {"image", "label"}; the arrays of `params` lead with
-    [num_seeds]. The split's last batch is padded and masked; sums stay on the device to the end.
+    `batches` yields global batches on the devices, padded and masked; the arrays of `params` lead
+    with [num_seeds]. Sums stay on the device to the end.
     """
-    batch_size += -batch_size % the_mesh.size
-    indices = data.eval_indices(num_examples, batch_size)
     everywhere = mesh.replicated(the_mesh)
-    indices = mesh.put(indices, everywhere)
-    batch_sharding = mesh.batch_sharding(the_mesh)
     eval_step = step.over_seeds(eval_step, num_seeds, (0, None))
 
     @functools.partial(jax.jit, out_shardings=everywhere)
-    def add(sums, params, split_data, indices, i):
-        batch = step.gather(split_data, indices[i])
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+    def add(sums, params, batch):
         return jax.tree.map(lambda a, b: a + b, sums, eval_step(params, batch))
 
-    def evaluate(params, split_data):
+    def evaluate(params, batches):
         zeros = np.zeros(num_seeds)
         sums = {"loss": np.float32(zeros), "correct": np.int32(zeros), "count": np.int32(zeros)}
         sums = mesh.put(sums, everywhere)
-        for i in range(len(indices)):
-            sums = add(sums, params, split_data, indices, mesh.put(np.int32(i), everywhere))
+        for batch in batches:
+            sums = add(sums, params, batch)
         sums = jax.device_get(sums)
         return [
             {"loss": float(loss) / int(n), "accuracy": int(correct) / int(n), "count": int(n)}
@@ -47,6 +41,18 @@ def make_evaluate(eval_step, the_mesh, *, num_examples, batch_size, num_seeds=1)
         ]
 
     return evaluate
+
+
+def batch_order(num_examples, batch_size, the_mesh):
+    """int32[steps, B]: every index once, in order; B is the batch size rounded up to the mesh."""
+    return data.eval_indices(num_examples, batch_size + -batch_size % the_mesh.size)
+
+
+def resident_batches(split_data, order, the_mesh):
+    """Yields the batches of a resident split {"image", "label"}; order as of `batch_order`."""
+    gather = jax.jit(step.gather, out_shardings=mesh.batch_sharding(the_mesh))
+    for indices in order:
+        yield gather(split_data, mesh.put(indices, mesh.replicated(the_mesh)))
 
 
 def main():
@@ -67,14 +73,13 @@ def main():
     )
     the_mesh = mesh.make_mesh(0, 1)
     evaluate = make_evaluate(
-        step.make_eval_step(model, mean=config.data.mean, std=config.data.std),
-        the_mesh,
-        num_examples=len(examples.labels),
-        batch_size=config.eval_batch_size,
+        step.make_eval_step(model, mean=config.data.mean, std=config.data.std), the_mesh
     )
     resident = {"image": examples.images, "label": examples.labels}
+    resident = jax.device_put(resident, mesh.replicated(the_mesh))
+    order = batch_order(examples.num_examples, config.eval_batch_size, the_mesh)
     params = jax.tree.map(lambda p: p[None], params)
-    (result,) = evaluate(params, jax.device_put(resident, mesh.replicated(the_mesh)))
+    (result,) = evaluate(params, resident_batches(resident, order, the_mesh))
     if args.json:
         print(json.dumps({"split": split, **result}))
     else:

@@ -6,7 +6,6 @@ The compiler says what a device computes, holds and sends; nothing is run.
 import collections
 import re
 
-import jax
 import numpy as np
 
 from vit_jax.run import header
@@ -75,17 +74,7 @@ def traffic(program):
 
 def compile_step(run):
     """The compiled training step of a Run, for its mesh; no array is made."""
-    everywhere = jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec())
-
-    def shape_of(x, dtype):
-        return jax.ShapeDtypeStruct(x, dtype, sharding=everywhere)
-
-    split = {
-        "image": shape_of(run.train.images.shape, np.uint8),
-        "label": shape_of(run.train.labels.shape, np.int32),
-    }
-    order = shape_of(run.order_shape, np.int32)
-    return run.step.lower(run.shapes, split, order).compile()
+    return run.step.lower(run.shapes, *run.input_shapes()).compile()
 
 
 def explain(run, workdir):

@@ -49,6 +49,26 @@ def put(tree, shardings):
     return jax.tree.map(put_array, tree, shardings)
 
 
+def local_rows(sharding, num_rows):
+    """int[b]: the rows of a sharded batch that lie on this process's devices, ascending."""
+    slices = sharding.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[i] for i in slices]))
+
+
+def put_rows(tree, rows, num_rows, sharding):
+    """Global arrays [num_rows, ...] of which this process holds `rows` on the host."""
+
+    def put_array(x):
+        shape = (num_rows, *x.shape[1:])
+        parts = []
+        for device, (i, *_) in sharding.addressable_devices_indices_map(shape).items():
+            first, stop = np.searchsorted(rows, np.arange(num_rows)[i][[0, -1]])
+            parts.append(jax.device_put(x[first : stop + 1], device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return jax.tree.map(put_array, tree)
+
+
 def fetch(tree):
     """Arrays of the devices as numpy arrays on the host, whole even where it holds only a part."""
 

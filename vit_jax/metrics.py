@@ -100,7 +100,12 @@ class Clock:
     def __init__(self, images, seconds):
         self.images, self.seconds = images, seconds
         self._last = None  # the first step compiles: it only starts the clock
-        self._lap_images, self._lap_seconds = 0, 0.0
+        self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
+        self.waiting = 0.0  # share of the last lap that was spent waiting for data
+
+    def wait(self, seconds):
+        """So long the next batch was waited for."""
+        self._lap_waited += seconds
 
     def tick(self, images):
         """A step of so many images is done."""
@@ -121,7 +126,8 @@ class Clock:
     def lap(self):
         """Images a second since the last lap; 0 where no step was timed."""
         rate = self._lap_images / self._lap_seconds if self._lap_seconds else 0.0
-        self._lap_images, self._lap_seconds = 0, 0.0
+        self.waiting = min(self._lap_waited / self._lap_seconds, 1.0) if self._lap_seconds else 0.0
+        self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
         return rate
 
 
@@ -168,19 +174,24 @@ class Writer:
             for name, value in values.items() if self._boards else ():
                 self._boards[i].add_scalar(name, value, step)
 
-    def progress(self, step, *, loss, images_per_second):
-        """Moves the bar, or prints a plain line where there is no terminal."""
+    def progress(self, step, *, loss, images_per_second, waiting=None):
+        """Moves the bar, or prints a plain line where there is no terminal.
+
+        `waiting` is the share of time spent waiting for data, where that can be.
+        """
+        waits = {} if waiting is None else {"waiting": f"{waiting:.0%}"}
         if not self._files:
             return
         if not self._bar.disable:
-            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.set_postfix(loss=f"{loss:.4f}", **waits, refresh=False)
             self._bar.update(step * self._batch_size - self._bar.n)
         elif images_per_second and time.monotonic() - self._last_plain >= self._plain_seconds:
             self._last_plain = time.monotonic()
             left = (self._total_steps - step) * self._batch_size / images_per_second
             print(
                 f"step {step}/{self._total_steps}, loss {loss:.4f}, "
-                f"{images_per_second:,.0f} images/s, {duration(left)} left",
+                f"{images_per_second:,.0f} images/s, {duration(left)} left"
+                + (f", {waits['waiting']} of the time waiting for data" if waits else ""),
                 flush=True,
             )
 

@@ -1,18 +1,20 @@
 """A run made ready: data, model, optimizer and jitted step, all that precedes the first step."""
 
+import collections
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit_jax import augment, data, optim
+from vit_jax import augment, data, optim, stream
 from vit_jax import config as config_lib
 from vit_jax import mesh as mesh_lib
 from vit_jax import weights as weights_lib
 from vit_jax.errors import UserError
-from vit_jax.evaluate import make_evaluate
+from vit_jax.evaluate import batch_order, make_evaluate, resident_batches
 from vit_jax.model import (
     VisionTransformer,
     check_image_shape,
@@ -37,16 +39,16 @@ class Run:
     config: Any
     mesh: jax.sharding.Mesh
     model: VisionTransformer
-    train: data.Dataset
-    val: data.Dataset | None
-    test: data.Dataset | None
+    train: data.Dataset | stream.Stream
+    val: data.Dataset | stream.Stream | None
+    test: data.Dataset | stream.Stream | None
     steps_per_epoch: int
     total_steps: int
     durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
     shapes: TrainState  # of jax.ShapeDtypeStruct, with shardings; leads with [num_seeds]
     init: Any  # seeds -> TrainState, leading with [num_seeds]
     start: tuple[str, ...]  # what was done to the weights of config.init_from, in words
-    step: Any  # jitted: (state, resident split, order) -> (state, metrics); donates the state
+    step: Any  # jitted: (state, *inputs) -> (state, metrics); donates the state
     eval_step: Any  # pure: (params, batch) -> sums, of one replica
 
     @property
@@ -62,7 +64,7 @@ class Run:
     @property
     def flops_per_image(self):
         """Floating-point operations of one image, forward and backward."""
-        return train_flops_per_image(self.model, self.train.images.shape[1:])
+        return train_flops_per_image(self.model, self.train.image_shape)
 
     def put(self, tree):
         """Arrays of the host onto every device."""
@@ -77,10 +79,68 @@ class Run:
 
         B is the batch size, rounded up to what the mesh and the parts of a batch divide.
         """
-        n, batch_size = len(self.train.labels), self.config.batch_size
+        n, batch_size = self.train.num_examples, self.config.batch_size
         order = [data.epoch_indices(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
-        padding = ((0, 0), (0, 0), (0, self.order_shape[-1] - batch_size))
-        return self.put(np.pad(np.stack(order), padding, constant_values=-1))
+        return self.put(self._padded(np.stack(order)))
+
+    def _padded(self, order):
+        """An order of batches, with rows of no example up to `order_shape`'s B."""
+        padding = ((0, 0),) * (order.ndim - 1) + ((0, self.order_shape[-1] - order.shape[-1]),)
+        return np.pad(order, padding, constant_values=-1)
+
+    def inputs(self, start):
+        """Yields what `step` takes besides the state, for each step after `start`.
+
+        Resident, the split and its epoch's order; streamed, the batch.
+        """
+        spe = self.steps_per_epoch
+        if isinstance(self.train, data.Dataset):
+            split, order = self.resident(self.train), None
+            for step in range(start, self.total_steps):
+                if order is None or step % spe == 0:
+                    order = self.order(step // spe)
+                yield split, order
+            return
+
+        @functools.lru_cache(maxsize=2)  # at an epoch's end batches of the next are read already
+        def order(epoch):
+            n, c = self.train.num_examples, self.config
+            return self._padded(data.epoch_indices(n, c.batch_size, seed=c.seed, epoch=epoch))
+
+        crop = stream.make_crop(
+            self.config.augment,
+            size=self.config.data.image_size,
+            seed=self.config.seed,
+            steps_per_epoch=spe,
+        )
+        steps = range(start, self.total_steps)
+        for batch in self._streamed(self.train, lambda i: order(i // spe)[i % spe], steps, crop):
+            yield (batch,)
+
+    def _streamed(self, split, order, steps, crop=None):
+        """Yields global batches on the devices, two on their way ahead of the one yielded."""
+        sharding, num_rows = mesh_lib.batch_sharding(self.mesh), len(order(steps[0]))
+        rows = mesh_lib.local_rows(sharding, num_rows)
+        ahead, threads = collections.deque(), self.config.data.streaming_threads
+        for batch in stream.batches(split, order, steps, rows=rows, threads=threads, crop=crop):
+            ahead.append(mesh_lib.put_rows(batch, rows, num_rows, sharding))
+            if len(ahead) > 2:
+                yield ahead.popleft()
+        yield from ahead
+
+    def input_shapes(self):
+        """What `inputs` yields, as jax.ShapeDtypeStruct."""
+        everywhere, split = mesh_lib.replicated(self.mesh), mesh_lib.batch_sharding(self.mesh)
+
+        def shape(sizes, dtype, sharding=everywhere):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+        n, b, image = self.train.num_examples, self.order_shape[-1], self.train.image_shape
+        if isinstance(self.train, data.Dataset):
+            resident = {"image": shape((n, *image), np.uint8), "label": shape((n,), np.int32)}
+            return resident, shape(self.order_shape, np.int32)
+        batch = {"image": ((b, *image), np.uint8), "label": ((b,), np.int32), "mask": ((b,), bool)}
+        return ({k: shape(*v, split) for k, v in batch.items()},)
 
     @property
     def order_shape(self):
@@ -91,15 +151,14 @@ class Run:
 
     def evaluator(self, split):
         """A function params -> [{"loss", "accuracy", "count"}] over all of a split, by replica."""
-        resident = self.resident(split)
-        evaluate = make_evaluate(
-            self.eval_step,
-            self.mesh,
-            num_examples=len(split.labels),
-            batch_size=self.config.eval_batch_size,
-            num_seeds=self.config.num_seeds,
+        evaluate = make_evaluate(self.eval_step, self.mesh, num_seeds=self.config.num_seeds)
+        order = batch_order(split.num_examples, self.config.eval_batch_size, self.mesh)
+        if isinstance(split, data.Dataset):
+            resident = self.resident(split)
+            return lambda params: evaluate(params, resident_batches(resident, order, self.mesh))
+        return lambda params: evaluate(
+            params, self._streamed(split, order.__getitem__, range(len(order)))
         )
-        return lambda params: evaluate(params, resident)
 
 
 def setup(config, *, devices=None, fresh=True):
@@ -111,8 +170,9 @@ def setup(config, *, devices=None, fresh=True):
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    read = stream.open_stream if config.data.streaming else data.load_split
     train, val, test = (
-        data.load_split(
+        read(
             config.data.name,
             split,
             data_dir=config.data.dir or None,
@@ -122,7 +182,7 @@ def setup(config, *, devices=None, fresh=True):
         else None
         for split in (config.data.train_split, config.data.val_split, config.data.test_split)
     )
-    num_examples, *image_shape = train.images.shape
+    num_examples, image_shape = train.num_examples, train.image_shape
     if config.batch_size > num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {num_examples} examples "
@@ -192,7 +252,10 @@ def setup(config, *, devices=None, fresh=True):
         return train_step(state, batch)
 
     init = over_seeds(init, config.num_seeds, (0, None))
-    resident_step = over_seeds(resident_step, config.num_seeds, (0, None, 0))
+    if config.data.streaming:
+        step = over_seeds(train_step, 1, (0, None))
+    else:
+        step = over_seeds(resident_step, config.num_seeds, (0, None, 0))
     shapes = jax.eval_shape(init, np.zeros(config.num_seeds, np.uint32), params)
     shardings = mesh_lib.state_sharding(mesh, shapes)
     shapes = jax.tree.map(
@@ -213,15 +276,15 @@ def setup(config, *, devices=None, fresh=True):
         shapes=shapes,
         init=lambda seeds: init(seeds, params),
         start=start,
-        step=jax.jit(resident_step, donate_argnums=0, out_shardings=step_shardings),
+        step=jax.jit(step, donate_argnums=0, out_shardings=step_shardings),
         eval_step=make_eval_step(model, **pixels),
     )
 
 
 def header(run, workdir):
     """The lines that explain a run before its first step."""
-    c, m, o, n = run.config, run.model, run.config.optim, len(run.train.labels)
-    H, W, C = run.train.images.shape[1:]
+    c, m, o, n = run.config, run.model, run.config.optim, run.train.num_examples
+    H, W, C = run.train.image_shape
     tokens = num_tokens(m, (H, W, C))
     mask = optim.decay_mask(o.decay, run.shapes.params)
     sizes = jax.tree.map(lambda p: math.prod(p.shape[1:]), run.shapes.params)
@@ -254,7 +317,7 @@ def header(run, workdir):
         seeds = f"seeds: {', '.join(map(str, run.seeds))}, trained in one program"
     splits = ((c.data.train_split, run.train), (c.data.val_split, run.val))
     splits = (*splits, (c.data.test_split, run.test))
-    counts = ", ".join(f"{name}: {len(split.labels):,}" for name, split in splits if split)
+    counts = ", ".join(f"{name}: {split.num_examples:,}" for name, split in splits if split)
     return [
         f"model: ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
         f"MLP {m.mlp_dim}, pool {m.pool}, {tokens} tokens of {H}x{W}x{C} images{resized}, "
@@ -267,7 +330,11 @@ def header(run, workdir):
         + (f", computed in {c.accumulate_steps} parts" if c.accumulate_steps > 1 else "")
         + (", blocks computed again in the backward pass" if m.remat else ""),
         f"sharding: {mesh_lib.describe(run.mesh, run.shapes)}; "
-        f"data {run.train.images.nbytes / 1e6:,.1f} MB on each",
+        + (
+            f"data decoded by {c.data.streaming_threads} threads a host"
+            if c.data.streaming
+            else f"data {run.train.images.nbytes / 1e6:,.1f} MB on each"
+        ),
         f"steps: {run.total_steps:,} of batch {c.batch_size}, {run.steps_per_epoch:,} an epoch "
         f"({run.total_steps / run.steps_per_epoch:g} epochs; the last batch of an epoch holds "
         f"{n - (run.steps_per_epoch - 1) * c.batch_size})",

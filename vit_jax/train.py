@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ from vit_jax.run import header, setup
 from vit_jax.step import TrainState
 
 # May differ between a run and its continuation: they do not change what is computed.
-NOT_COMPARED = ("data.dir", "mesh.data", "mesh.fsdp", "model.remat", "tensorboard")
+NOT_COMPARED = ("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp")
+NOT_COMPARED += ("model.remat", "tensorboard")
 
 
 def open_workdir(workdir, config, command, *, needs=0):
@@ -72,7 +74,7 @@ class Replica:
         self._saved_config = {
             "config": self.config.to_dict(),
             "class_names": list(run.train.class_names),
-            "image_shape": list(run.train.images.shape[1:]),
+            "image_shape": list(run.train.image_shape),
             "num_heads": run.model.num_heads,  # config.model.size may say it instead
             "preprocessing": {
                 "divide_by": 255,
@@ -165,10 +167,10 @@ def train(config, workdir, *, command="", peers=None):
         tensorboard=config.tensorboard,
     )
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    num_examples, spe = len(run.train.labels), run.steps_per_epoch
-    split = run.resident(run.train)
+    num_examples, spe = run.train.num_examples, run.steps_per_epoch
+    inputs = run.inputs(start)
     evaluate_val = run.evaluator(run.val) if run.val else None
-    order, in_flight = None, collections.deque()
+    in_flight = collections.deque()
 
     def images(step):
         """Examples that each replica has seen: the last batch of an epoch may be smaller."""
@@ -184,9 +186,10 @@ def train(config, workdir, *, command="", peers=None):
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, run.total_steps + 1):
             epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
-            if batches == 1 or order is None:
-                order = run.order(epoch)
-            state, step_metrics = run.step(state, split, order)
+            began = time.perf_counter()
+            step_inputs = next(inputs)
+            clock.wait(time.perf_counter() - began)
+            state, step_metrics = run.step(state, *step_inputs)
 
             # A step's metrics are read once the next step is under way, so that neither waits.
             in_flight.append((step, step_metrics))
@@ -201,11 +204,16 @@ def train(config, workdir, *, command="", peers=None):
                     rate = clock.lap()
                     line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
                     line["time/images_per_second"] = rate
+                    waiting = clock.waiting if config.data.streaming else None
+                    if waiting is not None:
+                        line["time/waiting_for_data"] = waiting
                     if peak:
                         line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
                     writer.write(done, line)
                     loss = line["train/loss"].mean()
-                    writer.progress(done, loss=loss, images_per_second=rate / config.num_seeds)
+                    writer.progress(
+                        done, loss=loss, images_per_second=rate / config.num_seeds, waiting=waiting
+                    )
 
             if epoch_ends:
                 means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}

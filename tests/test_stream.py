@@ -1,0 +1,134 @@
+"""Streamed data: the batches of resident data, read ahead; images of mixed sizes; damage told."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import config as config_lib
+from vit_jax import data, stream
+from vit_jax.errors import UserError
+from vit_jax.run import setup
+from vit_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 train and 6 test JPEGs of mixed, larger sizes in two classes: dark and bright."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 3)):
+        for name, low in (("bright", 150), ("dark", 0)):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(40, 400, 2)
+                noise = rng.integers(low, low + 100, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / split / name / f"{i}.jpg")
+    return folder
+
+
+def losses(workdir):
+    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [p["train/loss"] for p in parsed if "train/loss" in p]
+
+
+@pytest.mark.parametrize("split", ["train", "train[10:40]", "test[5:]+train[:20]"])
+def test_examples_are_those_of_the_resident_split(tiny_folder, split):
+    resident = data.load_split(f"folder:{tiny_folder}", split)
+    streamed = stream.open_stream(f"folder:{tiny_folder}", split)
+    assert streamed.num_examples == resident.num_examples
+    assert streamed.image_shape == resident.image_shape == (8, 8, 3)
+    for i in range(streamed.num_examples):
+        image, label = streamed.example(i)
+        np.testing.assert_array_equal(image, resident.images[i])
+        assert label == resident.labels[i]
+
+
+def test_streamed_training_is_resident_training(tiny_config, tmp_path, capsys):
+    c = tiny_config
+    c.steps, c.log_every_steps = 20, 1  # epochs of six batches, the last of 10
+    c.checkpoint_every_steps, c.checkpoint_every_epochs = 8, 0
+    c.augment.flip, c.augment.crop, c.augment.crop_padding = "random", "pad", 2
+    c.augment.mixup_alpha = 0.8
+    train(c, tmp_path / "resident")
+    c.data.streaming = True
+    result = train(c, tmp_path / "streamed")
+    assert "data decoded by 16 threads a host" in capsys.readouterr().out
+    expected = losses(tmp_path / "resident")
+    np.testing.assert_allclose(losses(tmp_path / "streamed"), expected, atol=1e-5)
+    assert result["test_accuracy"] > 0.5
+    line = (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()[3]
+    assert 0 <= json.loads(line)["time/waiting_for_data"] <= 1
+
+
+@pytest.fixture
+def cropped(photos):
+    """batches(rows, start): 24 photos in batches of 16, cropped at random, up to the sixth step."""
+    c = config_lib.defaults()
+    c.augment.crop = "decoded"
+    crop = stream.make_crop(c.augment, size=32, seed=3, steps_per_epoch=2)
+    split = stream.open_stream(f"folder:{photos}", "train", image_size=32)
+    order = [data.epoch_indices(24, 16, seed=3, epoch=step // 2)[step % 2] for step in range(6)]
+
+    def batches(rows, start):
+        steps = range(start, 6)
+        found = stream.batches(split, order.__getitem__, steps, rows=rows, threads=2, crop=crop)
+        return list(found)
+
+    return batches
+
+
+def test_crops_belong_to_the_example_and_the_epoch(cropped):
+    whole, part = cropped(np.arange(16), 0), cropped(np.arange(16), 3)
+    assert len(whole) == 6 and len(part) == 3
+    for a, b in zip(whole[3:], part, strict=True):  # as a continued run reads them
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+    assert whole[0]["image"].shape == (16, 32, 32, 3) and whole[0]["image"].dtype == np.uint8
+    assert whole[1]["mask"].tolist() == [True] * 8 + [False] * 8  # 24 examples: 16 and 8
+    assert (whole[0]["image"] != whole[2]["image"]).any()
+    # A second host's share are its rows of the one batch.
+    for a, b in zip(whole, cropped(np.arange(8, 16), 0), strict=True):
+        np.testing.assert_array_equal(a["image"][8:], b["image"])
+
+
+def test_boxes_are_random_resized_crops():
+    rng = np.random.default_rng(0)
+    areas, aspects = [], []
+    for _ in range(2000):
+        top, left, rows, columns = stream.random_box(
+            rng.random(40), 300, 200, (0.08, 1.0), (3 / 4, 4 / 3)
+        )
+        assert 0 <= top <= top + rows <= 300 and 0 <= left <= left + columns <= 200
+        areas.append(rows * columns / 300 / 200)
+        aspects.append(columns / rows)
+    assert min(areas) < 0.1 and max(areas) > 0.8
+    assert 0.74 < min(aspects) < 0.76 and 1.3 < max(aspects) < 1.35
+    # None of ten trials fits: the centre, as wide as it may be.
+    box = stream.random_box(np.full(40, 0.999), 10, 400, (0.08, 1), (3 / 4, 4 / 3))
+    assert box == (0, 193, 10, 13)
+
+
+def test_mixed_sizes_train(photos, tiny_config, tmp_path):
+    c = tiny_config
+    c.data.name, c.data.image_size, c.data.streaming = f"folder:{photos}", 16, True
+    c.augment.crop, c.augment.flip = "decoded", "random"
+    c.batch_size, c.epochs = 8, 10
+    assert train(c, tmp_path)["test_accuracy"] == 1
+
+
+def test_a_damaged_image_is_named(tiny_config, tmp_path):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    c = tiny_config
+    c.data.name, c.data.streaming = f"folder:{tmp_path / 'data'}", True
+    c.data.test_split, c.batch_size = "train[:2]", 4
+    run = setup(c)
+    bad = sorted(folder.iterdir())[0]
+    bad.write_bytes(b"not an image")
+    with pytest.raises(UserError, match=rf"{bad.name} is no image"):
+        list(itertools.islice(run.inputs(0), 4))
