@@ -3,10 +3,10 @@
     srun ./launch.sh python -m vit_jax.main --config configs/imagenet_vit_s16.py
 
 Expected: 76.5% on the validation split in the paper (big_vision, 8 TPU v3). Not yet measured here.
-TFDS's imagenet2012 must be prepared before (its images need a hand-made download); a folder of
-class folders does too: --config.data.name=folder:/path, with train/ and validation/ in it. The
-training split is streamed; what is held out of it, 1.9 GB at this size, and the validation split,
-7.5 GB when its turn comes, lie on each device.
+TFDS's imagenet2012 must be prepared before (its archives are downloaded by hand); a folder of class
+folders does too: --config.data.name=folder:/path, with train/ and validation/ in it. All splits are
+streamed. What differs from the paper: the validation images are cut to their whole central square,
+not to .875 of it.
 """
 
 from vit_jax.config import defaults

@@ -20,6 +20,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 PARTS = ["--config.accumulate_steps=4", "--config.model.remat=true"]
+STREAMED = ["--config.data.streaming=true", "--config.data.streaming_threads=2"]
 ROWS = [  # devices, processes, mode, overrides
     (1, 1, "data parallel", []),
     (2, 1, "data parallel", []),
@@ -30,10 +31,18 @@ ROWS = [  # devices, processes, mode, overrides
     (8, 1, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
     (1, 1, "4 parts, remat", PARTS),
     (8, 1, "fsdp 8, 4 parts, remat", ["--config.mesh.fsdp=8", *PARTS]),
+    (1, 1, "streamed", STREAMED),
+    (
+        8,
+        1,
+        "data 2 x fsdp 4, streamed, 4 parts, remat",
+        ["--config.mesh.fsdp=4", *PARTS, *STREAMED],
+    ),
     (2, 2, "data parallel", []),
     (8, 2, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
     (4, 4, "data parallel", []),
     (4, 4, "fsdp 4", ["--config.mesh.fsdp=4"]),
+    (4, 4, "data 2 x fsdp 2, streamed", ["--config.mesh.fsdp=2", *STREAMED]),
 ]
 
 

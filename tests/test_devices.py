@@ -95,3 +95,23 @@ ENTRY %main (a: f32[4,2]) -> f32[] {
 }
 """  # noqa: E501
     assert traffic(program) == {"all-reduce": (1, 38), "all-gather": (5, 160)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dry_run_explains_and_writes_nothing(tiny_folder, tmp_path, streaming):
+    command = [sys.executable, "-m", "vit_jax.main", "--dry_run", "--workdir", tmp_path / "w"]
+    command += ["--config", "configs/cifar10_vit.py", f"--config.data.name=folder:{tiny_folder}"]
+    command += ["--config.batch_size=16", "--config.model.depth=1", "--config.mesh.fsdp=8"]
+    command += [f"--config.data.streaming={streaming}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert said["devices"].startswith("8 x cpu (data 1, fsdp 8); batch 16 in all, 2 a device")
+    whole, part = said["sharding"].split("; ")[2].split(" MB a device of ")
+    assert float(part.split()[0]) / 8 < float(whole) < float(part.split()[0]) / 6
+    assert float(said["memory of a step, by the compiler"].split()[0]) > float(whole)
+    assert "all-gather" in said["communication of a step"]
+    assert said["work"].split()[1:4] == ["GFLOP", "a", "step,"]
+    assert not (tmp_path / "w").exists()

@@ -104,24 +104,32 @@ def test_two_processes_train_as_one(small, tmp_path, fsdp, streaming):
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-5)
 
 
-def test_killed_on_two_processes_it_goes_on_on_one(small, tmp_path):
-    small.steps, small.checkpoint_every_steps, small.checkpoint_every_epochs = 100, 10, 0
+def test_killed_on_two_processes_it_goes_on_on_one_and_on_four(small, tmp_path):
+    small.steps, small.checkpoint_every_steps, small.checkpoint_every_epochs = 60, 10, 0
     small.optim.peak_lr = 1e-4
-    train(small, tmp_path / "one")
+    train(small, tmp_path / "never")
     small.mesh.fsdp = 4
-    processes = start([command(small, tmp_path / "two")] * 2, devices=2)
+    processes = start([command(small, tmp_path / "one")] * 2, devices=2)
     deadline = time.monotonic() + 100
-    while not list((tmp_path / "two").glob("checkpoints/[1-9]0")) and time.monotonic() < deadline:
+    while not list((tmp_path / "one").glob("checkpoints/[1-9]0")) and time.monotonic() < deadline:
         assert processes[1].poll() is None, processes[1].stderr.read()
         time.sleep(0.01)
     for process in processes:
         process.send_signal(signal.SIGKILL)
     ends(processes)
-    assert not (tmp_path / "two" / "result.json").exists()
+    assert not (tmp_path / "one" / "result.json").exists()
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
     small.mesh.fsdp = 1
-    train(small, tmp_path / "two")
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    np.testing.assert_allclose(list(two.values()), list(one.values()), atol=1e-5)
+    train(small, tmp_path / "one")
+    small.mesh.fsdp = 2
+    told = ends(start([command(small, tmp_path / "four")] * 4))
+    assert [code for code, _, _ in told] == [0] * 4, told[0][2]
+    assert "Continuing from step" in told[0][1] and "devices: 4 x cpu" in told[0][1]
+    never = losses(tmp_path / "never")
+    for name in ("one", "four"):
+        found = losses(tmp_path / name)
+        assert list(found) == list(never)
+        np.testing.assert_allclose(list(found.values()), list(never.values()), atol=1e-5)
 
 
 def refusals(processes, timeout=90):
