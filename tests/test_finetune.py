@@ -1,7 +1,10 @@
 """Training that starts from weights: the head, the grid, freezing, continuing, refusals."""
 
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +18,8 @@ from vit_jax.interop import layouts
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.run import header, setup
 from vit_jax.train import train
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -137,3 +142,23 @@ def test_the_config_of_a_run_tells_where_it_started(tiny_config, google_file, tm
     assert told["init_from"] == str(google_file)
     tiny_config.init_from = ""
     assert not any(line.startswith("start:") for line in header(setup(tiny_config), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("gone.npz", None, "gone.npz does not exist"),
+        ("torn.npz", b"PK\x03\x04 and no more", "torn.npz"),
+        ("words.safetensors", b"these are no weights", "words.safetensors"),
+    ],
+)
+def test_the_command_refuses_bad_weights(tiny_folder, tmp_path, name, content, says):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    command = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
+    command += ["--workdir", tmp_path / "w", f"--config.data.name=folder:{tiny_folder}"]
+    command += [f"--config.init_from={tmp_path / name}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and says in line
+    assert not (tmp_path / "w").exists()

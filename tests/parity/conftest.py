@@ -12,21 +12,33 @@ import numpy as np
 import pytest
 
 
+def _required(name):
+    """The module of that name; without it the test is skipped, or fails where it may not be."""
+    if importlib.util.find_spec(name) is None:
+        if os.environ.get("VIT_JAX_REQUIRE_TORCH") == "1":
+            pytest.fail(
+                f"VIT_JAX_REQUIRE_TORCH=1, but {name} is not installed: pip install "
+                "'vit-jax[parity]', or unset the variable to check against files alone",
+                pytrace=False,
+            )
+        pytest.skip(f"{name} is not installed")
+    return importlib.import_module(name)
+
+
 @pytest.fixture(scope="session")
 def torch():
     """The torch module, on two threads."""
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("VIT_JAX_REQUIRE_TORCH") == "1":
-            pytest.fail(
-                "VIT_JAX_REQUIRE_TORCH=1, but PyTorch is not installed: pip install torch, or "
-                "unset the variable to check against the golden file alone",
-                pytrace=False,
-            )
-        pytest.skip("PyTorch is not installed")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a shared machine
-    module = importlib.import_module("torch")
+    module = _required("torch")
     module.set_num_threads(2)
     return module
+
+
+@pytest.fixture(scope="session")
+def transformers(torch):
+    """The transformers module; tests/test_weights.py checks its layout by hand without it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return _required("transformers")
 
 
 @pytest.fixture(scope="session")

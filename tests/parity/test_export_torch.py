@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_weights_torch import hugging_logits, same_bits, timm_logits, transformers  # noqa: F401
+from test_weights import same_bits
+from test_weights_torch import hugging_logits, timm_logits
 
 import vit_jax
 from vit_jax.augment import normalize
@@ -30,7 +31,7 @@ def ours(loaded, pixels):
     ],
     ids=["plain", "tanh", "not square", "sincos2d", "gray"],
 )
-def test_transformers_loads_the_folder(torch, transformers, tmp_path, fields, shape):  # noqa: F811
+def test_transformers_loads_the_folder(torch, transformers, tmp_path, fields, shape):
     loaded = make_loaded(shape, **fields)
     export(loaded, tmp_path / "folder", "huggingface")
     theirs, told = transformers.ViTForImageClassification.from_pretrained(
@@ -43,7 +44,7 @@ def test_transformers_loads_the_folder(torch, transformers, tmp_path, fields, sh
     np.testing.assert_allclose(got, ours(loaded, pixels), atol=1e-5)
 
 
-def test_the_preprocessing_in_the_folder_is_ours(torch, transformers, tmp_path):  # noqa: F811
+def test_the_preprocessing_in_the_folder_is_ours(torch, transformers, tmp_path):
     loaded = make_loaded()
     export(loaded, tmp_path / "folder", "huggingface")
     try:

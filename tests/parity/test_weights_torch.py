@@ -1,51 +1,18 @@
 """Weights of PyTorch's ViTs: transformers' own, timm's by its key layout, the notebook's."""
 
-import importlib.util
 import json
-import os
 import pathlib
 import pickle
 
-import jax
 import numpy as np
 import pytest
+from test_weights import random_model, same_bits
 
 import vit_jax
-from vit_jax import config
 from vit_jax.errors import UserError
 from vit_jax.interop import layouts, params_to_notebook, resize_positions
-from vit_jax.model import init_params, make_model
 
 IMAGES = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
-
-
-@pytest.fixture(scope="session")
-def transformers(torch):
-    """The transformers module; tests/test_weights.py checks its layout by hand without it."""
-    if importlib.util.find_spec("transformers") is None:
-        if os.environ.get("VIT_JAX_REQUIRE_TORCH") == "1":
-            pytest.fail(
-                "VIT_JAX_REQUIRE_TORCH=1, but transformers is not installed: "
-                "pip install 'vit-jax[parity]'",
-                pytrace=False,
-            )
-        pytest.skip("transformers is not installed")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return importlib.import_module("transformers")
-
-
-def random_model(num_classes=5, image_shape=(16, 16, 3), **fields):
-    sizes = {"width": 24, "depth": 2, "num_heads": 3, "mlp_dim": 40, "patch_size": 4}
-    vit = make_model({**config.defaults().model, **sizes, **fields}, num_classes=num_classes)
-    shapes = jax.eval_shape(lambda key: init_params(vit, key, image_shape), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return vit, jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), shapes)
-
-
-def same_bits(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(
-        jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), a, b)
-    )
 
 
 def logits_of(weights, images=IMAGES):
@@ -161,7 +128,7 @@ def timm_logits(torch, tensors, images):
 def test_timms_layout(torch, tmp_path, fields, suffix):
     from safetensors.numpy import save_file
 
-    _, params = random_model(norm_eps=1e-6, **fields)
+    _, params = random_model(image_shape=(16, 16, 3), norm_eps=1e-6, **fields)
     tensors = layouts.from_params(params, layouts.TIMM, num_heads=3)
     path = tmp_path / f"timm{suffix}"
     if suffix == ".pth":  # nested, as DeiT's are
@@ -176,7 +143,7 @@ def test_timms_layout(torch, tmp_path, fields, suffix):
 def test_half_precision_becomes_float32(torch, tmp_path):
     from safetensors.torch import save_file
 
-    _, params = random_model()
+    _, params = random_model(image_shape=(16, 16, 3))
     tensors = layouts.from_params(params, layouts.TIMM, num_heads=3)
     for dtype in (torch.float16, torch.bfloat16):
         half = {k: torch.tensor(v).to(dtype) for k, v in tensors.items()}
