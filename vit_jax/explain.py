@@ -84,7 +84,8 @@ def explain(run, workdir):
     lines = header(run, workdir)
     lines.append(
         f"work: {run.flops_per_image * images / 1e9:,.2f} GFLOP a step, "
-        f"{run.flops_per_image * images * run.total_steps / 1e15:,.3f} PFLOP in all"
+        f"{run.flops_per_image * images * run.total_steps / 1e15:,.3f} PFLOP in all; "
+        f"by the compiler {compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP a step and device"
     )
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
