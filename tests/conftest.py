@@ -17,6 +17,10 @@ jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/vit_jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="runs that tests/faults kills")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A folder of class folders: 90 train and 30 test images of 8x8, three separable classes."""
@@ -38,9 +42,35 @@ def _caches(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(scope="session")
+def require():
+    """require(name, there, remedy): skips a test that lacks something to run with.
+
+    With VIT_JAX_REQUIRE_NAME=1, as in CI, it fails instead.
+    """
+
+    def check(name, there, remedy):
+        if there:
+            return
+        if os.environ.get(f"VIT_JAX_REQUIRE_{name.upper()}") == "1":
+            pytest.fail(f"VIT_JAX_REQUIRE_{name.upper()}=1: {remedy}", pytrace=False)
+        pytest.skip(remedy)
+
+    return check
+
+
 @pytest.fixture
-def tiny_config(tiny_folder):
+def tiny_config(make_tiny_config):
     """The notebook's recipe, shrunk: width 16, depth 2, three epochs of 90 images, batch 16."""
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_config(tiny_folder):
+    return lambda: _tiny_config(tiny_folder)
+
+
+def _tiny_config(tiny_folder):
     from vit_jax import config
 
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
@@ -53,3 +83,17 @@ def tiny_config(tiny_folder):
     c.model.num_heads, c.model.mlp_dim = 2, 32
     c.optim.peak_lr = 1e-2
     return c
+
+
+@pytest.fixture(scope="session")
+def tiny_run(make_tiny_config, tmp_path_factory):
+    """The workdir of a finished run of the tiny config, validated. Not to be written to."""
+    from vit_jax.train import train
+
+    c = make_tiny_config()
+    c.data.train_split, c.data.val_split = "train[:60]", "train[60:]"
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        train(c, workdir, command="python -m vit_jax.main --config configs/cifar10_vit.py")
+    return workdir

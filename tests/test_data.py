@@ -5,10 +5,12 @@ import io
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -642,6 +644,73 @@ def test_bad_folders(folder, tmp_path):
     user_error(f"folder:{folder}", "train", says=["differ", "config.data.image_size"])
     (tmp_path / "empty").mkdir()
     user_error(f"folder:{tmp_path / 'empty'}", "train", says=["no class folders"])
+
+
+def test_sixteen_bits_floats_and_other_formats_are_refused_by_name(tmp_path):
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(wide)
+    floats = tmp_path / "floats.tiff"
+    Image.fromarray(np.ones((8, 8), np.float32)).save(floats)
+    script = tmp_path / "script.png"  # Pillow would hand it to Ghostscript
+    script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    for path, says in ((wide, "mode I;16"), (floats, "mode F"), (script, "cannot identify")):
+        with pytest.raises(UserError, match=f"{path} is no image to train on .*{says}"):
+            data.read_image(path)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused_before_it_is_decoded(tmp_path):
+    """A few kilobytes that say they are 20,000 x 20,000 pixels."""
+    chunk = lambda kind, of: (  # noqa: E731
+        struct.pack(">I", len(of)) + kind + of + struct.pack(">I", zlib.crc32(kind + of))
+    )
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    bomb += chunk(b"IDAT", zlib.compress(bytes(10_000_000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"bomb.png is no image .*pixels"):
+        data.read_image(tmp_path / "bomb.png")
+    # OpenCV, which reads TFDS's images, is told once, before it is imported.
+    code = "import numpy as np; from vit_jax import data, errors; data.MAX_PIXELS = 100\n"
+    code += f"try: data._decode_image({png(picture(0, 20, 20)).getvalue()!r}, 3, 'a record')\n"
+    code += "except errors.UserError as e: print(e)"
+    env = {k: v for k, v in os.environ.items() if k != "OPENCV_IO_MAX_IMAGE_PIXELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, env=env
+    )
+    assert "a record cannot be read" in done.stdout and "MAX_IMAGE_PIXELS" in done.stdout
+
+
+def test_images_that_cannot_be_read_are_skipped_and_counted_where_asked(folder, tmp_path):
+    """Parts of a split are the same images with and without them, so held-out parts stay apart."""
+    whole = load_split(f"folder:{folder}", "train")
+    bad = [folder / "cat" / "1.png", folder / "dog" / "0.png"]
+    for path in bad:
+        path.write_bytes(b"GIF89a, it says")
+    with pytest.raises(UserError, match="on_bad_image=skip"):
+        load_split(f"folder:{folder}", "train")
+    parts = [
+        load_split(f"folder:{folder}", part, skip_bad=True) for part in ("train[:3]", "train[3:]")
+    ]
+    images = np.concatenate([part.images for part in parts])
+    assert len(images) == len(whole.images) - 2
+    rows = [any((image == one).all() for one in images) for image in whole.images]
+    np.testing.assert_array_equal(whole.images[rows], images)
+    np.testing.assert_array_equal(whole.labels[rows], np.concatenate([p.labels for p in parts]))
+    assert "2 skipped, as " in parts[0].source and str(folder) in parts[0].source
+    # Their cache is not that of a run that wants all of them.
+    with pytest.raises(UserError, match="is no image to train on"):
+        load_split(f"folder:{folder}", "train")
+
+
+def test_what_a_killed_writer_left_is_removed(tiny):
+    cache = cache_file(tiny)
+    left = cache.with_name(f".{cache.name}.0123.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    young = cache.with_name(f".{cache.name}.4567.tmp")
+    young.write_bytes(b"another is writing")
+    load_split("tiny", "train", data_dir=tiny)
+    assert cache.exists() and young.exists() and not left.exists()
 
 
 # The real thing.

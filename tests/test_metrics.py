@@ -1,7 +1,9 @@
 """What a run writes down: whole files, lines kept on continuing, throughput, known peaks."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
 from vit_jax import metrics
@@ -12,7 +14,7 @@ def lines(path):
 
 
 def writer(workdir, step=0):
-    return metrics.Writer([workdir], step=step, total_steps=10, batch_size=4, tensorboard=False)
+    return metrics.Writer([workdir], step=step, total_steps=10, steps_per_epoch=4, batch_size=4)
 
 
 def test_continuing_drops_later_torn_and_test_lines(tmp_path):
@@ -58,11 +60,19 @@ def test_clock_leaves_out_compilation_and_pauses(monkeypatch):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys):
     w = writer(tmp_path)
-    w.progress(1, loss=2.0, images_per_second=8.0)
+    values = {"train/loss": np.array([2.0]), "train/accuracy": np.array([0.25])}
+    values |= {"train/lr": np.array([1e-3]), "time/images_per_second": 8.0, "time/mfu": 0.31}
+    w.progress(1, values)
     assert capsys.readouterr().out == ""
     w._last_plain -= 60
-    w.progress(2, loss=2.0, images_per_second=8.0)
-    assert capsys.readouterr().out == "step 2/10, loss 2.0000, 8 images/s, 4 s left\n"
+    w.progress(6, values)
+    told = re.sub(r"[\d.]+ GB", "1.0 GB", capsys.readouterr().out)
+    assert told == (
+        "epoch 2/3, step 6/10, loss 2.0000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, "
+        "1.0 GB, 2 s left\n"
+    )
+    w.progress(7, values)  # not again so soon
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

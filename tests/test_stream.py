@@ -1,6 +1,5 @@
 """Streamed data: the batches of resident data, read ahead; images of mixed sizes; damage told."""
 
-import itertools
 import json
 
 import numpy as np
@@ -119,16 +118,28 @@ def test_mixed_sizes_train(photos, tiny_config, tmp_path):
     assert train(c, tmp_path)["test_accuracy"] == 1
 
 
-def test_a_damaged_image_is_named(tiny_config, tmp_path):
+@pytest.fixture
+def damaged(tiny_config, tmp_path):
+    """The config of a run on eight streamed images, one of which is none."""
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
     for i in range(8):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"not an image")
     c = tiny_config
     c.data.name, c.data.streaming = f"folder:{tmp_path / 'data'}", True
-    c.data.test_split, c.batch_size = "train[:2]", 4
-    run = setup(c)
-    bad = sorted(folder.iterdir())[0]
-    bad.write_bytes(b"not an image")
-    with pytest.raises(UserError, match=rf"{bad.name} is no image"):
-        list(itertools.islice(run.inputs(0), 4))
+    c.data.test_split, c.batch_size, c.epochs = "train[:2]", 4, 2
+    return c
+
+
+def test_a_damaged_image_is_named(damaged):
+    with pytest.raises(UserError, match=r"3.png is no image"):
+        list(setup(damaged).inputs(0))
+
+
+def test_damaged_images_are_left_out_and_counted(damaged, tmp_path, capsys):
+    damaged.data.on_bad_image = "skip"
+    masks = [batch["mask"] for (batch,) in setup(damaged).inputs(0)]
+    assert sum(int(mask.sum()) for mask in masks) == 2 * 7
+    train(damaged, tmp_path / "run")
+    assert "1 images left out so far, as" in capsys.readouterr().out

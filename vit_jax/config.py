@@ -36,9 +36,15 @@ def defaults():
     c.steps = 0  # bounds the run instead of `epochs` when set
     c.init_from = ""  # weights to start from: whatever vit_jax.load_weights reads; empty: random
     c.tensorboard = True
+    c.wandb = ""  # project of Weights & Biases that the run is sent to; empty: none
     _duration(c, "eval_every", epochs=1.0)  # on val_split
     _duration(c, "log_every", steps=50)
     _duration(c, "checkpoint_every", epochs=1.0)
+    _duration(c, "keep_every")  # checkpoints kept for good, besides the newest two and the best
+    _duration(c, "histograms_every")  # of the weights, for TensorBoard; 0: never
+    c.on_save_error = "stop"  # stop | continue: a full disk and the like; the next save tries again
+    c.on_bad_loss = "stop"  # stop | skip: a step of NaN or Inf, or of a spike; skip: no update
+    c.spike_factor = 0.0  # a loss above so many times the epoch's mean is a spike; 0: none is
 
     c.data = ConfigDict()
     c.data.name = "cifar10"  # a TFDS set, or "folder:/path" with one folder a class
@@ -49,6 +55,7 @@ def defaults():
     c.data.image_size = 0  # 0: as stored
     c.data.streaming = False  # reads images as it goes, for sets larger than memory
     c.data.streaming_threads = 16  # that decode, on each host
+    c.data.on_bad_image = "stop"  # stop | skip: one that cannot be decoded; skip: leave it out
     c.data.mean = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
     c.data.std = (0.5, 0.5, 0.5)
 
@@ -182,6 +189,9 @@ def validate(config):
     one_of("model.weight_init", m.weight_init, model.INITS)
     one_of("model.dtype", m.dtype, model.DTYPES)
     one_of("model.gelu", m.gelu, model.GELUS)
+    one_of("on_save_error", config.on_save_error, ("stop", "continue"))
+    one_of("on_bad_loss", config.on_bad_loss, ("stop", "skip"))
+    one_of("data.on_bad_image", config.data.on_bad_image, ("stop", "skip"))
     one_of("optim.name", o.name, optim.OPTIMIZERS)
     one_of("optim.schedule", o.schedule, optim.SCHEDULES)
     one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
@@ -199,6 +209,7 @@ def validate(config):
     at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)
+    at_least("spike_factor", config.spike_factor, 0)
     at_least("mesh.data", config.mesh.data, 0)
     at_least("mesh.fsdp", config.mesh.fsdp, 1)
     if not config.steps and not 0 < config.epochs < math.inf:
@@ -236,7 +247,8 @@ def validate(config):
         )
     augment.validate(config.augment, batch_size=config.batch_size)
     # A bad duration is told before any data is read; the counts do not matter for that.
-    groups = {"eval_every": config, "log_every": config, "checkpoint_every": config}
+    every = ("eval_every", "log_every", "checkpoint_every", "keep_every", "histograms_every")
+    groups = dict.fromkeys(every, config)
     for name, group in (groups | {"warmup": o, "mix_off_last": config.augment}).items():
         in_steps(group, name, steps_per_epoch=1, batch_size=1, total_steps=1)
 
@@ -298,10 +310,32 @@ def set_field(config, name, value):
     group = functools.reduce(lambda c, part: c[part], groups, config)
     try:
         group[field] = _as_type_of(group[field], value)
-    except (TypeError, ValueError, KeyError, SyntaxError, OverflowError):
+    except (
+        *(TypeError, ValueError, KeyError, SyntaxError, OverflowError),
+        *(RecursionError, MemoryError),  # of ast, for brackets thousands deep
+    ):
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         expected = kind.get(type(group[field]), "numbers in brackets, as (0.5, 0.5)")
-        raise UserError(f"config.{name} takes {expected}, got {value!r}") from None
+        shown = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}..."
+        raise UserError(f"config.{name} takes {expected}, got {shown}") from None
+
+
+def override(config, arguments, flags):
+    """Sets what a command line's arguments say: --config.FIELD=VALUE or --config.FIELD VALUE.
+
+    Raises UserError for any other argument; its line names the command's own `flags`.
+    """
+    arguments = list(arguments)
+    while arguments:
+        name, equals, value = arguments.pop(0).partition("=")
+        if not name.startswith("--config."):
+            raise UserError(f"unknown argument {name}: use {flags} or --config.FIELD=VALUE")
+        if not equals:
+            if not arguments:
+                raise UserError(f"{name} needs a value: {name}=VALUE")
+            value = arguments.pop(0)
+        set_field(config, name.removeprefix("--config."), value)
+    validate(config)
 
 
 def _as_type_of(old, value):

@@ -17,9 +17,11 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 import urllib.request
 import uuid
@@ -33,7 +35,11 @@ from vit_jax.errors import UserError
 
 _BLOCK = 256  # images one thread decodes at a time
 _FOLDER_SPLITS = ("train", "training", "val", "valid", "validation", "test")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+# Of 8 bits a sample or fewer. Left out: 16 and 32 bits, where a cast would only clip, and LAB, HSV.
+_IMAGE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+MAX_PIXELS = 100_000_000  # of an image: a few bytes of a file can ask for more memory than there is
 _AGAIN = "copy or prepare the data set again"
 _WAYS = (
     "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run where the network is"
@@ -61,6 +67,10 @@ class Dataset:
         """(H, W, C)."""
         return self.images.shape[1:]
 
+    def examples(self, indices) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8[b, H, W, C] and labels int32[b] of an array of indices."""
+        return self.images[indices], self.labels[indices]
+
     def digest(self) -> str:
         """Text that two splits share when their images, labels and classes are the same."""
         of = hashlib.sha256(repr((self.images.shape, self.class_names)).encode())
@@ -78,8 +88,9 @@ class Source:
     shard_lengths: dict[str, list[int]]  # of each split
     cache_dirs: list[Path]  # the first that holds a cache is read, the first writable is written
     fingerprint: Callable[[str], str]  # split -> text that changes when the files change
-    # split -> read(start, stop), which any thread may call: yields (where, image, label)
-    open: Callable[[str], Callable[[int, int], Iterator[tuple[str, np.ndarray, int]]]]
+    # split -> read(start, stop), which any thread may call: yields (where, decode, label), where
+    # decode() is the image or raises UserError
+    open: Callable[[str], Callable[[int, int], Iterator[tuple[str, Callable, int]]]]
 
     def check(self, where: str, image: np.ndarray, label: int, shape: tuple) -> None:
         """Raises UserError for an image of another shape or a label outside the classes."""
@@ -96,7 +107,12 @@ class Source:
 
 
 def load_split(
-    name: str, split: str, *, data_dir: str | None = None, image_size: int | None = None
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Loads a split, preparing the data set first if it is not on disk.
 
@@ -108,23 +124,34 @@ def load_split(
       data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       image_size: pixels; every image is cropped to its central square and resized to this side.
         None keeps the images as they are, which must then be of one size.
+      skip_bad: leaves out the images that cannot be decoded, and tells of them in `source`. A part
+        of a split holds the images it would hold, less these.
 
     Raises:
       UserError: the set or split does not exist, cannot be prepared, is empty, is damaged, or
         holds labels outside its classes; the disk is full.
     """
     source, parts = open_split(name, split, data_dir)
-    bases = {name: _load_base(source, name, image_size) for name, _ in parts}
-    images = [bases[name][0][r.start : r.stop] for name, r in parts]
-    labels = [bases[name][1][r.start : r.stop] for name, r in parts]
+    bases = {name: _load_base(source, name, image_size, skip_bad) for name, _ in parts}
+    images, labels = [], []
+    for base_split, nominal in parts:
+        base = bases[base_split]
+        # Less the images before each end that are not there.
+        rows = slice(*(i - np.searchsorted(base.skipped, i) for i in (nominal.start, nominal.stop)))
+        images.append(base.images[rows])
+        labels.append(base.labels[rows])
+    if not any(map(len, images)):
+        raise UserError(f"split {split!r} of {source.title} holds no image that can be decoded")
     if len({part.shape[1:] for part in images}) > 1:
         raise UserError(f"the splits in {split!r} differ in image size: set config.data.image_size")
-    caches = ", ".join(str(cache) for _, _, cache in bases.values())
+    caches = ", ".join(str(base.cache) for base in bases.values())
+    skipped = [str(reason) for base in bases.values() for reason in base.reasons]
+    told = f"; {len(skipped)} skipped, as {skipped[0]}" if skipped else ""
     return Dataset(
         images=images[0] if len(parts) == 1 else np.concatenate(images),
         labels=labels[0] if len(parts) == 1 else np.concatenate(labels),
         class_names=source.class_names,
-        source=f"{source.title}, cached in {caches}",
+        source=f"{source.title}, cached in {caches}{told}",
     )
 
 
@@ -184,40 +211,56 @@ def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
 # Decoding, and the cache of what was decoded.
 
 
-def _load_base(source: Source, split: str, image_size: int | None):
-    """A whole split: images uint8[N, H, W, C], labels int32[N], path of its cache."""
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """A whole split, decoded."""
+
+    images: np.ndarray  # uint8[N, H, W, C]
+    labels: np.ndarray  # int32[N]
+    skipped: np.ndarray  # int64[M], ascending: indices of the images that are left out
+    reasons: np.ndarray  # str[M]: why
+    cache: Path
+
+
+def _load_base(source: Source, split: str, image_size: int | None, skip_bad: bool) -> _Base:
     size = f"_{image_size}px" if image_size else ""
     paths = [folder / f"vit_jax_{split}{size}_uint8.npz" for folder in source.cache_dirs]
     fingerprint = source.fingerprint(split)
     count = sum(source.shard_lengths[split])
     for path in paths:
-        if path.exists() and (arrays := _read_cache(path, fingerprint, count)):
-            return *arrays, path
-    images, labels = _decode(source, split, count, image_size)
+        base = _read_cache(path, fingerprint, count) if path.exists() else None
+        if base and (skip_bad or not len(base.skipped)):
+            return base
     path = next((path for path in paths if _writable(path.parent)), paths[-1])
+    base = _decode(source, split, count, image_size, skip_bad, path)
+    arrays = {"images": base.images, "labels": base.labels}
+    if len(base.skipped):
+        arrays |= {"skipped": base.skipped, "reasons": base.reasons}
     names = np.array(source.class_names)
-    _write_cache(
-        path, images=images, labels=labels, class_names=names, fingerprint=np.array(fingerprint)
-    )
-    return images, labels, path
+    _write_cache(path, **arrays, class_names=names, fingerprint=np.array(fingerprint))
+    return base
 
 
-def _read_cache(path: Path, fingerprint: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images and labels, or None where the cache was made from other files."""
+def _read_cache(path: Path, fingerprint: str, count: int) -> _Base | None:
+    """What a cache holds, or None where it was made from other files."""
     try:
         with np.load(path, allow_pickle=False) as cache:  # zipfile checks a CRC-32 of each array
             if str(cache["fingerprint"]) != fingerprint:
                 return None
-            images, labels = cache["images"], cache["labels"]
-        if images.ndim != 4 or len(images) != count or labels.shape != (count,):
-            raise ValueError(f"{images.shape} images and {labels.shape} labels, not {count}")
-        if images.dtype != np.uint8 or labels.dtype != np.int32:
-            raise ValueError(f"{images.dtype} images and {labels.dtype} labels")
+            none = {"skipped": np.zeros(0, np.int64), "reasons": np.zeros(0, str)}
+            skipped, reasons = (cache.get(k, v) for k, v in none.items())
+            base = _Base(cache["images"], cache["labels"], skipped, reasons, path)
+        kept = count - len(base.skipped)
+        if base.images.ndim != 4 or len(base.images) != kept or base.labels.shape != (kept,):
+            found = f"{base.images.shape} images and {base.labels.shape} labels"
+            raise ValueError(f"{found}, not {kept}")
+        if base.images.dtype != np.uint8 or base.labels.dtype != np.int32:
+            raise ValueError(f"{base.images.dtype} images and {base.labels.dtype} labels")
     except Exception as error:  # damage can surface anywhere in zipfile and in numpy's parser
         raise UserError(
             f"the cache {path} is damaged ({_one_line(error)}): delete it and it is made again"
         ) from error
-    return images, labels
+    return base
 
 
 def _write_cache(path: Path, **arrays: np.ndarray) -> None:
@@ -225,6 +268,10 @@ def _write_cache(path: Path, **arrays: np.ndarray) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > 3600:  # its writer was killed
+                    left.unlink()
         with open(temporary, "xb") as file:
             np.savez(file, **arrays)
             file.flush()
@@ -240,40 +287,66 @@ def _write_cache(path: Path, **arrays: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode(source: Source, split: str, count: int, image_size: int | None):
-    """Images uint8[count, H, W, C] and labels int32[count], decoded in a pool of threads."""
+def _decode(source, split, count, image_size, skip_bad, cache) -> _Base:
+    """A split decoded in a pool of threads."""
     read = source.open(split)
-    _, image, _ = next(read(0, 1))
-    shape = (image if image_size is None else square(image, image_size)).shape
+    skipped = {}  # index -> why
+
+    def decoded(start):
+        block = read(start, min(start + _BLOCK, count))
+        for index, (where, decode, label) in enumerate(block, start):
+            try:
+                image = decode()
+            except UserError as error:
+                if not skip_bad:
+                    raise
+                skipped[index] = str(error)
+                continue
+            if image_size is not None:
+                image = fit(image, image_size, image_size)
+            yield index, where, image, label
+
+    starts = range(0, count, _BLOCK)
+    first = next((found for start in starts for found in decoded(start)), None)
+    if first is None:
+        raise UserError(f"split {split!r} of {source.title} holds no image that can be decoded")
+    shape = first[2].shape
     images = np.empty((count, *shape), np.uint8)
     labels = np.empty(count, np.int32)
 
     def decode_block(start):
-        block = read(start, min(start + _BLOCK, count))
-        for index, (where, image, label) in enumerate(block, start):
-            if image_size is not None:
-                image = square(image, image_size)
+        for index, where, image, label in decoded(start):
             source.check(where, image, label, shape)
             images[index], labels[index] = image, label
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode_block, range(0, count, _BLOCK)):
+        for _ in pool.map(decode_block, starts):
             pass  # raises what a thread raised
-    return images, labels
+    if skipped:
+        kept = np.setdiff1d(np.arange(count), list(skipped))
+        images, labels = images[kept], labels[kept]
+    return _Base(
+        images,
+        labels,
+        skipped=np.array(sorted(skipped), np.int64),
+        reasons=np.array([skipped[index] for index in sorted(skipped)], str),
+        cache=cache,
+    )
 
 
-def square(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, C] -> uint8[size, size, C]: the central square, its sides resized."""
+def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8[H, W, C] -> uint8[height, width, C]: the largest central part of that shape."""
     import cv2
 
-    height, width, channels = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side == size:
+    H, W, channels = image.shape
+    # Of a square, exactly the shorter side.
+    rows, columns = min(H, max(1, W * height // width)), min(W, max(1, H * width // height))
+    top, left = (H - rows) // 2, (W - columns) // 2
+    image = image[top : top + rows, left : left + columns]
+    if (rows, columns) == (height, width):
         return image
-    method = cv2.INTER_AREA if size < side else cv2.INTER_CUBIC
-    return cv2.resize(image, (size, size), interpolation=method).reshape(size, size, channels)
+    method = cv2.INTER_AREA if height < rows else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=method).reshape(height, width, channels)
 
 
 # Folders of class folders.
@@ -298,10 +371,10 @@ def _open_folder(root: Path) -> Source:
             found = [
                 p.relative_to(root)
                 for p in class_folder.rglob("*")
-                if p.suffix.lower() in _IMAGE_SUFFIXES and not p.name.startswith(".")
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
             ]
             if not found:
-                suffixes = " ".join(_IMAGE_SUFFIXES)
+                suffixes = " ".join(IMAGE_SUFFIXES)
                 raise UserError(
                     f"{class_folder} holds no images ({suffixes}): add some or remove it"
                 )
@@ -311,7 +384,8 @@ def _open_folder(root: Path) -> Source:
 
     def read(split, start, stop):
         for path, label in files[split][start:stop]:
-            yield str(root / path), _read_image(root / path), label
+            where = str(root / path)
+            yield where, functools.partial(read_image, where), label
 
     return Source(
         title=f"folder {root}",
@@ -323,15 +397,31 @@ def _open_folder(root: Path) -> Source:
     )
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """uint8[H, W, 3], RGB, turned as its EXIF orientation says."""
+def read_image(file, where=None) -> np.ndarray:
+    """uint8[H, W, 3] of an image file, RGB, turned as its EXIF orientation says.
+
+    Grey, palette, CMYK and bilevel images are converted, an alpha channel is dropped, and of
+    several frames the first is taken. `file` is a path or an open binary file, which `where` names.
+    Raises UserError, which names it, for a file that is damaged, of another format than those of
+    `_IMAGE_FORMATS`, of samples that have no 8-bit meaning, or of more than MAX_PIXELS.
+    """
     from PIL import Image, ImageOps
 
+    where = where or file
     try:
-        with Image.open(path) as image:
+        # Only these formats: Pillow would start Ghostscript for an EPS that is called .png.
+        with Image.open(file, formats=_IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+            if image.mode not in _IMAGE_MODES:
+                raise ValueError(f"samples of mode {image.mode}, not 8 bits each")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
-        raise UserError(f"{path} is no image ({_one_line(error)}): mend or remove it") from error
+        raise UserError(
+            f"{where} is no image to train on ({_one_line(error)}): mend or remove it, or leave"
+            " such images out by --config.data.on_bad_image=skip"
+        ) from error
 
 
 # TensorFlow Datasets.
@@ -387,7 +477,8 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
         for index, record in enumerate(encoded, start):
             where = f"record {index} of {path}"
             fields = _guarded(where, example.deserialize_example_np, record, decoders=skip_decoding)
-            yield where, _decode_image(fields[image_key], channels, where), int(fields[label_key])
+            decode = functools.partial(_decode_image, fields[image_key], channels, where)
+            yield where, decode, int(fields[label_key])
 
     class_names = tuple(label_feature.int2str(i) for i in range(label_feature.num_classes or 0))
     about = [p.name for p in directory.iterdir() if p.suffix in (".json", ".txt")]
@@ -405,6 +496,7 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
 
 def _decode_image(encoded: bytes, channels: int, where: str) -> np.ndarray:
     """uint8[H, W, channels]; as TFDS does, without turning by EXIF orientation."""
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # cv2 reads it once
     import cv2
 
     flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}
@@ -498,6 +590,11 @@ def _prepared_builder(name: str, data_dir: str | None):
 def _builder(name: str, place: Path, **options):
     import tensorflow_datasets as tfds
 
+    if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name):
+        # A namespace before a colon would fetch and run the code of a stranger's data set.
+        raise UserError(
+            f"config.data.name = {name!r} is no NAME, NAME/CONFIG, NAME:VERSION or folder:PATH"
+        )
     try:
         return tfds.builder(name, data_dir=place, **options)
     except tfds.core.DatasetNotFoundError as error:

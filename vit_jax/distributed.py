@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 
 # Process 0 waits so long for the others, and they for its answer: every host hears in a minute.
 _GATHER_SECONDS, _ANSWER_SECONDS = 45, 55
@@ -97,8 +97,6 @@ def joined(values):
     try:
         peers.agree(values | {"the version of jax": jax.__version__})
         peers.stop_listening()
-        # With the service on, SIGTERM would only be noted: a run would go on.
-        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             place.coordinator,
             place.num_processes,
@@ -107,11 +105,21 @@ def joined(values):
             cluster_detection_method="deactivate",
             initialization_timeout=60,
         )
-        yield peers
-        peers.close()
-        jax.distributed.shutdown()
+        try:
+            yield peers
+        except Stopped:  # by all processes after the same step
+            _leave(peers)
+            raise
+        _leave(peers)
+    except Stopped:
+        raise
     except BaseException as e:
         peers.fail(e)
+
+
+def _leave(peers):
+    peers.close()
+    jax.distributed.shutdown()
 
 
 class Peers:

@@ -1,4 +1,4 @@
-"""The exception that means "the input is wrong, not the program", and how commands end on it."""
+"""The exceptions that end a command with a line and a code of its own, and no traceback."""
 
 import errno
 import sys
@@ -8,17 +8,40 @@ class UserError(Exception):
     """Wrong input: one line that says what was given, what is allowed and what to do."""
 
 
-def run_command(main, *args):
-    """Calls `main`; a UserError, or a full disk, is one line on stderr and exit code 2.
+class Stopped(Exception):
+    """A run that ended early by a signal, its state saved."""
 
-    An interrupt from the keyboard is exit code 130. Neither shows a traceback.
+    def __init__(self, signal_number):
+        self.code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells count
+
+
+# What a disk answers that will not take a file.
+DISK_REFUSES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOENT,
+    errno.EIO,
+    errno.ESTALE,
+)
+
+
+def run_command(main, *args):
+    """Calls `main`; a UserError, or a disk that refuses, is one line on stderr and exit code 2.
+
+    An interrupt from the keyboard is exit code 130, a run stopped by a signal has its own. None
+    shows a traceback.
     """
     try:
         return main(*args)
     except UserError as e:
         message, code = str(e), 2
+    except Stopped as e:
+        sys.exit(e.code)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         message, code = f"{e.strerror}: {e.filename or 'make room where the run writes'}", 2
     except KeyboardInterrupt:

@@ -1,12 +1,11 @@
 """From a workdir back to a model: `model, params, config = vit_jax.load(workdir)`."""
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, config, model
+from vit_jax import checkpoint, config, metrics, model
 from vit_jax.errors import UserError
 
 
@@ -39,8 +38,8 @@ def load(workdir, step="last"):
 
     Args:
       workdir: the run's directory.
-      step: a saved step; "last", the newest; or "best", of the saved steps the one of the highest
-        validation accuracy in metrics.jsonl, the earliest of several.
+      step: a saved step; "last", the newest; or "best", the one of the highest validation accuracy
+        in metrics.jsonl, the earliest of several: a run saves and keeps it, whenever it was.
     Returns (model, params, config): `model.apply({"params": params}, images)` maps normalized
       float32[B, H, W, C] images to float32[B, num_classes] logits. `params` are the averaged
       weights where the run keeps an average. Its attributes: see Loaded.
@@ -57,6 +56,7 @@ def load(workdir, step="last"):
         step = int(step)
     params, saved, step = checkpoint.restore_for_inference(workdir / "checkpoints", step)
     c = config.from_dict(saved["config"])
+    config.validate(c)
     vit = model.make_model(c.model, num_classes=len(saved["class_names"]))
     return Loaded(vit, params, c, step=step, saved=saved)
 
@@ -65,10 +65,10 @@ def _best_step(workdir):
     saved = checkpoint.saved_steps(workdir / "checkpoints")
     path, accuracies = workdir / "metrics.jsonl", {}
     try:
-        for line in map(json.loads, path.read_text().splitlines()):
-            if "val/accuracy" in line and line["step"] in saved:
-                accuracies[line["step"]] = line["val/accuracy"]
-    except (OSError, ValueError) as e:
+        for _, values in metrics.read_lines(path):
+            if "val/accuracy" in values and values["step"] in saved:
+                accuracies[values["step"]] = float(values["val/accuracy"])
+    except (OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {path}, where the best step is looked up: {e}") from e
     if not accuracies:
         raise UserError(

@@ -1,21 +1,21 @@
 """The command that trains: python -m vit_jax.main --config configs/X.py [--config.field=value]."""
 
 import argparse
-import os
 import pathlib
 import shlex
 import sys
+import traceback
 
 from vit_jax.errors import UserError, run_command
 
 _PACKAGE = pathlib.Path(__file__).parent
 # configs/ stands beside the package in a checkout and inside it in a wheel.
-_CONFIGS = next(d for d in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if d.is_dir())
-_DEFAULT = _CONFIGS / "shapes10_vit.py"
+CONFIGS = next(d for d in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if d.is_dir())
+DEFAULT = CONFIGS / "shapes10_vit.py"
 
 
 def parse(argv):
-    """(config, arguments) of a command line: config, workdir (never None) and dry_run.
+    """(config, arguments) of a command line: config, workdir (never None), dry_run and debug_nans.
 
     Raises UserError for a wrong one.
     """
@@ -27,7 +27,7 @@ def parse(argv):
         "--config.model.depth=4; vit_jax/config.py explains every field.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=pathlib.Path, default=_DEFAULT, help="a recipe's file")
+    parser.add_argument("--config", type=pathlib.Path, default=DEFAULT, help="a recipe's file")
     parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
     parser.add_argument(
         "--dry_run",
@@ -35,24 +35,17 @@ def parse(argv):
         help="explain the run and stop: parameters, FLOP, steps, memory and communication, from "
         "the compiled program; reads the data, writes no workdir",
     )
+    parser.add_argument(
+        "--debug_nans",
+        action="store_true",
+        help="end at the first operation that makes a NaN, and name it; slow",
+    )
     args, rest = parser.parse_known_args(argv)
 
     from vit_jax import config as config_lib  # imports jax: after --help and a bad command line
 
     config = config_lib.from_file(args.config)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--config."):
-            raise UserError(
-                f"unknown argument {name}: use --config, --workdir, --dry_run or "
-                "--config.FIELD=VALUE"
-            )
-        if not equals:
-            if not rest:
-                raise UserError(f"{name} needs a value: {name}=VALUE")
-            value = rest.pop(0)
-        config_lib.set_field(config, name.removeprefix("--config."), value)
-    config_lib.validate(config)
+    config_lib.override(config, rest, "--config, --workdir, --dry_run, --debug_nans")
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
     return config, args
 
@@ -74,15 +67,13 @@ def _main():
     config, args = parse(sys.argv[1:])
     import jax
 
-    # Compiled programs are kept from run to run: the second start of a recipe is much shorter.
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
-    from vit_jax import distributed
+    from vit_jax import distributed, mesh
 
+    mesh.keep_compiled()
+    jax.config.update("jax_debug_nans", args.debug_nans or jax.config.jax_debug_nans)
     with distributed.joined(compared(config)) as peers:
         _run(config, args, peers)
-    if args.config == _DEFAULT and (not peers or peers.process == 0):
+    if args.config == DEFAULT and (not peers or peers.process == 0):
         print("Next, CIFAR-10: ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py")
 
 
@@ -98,7 +89,12 @@ def _run(config, args, peers):
     from vit_jax.train import train
 
     command = shlex.join(["python", "-m", "vit_jax.main", *sys.argv[1:]])
-    train(config, args.workdir, command=command, peers=peers)
+    try:
+        train(config, args.workdir, command=command, peers=peers)
+    except FloatingPointError as e:  # of --debug_nans: the last of our own lines is the place
+        ours = [f for f in traceback.extract_tb(e.__traceback__) if str(_PACKAGE) in f.filename]
+        place = f"{pathlib.Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line}"
+        raise UserError(f"{e}, under {place}") from e
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The device mesh and how arrays lie on it: axes `data` and `fsdp`, batches split over both."""
 
 import math
+import os
+import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +12,13 @@ from vit_jax.errors import UserError
 
 # An array of fewer elements is not split: its share would not be worth the message.
 _SMALLEST_SPLIT = 2**12
+
+
+def keep_compiled():
+    """Keeps compiled programs from run to run: a command's second start is much shorter."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
 
 
 def make_mesh(data, fsdp, devices=None):

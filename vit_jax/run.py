@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import augment, data, optim, stream
@@ -29,6 +30,7 @@ from vit_jax.step import (
     make_eval_step,
     make_train_step,
     over_seeds,
+    seen,
 )
 
 
@@ -49,6 +51,7 @@ class Run:
     init: Any  # seeds -> TrainState, leading with [num_seeds]
     start: tuple[str, ...]  # what was done to the weights of config.init_from, in words
     step: Any  # jitted: (state, *inputs) -> (state, metrics); donates the state
+    seen: Any  # jitted: (state, *inputs) -> uint8[num_seeds, N, H, W, C], see below
     eval_step: Any  # pure: (params, batch) -> sums, of one replica
 
     @property
@@ -149,6 +152,19 @@ class Run:
         batch_size += -batch_size % (self.mesh.size * self.config.accumulate_steps)
         return self.config.num_seeds, self.steps_per_epoch, batch_size
 
+    def batch(self, step, replica=0):
+        """The examples of a step (the first is 1) on the host, as they are stored.
+
+        {"image": uint8[B, H, W, C], "label": int32[B], "index": int32[B]}; the last batch of an
+        epoch may be smaller.
+        """
+        epoch, i = divmod(step - 1, self.steps_per_epoch)
+        n, seed = self.train.num_examples, int(self.seeds[replica])
+        index = data.epoch_indices(n, self.config.batch_size, seed=seed, epoch=epoch)[i]
+        index = index[index >= 0]
+        images, labels = self.train.examples(index)
+        return {"image": images, "label": labels, "index": index}
+
     def evaluator(self, split):
         """A function params -> [{"loss", "accuracy", "count"}] over all of a split, by replica."""
         evaluate = make_evaluate(self.eval_step, self.mesh, num_seeds=self.config.num_seeds)
@@ -177,6 +193,7 @@ def setup(config, *, devices=None, fresh=True):
             split,
             data_dir=config.data.dir or None,
             image_size=config.data.image_size or None,
+            skip_bad=config.data.on_bad_image == "skip",
         )
         if split
         else None
@@ -201,7 +218,8 @@ def setup(config, *, devices=None, fresh=True):
         "batch_size": config.batch_size,
         "total_steps": total_steps,
     }
-    groups = {"log_every": config, "eval_every": config, "checkpoint_every": config}
+    every = ("log_every", "eval_every", "checkpoint_every", "keep_every", "histograms_every")
+    groups = dict.fromkeys(every, config)
     groups |= {"warmup": config.optim, "mix_off_last": config.augment}
     durations = {k: config_lib.in_steps(group, k, **counts) for k, group in groups.items()}
     for name in ("warmup", "mix_off_last"):
@@ -234,6 +252,8 @@ def setup(config, *, devices=None, fresh=True):
         mix_steps=total_steps - durations["mix_off_last"],
         ema_decay=config.optim.ema_decay,
         accumulate_steps=config.accumulate_steps,
+        spike_factor=config.spike_factor,
+        skip_bad=config.on_bad_loss == "skip",
     )
 
     params, start = None, ()
@@ -243,19 +263,38 @@ def setup(config, *, devices=None, fresh=True):
         start = (f"{config.init_from} ({weights.kind})", *notes)
 
     def init(seed, params):
-        ema = config.optim.ema_decay > 0
-        return init_state(seed, model, optimizer, image_shape=image_shape, ema=ema, params=params)
+        options = {"ema": config.optim.ema_decay > 0, "skip_bad": config.on_bad_loss == "skip"}
+        return init_state(seed, model, optimizer, image_shape=image_shape, params=params, **options)
 
-    def resident_step(state, split, order):
-        batch = gather(split, order[state.step % steps_per_epoch])
-        batch = jax.lax.with_sharding_constraint(batch, mesh_lib.batch_sharding(mesh))
-        return train_step(state, batch)
+    if config.data.streaming:
+        axes = (0, None)
+
+        def batch_of(state, batch):
+            return batch
+
+    else:
+        axes = (0, None, 0)
+
+        def batch_of(state, split, order):
+            batch = gather(split, order[state.step % steps_per_epoch])
+            return jax.lax.with_sharding_constraint(batch, mesh_lib.batch_sharding(mesh))
+
+    def step(state, *inputs):
+        return train_step(state, batch_of(state, *inputs))
+
+    def seen_pixels(state, *inputs):
+        """The first 64 images of the next step's batch, augmented, as pixels again."""
+        batch, mix_steps = batch_of(state, *inputs), total_steps - durations["mix_off_last"]
+        images, _ = seen(
+            augment_fn, state, batch, steps_per_epoch=steps_per_epoch, mix_steps=mix_steps
+        )
+        images = images[: min(64, config.batch_size)] * np.float32(pixels["std"])
+        images = 255 * (images + np.float32(pixels["mean"]))
+        return jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8)
 
     init = over_seeds(init, config.num_seeds, (0, None))
-    if config.data.streaming:
-        step = over_seeds(train_step, 1, (0, None))
-    else:
-        step = over_seeds(resident_step, config.num_seeds, (0, None, 0))
+    step = over_seeds(step, config.num_seeds, axes)
+    seen_pixels = over_seeds(seen_pixels, config.num_seeds, axes)
     shapes = jax.eval_shape(init, np.zeros(config.num_seeds, np.uint32), params)
     shardings = mesh_lib.state_sharding(mesh, shapes)
     shapes = jax.tree.map(
@@ -263,6 +302,8 @@ def setup(config, *, devices=None, fresh=True):
     )
     init = jax.jit(init, out_shardings=shardings)
     step_shardings = (shardings, mesh_lib.replicated(mesh))
+    # To find the operation of a NaN, JAX computes the step again, from inputs that it kept.
+    donated = () if jax.config.jax_debug_nans else 0
     return Run(
         config=config,
         mesh=mesh,
@@ -276,7 +317,8 @@ def setup(config, *, devices=None, fresh=True):
         shapes=shapes,
         init=lambda seeds: init(seeds, params),
         start=start,
-        step=jax.jit(step, donate_argnums=0, out_shardings=step_shardings),
+        step=jax.jit(step, donate_argnums=donated, out_shardings=step_shardings),
+        seen=jax.jit(seen_pixels, out_shardings=mesh_lib.replicated(mesh)),
         eval_step=make_eval_step(model, **pixels),
     )
 

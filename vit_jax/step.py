@@ -16,7 +16,8 @@ class TrainState:
     """Everything that changes from step to step, and the seed.
 
     `sums` holds the sums of the batch losses and batch accuracies since the epoch began, so that
-    an epoch's mean survives an interruption. `ema_params` is None when there is no averaging.
+    an epoch's mean survives an interruption, and "skipped" counts the batches left out of them
+    where that is asked for. `ema_params` is None when there is no averaging.
     """
 
     step: jax.Array  # int32[]: optimizer updates made so far
@@ -27,7 +28,7 @@ class TrainState:
     sums: dict[str, jax.Array]  # float32[] each
 
 
-def init_state(seed, model, optimizer, *, image_shape, ema, params=None):
+def init_state(seed, model, optimizer, *, image_shape, ema, params=None, skip_bad=False):
     """The state before the first step, for images of (H, W, C). Jittable.
 
     It starts from `params` where they are given, else from the model's random weights.
@@ -40,7 +41,7 @@ def init_state(seed, model, optimizer, *, image_shape, ema, params=None):
         params=params,
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
-        sums={"loss": jnp.float32(0), "accuracy": jnp.float32(0)},
+        sums={k: jnp.float32(0) for k in ("loss", "accuracy", *["skipped"] * skip_bad)},
     )
 
 
@@ -77,6 +78,13 @@ def masked_mean(values, mask):
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def seen(augment_fn, state, batch, *, steps_per_epoch, mix_steps):
+    """(images, labels) of a batch as the model sees them in the step that follows a state."""
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
+    return augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
+
+
 def make_train_step(
     model,
     optimizer,
@@ -87,12 +95,19 @@ def make_train_step(
     mix_steps,
     ema_decay,
     accumulate_steps=1,
+    spike_factor=0.0,
+    skip_bad=False,
 ):
     """train_step(state, batch) -> (state, metrics): pure, to be jitted by the caller.
 
     The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
     float32[]: loss and accuracy over the mask, grad_norm (before clipping) and lr. All randomness
     of a step derives from (state.seed, state.step). Mixup and cutmix stop after `mix_steps`.
+
+    The metric `bad` is bool[]: the loss or the gradient is not finite or, with a `spike_factor`
+    above 0, the loss is above so many times the mean of the epoch so far (of the epoch before, at
+    its first step). With `skip_bad` such a step changes nothing but the count of steps, and is
+    left out of `sums`; the metric `skipped` counts those of the epoch so far.
 
     With `accumulate_steps` of A the batch is augmented and mixed whole, then goes forward and
     backward in A parts, one after another, whose gradients are summed: the same step for the
@@ -102,9 +117,10 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        augment_key, dropout_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        epoch = state.step // steps_per_epoch
-        images, labels = augment_fn(augment_key, batch, epoch=epoch, mix=state.step < mix_steps)
+        dropout_key = jax.random.fold_in(key, 1)
+        images, labels = seen(
+            augment_fn, state, batch, steps_per_epoch=steps_per_epoch, mix_steps=mix_steps
+        )
 
         def loss_fn(params, images, labels, mask, dropout_key):
             rngs = {"dropout": dropout_key}
@@ -134,13 +150,23 @@ def make_train_step(
             parts = (jax.tree.map(split, inputs), jnp.arange(accumulate_steps))
             (loss, grads), logits = jax.lax.scan(add_part, zeros, parts)
             logits = jnp.swapaxes(logits, 0, 1).reshape(-1, logits.shape[-1])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            # The average warms up, or a short run would remember its first weights.
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
+
+        def update(grads, params, opt_state, ema_params):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema_params is not None:
+                # The average warms up, or a short run would remember its first weights.
+                decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                ema_params = jax.tree.map(
+                    lambda e, p: decay * e + (1 - decay) * p, ema_params, params
+                )
+            return params, opt_state, ema_params
+
+        # With the axis of the replicas, as the state is kept: so XLA updates its arrays in place,
+        # where behind a reshape it copies each of them first.
+        old = (grads, state.params, state.opt_state, state.ema_params)
+        new = jax.vmap(update)(*jax.tree.map(lambda x: x[None], old))
+        params, opt_state, ema_params = jax.tree.map(lambda x: x[0], new)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
         metrics = {
             "loss": loss,
@@ -148,10 +174,27 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        first = state.step % steps_per_epoch == 0
-        sums = {k: jnp.where(first, 0.0, v) + metrics[k] for k, v in state.sums.items()}
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
+        batches = state.step % steps_per_epoch
+        if spike_factor:
+            summed = jnp.where(batches == 0, steps_per_epoch, batches)
+            summed -= state.sums.get("skipped", 0)
+            mean = state.sums["loss"] / jnp.maximum(summed, 1)
+            bad |= (state.step > 0) & (summed > 0) & (loss > spike_factor * mean)
+        added = {k: metrics[k] for k in ("loss", "accuracy")}
+        if skip_bad:
+            old = (state.params, state.opt_state, state.ema_params)
+            new = (params, opt_state, ema_params)
+            params, opt_state, ema_params = jax.tree.map(
+                lambda a, b: jnp.where(bad, a, b), old, new
+            )
+            added = {k: jnp.where(bad, 0.0, v) for k, v in added.items()}
+            added["skipped"] = bad.astype(jnp.float32)
+        sums = {k: jnp.where(batches == 0, 0.0, state.sums[k]) + v for k, v in added.items()}
+        if skip_bad:
+            metrics["skipped"] = sums["skipped"]
         state = TrainState(state.step + 1, state.seed, params, opt_state, ema_params, sums)
-        return state, metrics
+        return state, metrics | {"bad": bad}
 
     return train_step
 

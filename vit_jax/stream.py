@@ -4,6 +4,7 @@ The order is data.epoch_indices's, as for a split in memory. Each process reads 
 a batch. The threads that decode, and the batches they keep ready, are grain's.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from vit_jax import data
+from vit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,9 @@ class Stream:
     _source: data.Source
     _parts: tuple[tuple[range, Callable], ...]  # indices, and how to read them
     _image_size: int | None
+    _skip_bad: bool
+    # index -> why, of the images that could not be decoded so far and are left out
+    skipped: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:
@@ -41,37 +46,64 @@ class Stream:
         part = np.searchsorted(starts, index, side="right") - 1
         indices, read = self._parts[part]
         first = indices[index - int(starts[part])]
-        where, image, label = next(read(first, first + 1))
+        where, decode, label = next(read(first, first + 1))
+        image = decode()
         if crop:
             image = crop(image)
         elif self._image_size:
-            image = data.square(image, self._image_size)
+            image = data.fit(image, self._image_size, self._image_size)
         self._source.check(where, image, label, self.image_shape)
         return image, label
+
+    def examples(self, indices) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8[b, H, W, C] and labels int32[b] of an array of indices."""
+        images, labels = zip(*(self.example(int(i)) for i in indices), strict=True)
+        return np.stack(images), np.array(labels, np.int32)
+
+    def kept(self, index: int, crop: Callable | None = None) -> tuple[np.ndarray, int] | None:
+        """`example`, or None, noted in `skipped`, for one that is left out."""
+        try:
+            return self.example(index, crop)
+        except UserError as error:
+            if not self._skip_bad:
+                raise
+            self.skipped[index] = str(error)
+            return None
 
     def digest(self) -> str:
         """Text that two streams share when 64 of their images, spread evenly, are the same."""
         of = hashlib.sha256(repr((self.num_examples, self.class_names)).encode())
         for index in np.linspace(0, self.num_examples - 1, 64).astype(int):
-            image, label = self.example(int(index))
+            image, label = self.kept(int(index)) or (np.zeros(0), -1)
             of.update(image.tobytes() + str(label).encode())
         return of.hexdigest()[:16]
 
 
 def open_stream(
-    name: str, split: str, *, data_dir: str | None = None, image_size: int | None = None
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Stream:
     """Opens a split; the arguments and errors are those of data.load_split.
 
-    What is wrong with an image is told when it is read.
+    What is wrong with an image is told when it is read. With `skip_bad` a batch is short of the
+    images that cannot be decoded.
     """
     source, parts = data.open_split(name, split, data_dir)
     opened = {base: source.open(base) for base in dict(parts)}
     parts = tuple((indices, opened[base]) for base, indices in parts if indices)
     indices, read = parts[0]
-    _, image, _ = next(read(indices[0], indices[0] + 1))
+    for _, decode, _ in read(indices[0], indices[-1] + 1):
+        with contextlib.suppress(UserError) if skip_bad else contextlib.nullcontext():
+            image = decode()
+            break
+    else:
+        raise UserError(f"split {split!r} of {source.title} holds no image that can be decoded")
     shape = (image_size, image_size, image.shape[-1]) if image_size else image.shape
-    return Stream(shape, source.class_names, source.title, source, parts, image_size)
+    return Stream(shape, source.class_names, source.title, source, parts, image_size, skip_bad)
 
 
 def batches(
@@ -102,12 +134,10 @@ def batches(
         def __getitem__(self, position):
             step, row = steps[position // len(rows)], rows[position % len(rows)]
             index = int(order(step)[row])
-            if index < 0:
-                image, label = np.zeros(stream.image_shape, np.uint8), 0
-            else:
-                cut = crop and functools.partial(crop, step=step, index=index)
-                image, label = stream.example(index, cut)
-            return {"image": image, "label": np.int32(label), "mask": np.bool_(index >= 0)}
+            cut = crop and functools.partial(crop, step=step, index=index)
+            example = stream.kept(index, cut) if index >= 0 else None
+            image, label = example or (np.zeros(stream.image_shape, np.uint8), 0)
+            return {"image": image, "label": np.int32(label), "mask": np.bool_(example is not None)}
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * len(rows))
     return iter(grain.MapDataset.source(Examples()).to_iter_dataset(options).batch(len(rows)))

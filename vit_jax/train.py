@@ -1,9 +1,16 @@
 """The training loop: the only file that decides when."""
 
 import collections
+import contextlib
+import errno
+import fcntl
+import functools
 import json
+import os
 import pathlib
 import shutil
+import signal
+import socket
 import time
 
 import jax
@@ -11,20 +18,26 @@ import numpy as np
 
 from vit_jax import checkpoint, mesh, metrics
 from vit_jax import config as config_lib
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.run import header, setup
 from vit_jax.step import TrainState
+from vit_jax.stopping import StopRequest
 
-# May differ between a run and its continuation: they do not change what is computed.
-NOT_COMPARED = ("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp")
-NOT_COMPARED += ("model.remat", "tensorboard")
+# May differ between a run and its continuation: they do not change what is computed, or only
+# where it would have come to nothing.
+NOT_COMPARED = (
+    *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
+    *("model.remat", "tensorboard", "wandb", "on_save_error", "on_bad_loss", "spike_factor"),
+    *(f"{name}_{unit}" for name in ("keep_every", "histograms_every") for unit in config_lib.UNITS),
+)
 
 
 def open_workdir(workdir, config, command, *, needs=0):
     """Makes the workdir and its config.json and run.json, or checks that it is this config's.
 
-    Raises UserError when it cannot be written, has less free space than `needs` bytes, or holds a
-    run of another config.
+    Returns the open file that holds it for this process. Raises UserError when it cannot be
+    written, has less free space than `needs` bytes, holds a run of another config or a symbolic
+    link, or another run is at work in it.
     """
     try:
         existing = next(f for f in (workdir.absolute(), *workdir.absolute().parents) if f.exists())
@@ -34,6 +47,13 @@ def open_workdir(workdir, config, command, *, needs=0):
                 f"{free / 1e6:,.1f} MB are free: make room or give another --workdir"
             )
         workdir.mkdir(parents=True, exist_ok=True)
+        for path in (*workdir.iterdir(), *(workdir / "checkpoints").glob("*")):
+            if path.is_symlink():  # whoever made the workdir chose where it leads
+                raise UserError(
+                    f"{path} is a symbolic link, and a run writes only into its workdir: remove "
+                    "it, or give another --workdir"
+                )
+        held = _lock(workdir)
         path = workdir / "config.json"
         if not path.exists():
             metrics.write_json(path, config.to_dict())
@@ -43,8 +63,29 @@ def open_workdir(workdir, config, command, *, needs=0):
                 "give another --workdir, or delete this one"
             )
         metrics.write_json(workdir / "run.json", metrics.environment(command))
+        return held
     except OSError as e:
         raise UserError(f"cannot write the workdir {workdir}: {e.strerror or e}") from e
+
+
+def _lock(workdir):
+    """An open file in the workdir that one process at a time can have, as long as it lives."""
+    file = open(workdir / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno == errno.EWOULDBLOCK:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{workdir} is in use by {owner}: wait for it, end it, or give another --workdir"
+            ) from e
+        # Else this file system has no locks.
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _read_config(path):
@@ -61,7 +102,7 @@ class Replica:
     workdir of its own, with the config of that seed alone.
     """
 
-    def __init__(self, run, workdir, index, command):
+    def __init__(self, run, workdir, index, command, stack):
         self.seed = int(run.seeds[index])
         self.config = config_lib.from_dict(run.config.to_dict())
         self.workdir = workdir
@@ -69,8 +110,10 @@ class Replica:
             self.config.seed, self.config.num_seeds = self.seed, 1
             self.workdir = workdir / f"seed_{self.seed}"
             if jax.process_index() == 0:
-                open_workdir(self.workdir, self.config, command)
-        self.checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
+                stack.enter_context(open_workdir(self.workdir, self.config, command))
+        self.checkpoints = checkpoint.Checkpoints(
+            self.workdir / "checkpoints", keep_every=run.durations["keep_every"]
+        )
         self._saved_config = {
             "config": self.config.to_dict(),
             "class_names": list(run.train.class_names),
@@ -83,7 +126,7 @@ class Replica:
             },
         }
 
-    def save(self, step, state, timed):
+    def save(self, step, state, timed, val_accuracy):
         """Starts saving this replica's part of a state. `timed` is kept beside it."""
         self.checkpoints.save(
             step,
@@ -92,6 +135,7 @@ class Replica:
             opt_state=state.opt_state,
             config=self._saved_config,
             progress={"sums": {k: float(v) for k, v in state.sums.items()}, **timed},
+            val_accuracy=val_accuracy,
         )
 
     def restore(self, step, shapes):
@@ -108,36 +152,66 @@ class Replica:
             params=saved["params"],
             opt_state=saved["opt_state"],
             ema_params=saved["ema_params"],
-            sums={k: np.float32(v) for k, v in saved["progress"]["sums"].items()},
+            sums={k: np.float32(saved["progress"]["sums"].get(k, 0)) for k in shapes.sums},
         )
         return state, saved["progress"]
+
+
+def newest_sound(replicas):
+    """(step, damaged): the newest step that all replicas hold as it was saved, 0 for none.
+
+    `damaged` says, a line each, what is wrong with the newer ones. Raises UserError where there
+    are checkpoints and all are damaged.
+    """
+    damaged, steps = [], [set(r.checkpoints.steps()) for r in replicas]
+    for step in sorted(set.intersection(*steps), reverse=True):
+        problems = [(r.workdir, r.checkpoints.damage(step)) for r in replicas]
+        wrong = [f"{w / 'checkpoints' / str(step)}: {p}" for w, p in problems if p]
+        if not wrong:
+            return step, damaged
+        damaged += wrong
+    if damaged:
+        raise UserError(
+            f"every checkpoint is damaged ({'; '.join(damaged)}): restore them from a copy, or "
+            "delete the checkpoints folder to begin again"
+        )
+    return 0, damaged
 
 
 def train(config, workdir, *, command="", peers=None):
     """Trains by a config, printing as it goes, and returns the content of result.json.
 
     Continues from the newest checkpoint in `workdir` when it holds one of the same config. Raises
-    UserError for wrong input, before anything is written. One of several processes gets its
+    UserError for wrong input, before anything is written, and for a disk that refuses or numbers
+    that go bad; Stopped when a signal ended it early, saved. One of several processes gets its
     `peers` (distributed.Peers); process 0 alone prints, and writes all but its part of a
     checkpoint, which orbax asks of each.
     """
-    workdir = pathlib.Path(workdir)
+    with contextlib.ExitStack() as stack:  # what ends with the run: its hold on the workdir
+        return _train(config, pathlib.Path(workdir), command, peers, stack)
+
+
+def _train(config, workdir, command, peers, stack):
     first = jax.process_index() == 0
+    if config.wandb:
+        metrics.import_wandb()
     saved = workdir / "checkpoints"
     continuing = saved.is_dir() and any(step.name.isdigit() for step in saved.iterdir())
     run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
-    # Two are kept while a third is being written.
+    # Two and the best are kept while another is being written.
     if first:
-        open_workdir(workdir, config, command, needs=3 * a_checkpoint)
+        stack.enter_context(open_workdir(workdir, config, command, needs=4 * a_checkpoint))
     if peers:
         splits = {"train": run.train, "val": run.val, "test": run.test}
         peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
     if first:
         print(*header(run, workdir), sep="\n", flush=True)
-    replicas = [Replica(run, workdir, i, command) for i in range(config.num_seeds)]
-    start = min(r.checkpoints.latest_step() or 0 for r in replicas)
+    replicas = [Replica(run, workdir, i, command, stack) for i in range(config.num_seeds)]
+    start, damaged = newest_sound(replicas)
+    for line in damaged if first else ():
+        print(f"damaged: {line}", flush=True)
     if not start and continuing:  # what looked like a checkpoint is none
         run = setup(config)
     complete = start == run.total_steps and (workdir / "result.json").exists()
@@ -148,6 +222,8 @@ def train(config, workdir, *, command="", peers=None):
         if first:
             print(f"Already complete. {summary(result)}")
         return result
+    for replica in replicas:
+        replica.checkpoints.forget_after(start)
     shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
     if start:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.shapes)
@@ -163,14 +239,23 @@ def train(config, workdir, *, command="", peers=None):
         [r.workdir for r in replicas] if first else [],
         step=start,
         total_steps=run.total_steps,
+        steps_per_epoch=run.steps_per_epoch,
         batch_size=config.batch_size,
+        fields=[
+            {n: config_lib.get_field(r.config, n) for n in config_lib.field_names(r.config)}
+            for r in replicas
+        ],
         tensorboard=config.tensorboard,
+        wandb=config.wandb,
     )
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     num_examples, spe = run.train.num_examples, run.steps_per_epoch
     inputs = run.inputs(start)
     evaluate_val = run.evaluator(run.val) if run.val else None
     in_flight = collections.deque()
+    # Where bad steps are skipped, nothing but such steps for this long end the run all the same.
+    patience = max(run.durations["log_every"], 10) if config.on_bad_loss == "skip" else 1
+    bad_in_a_row = np.zeros(config.num_seeds, int)
 
     def images(step):
         """Examples that each replica has seen: the last batch of an epoch may be smaller."""
@@ -182,61 +267,129 @@ def train(config, workdir, *, command="", peers=None):
     def averaged(state):
         return state.params if state.ema_params is None else state.ema_params
 
+    def save(step, state, accuracies):
+        """Starts a save of every replica. Whether a disk that refuses ends the run, config says."""
+        host = mesh.fetch(state)
+        timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
+        actions = [writer.sync]  # before the checkpoint: a continued run keeps lines up to its step
+        for i, replica in enumerate(replicas):
+            part = jax.tree.map(lambda x, i=i: x[i], host)
+            if not all(np.isfinite(x).all() for x in jax.tree.leaves(part.params)):
+                bad_numbers(step, i, "the weights are not finite")
+            actions += [
+                replica.checkpoints.wait,
+                functools.partial(replica.save, step, part, timed, accuracies[i]),
+            ]
+        for action in actions:
+            try:
+                action()
+            except UserError as e:
+                if config.on_save_error == "stop" or step == run.total_steps:
+                    raise
+                writer.say(f"warning: {e}")
+                if action == writer.sync:
+                    break
+
+    def bad_numbers(step, i, *, loss=None, grad_norm=None, **_):
+        """Ends the run: the batch of the step is written down, the last good checkpoint named."""
+        replica = replicas[i]
+        path = replica.workdir / f"bad_batch_{step}.npz"
+        if first:
+            np.savez(path, **run.batch(step, i), seed=replica.seed, step=step)
+        for each in replicas:
+            each.checkpoints.close()
+        writer.close()
+        steps = replica.checkpoints.steps()
+        what = "the weights are not finite"
+        if loss is not None:
+            what = f"the loss is {loss[i]:.4g} and the gradient's norm {grad_norm[i]:.4g}"
+        raise UserError(
+            f"{what} at step {step} of seed {replica.seed}; the last good checkpoint is "
+            f"{replica.workdir / 'checkpoints' / str(steps[-1]) if steps else 'none'}; the batch "
+            f"is in {path}; a lower optim.peak_lr or an optim.grad_clip_norm may help, "
+            "--config.on_bad_loss=skip leaves such steps out, --debug_nans finds the operation"
+        )
+
     # Nothing crosses between host and device in the loop that is not asked for by name.
-    with jax.transfer_guard("disallow"):
+    guard = "allow" if jax.config.jax_debug_nans else "disallow"
+    with jax.transfer_guard(guard), StopRequest() as stop:
         for step in range(start + 1, run.total_steps + 1):
             epoch, batches = (step - 1) // spe, (step - 1) % spe + 1
             began = time.perf_counter()
             step_inputs = next(inputs)
             clock.wait(time.perf_counter() - began)
+            # Of epochs 1, 2, 4, 8, ...: what changes in the images changes slowly.
+            if config.tensorboard and batches == 1 and epoch & (epoch + 1) == 0:
+                writer.images(step, "train/images", mesh.fetch(run.seen(state, *step_inputs)))
             state, step_metrics = run.step(state, *step_inputs)
 
             # A step's metrics are read once the next step is under way, so that neither waits.
             in_flight.append((step, step_metrics))
-            last = step == run.total_steps
-            epoch_ends, saves = batches == spe or last, due("checkpoint_every", step) or last
-            evaluates = run.val and (due("eval_every", step) or last)
+            last, stops = step == run.total_steps, stop.reached(step)
+            epoch_ends, evaluates = (
+                batches == spe or last,
+                run.val and (due("eval_every", step) or last),
+            )
+            saves = due("checkpoint_every", step) or due("keep_every", step) or last or stops
             while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
                 done, values = in_flight.popleft()
-                jax.block_until_ready(values)
+                bad = jax.device_get(values.pop("bad"))  # waits for the step
                 clock.tick((images(done) - images(done - 1)) * config.num_seeds)
+                bad_in_a_row = np.where(bad, bad_in_a_row + 1, 0)
+                if bad_in_a_row.max() >= patience:
+                    bad_numbers(done, int(np.argmax(bad_in_a_row)), **jax.device_get(values))
+                writer.move(done)
                 if due("log_every", done):
                     rate = clock.lap()
                     line = {f"train/{k}": v for k, v in jax.device_get(values).items()}
                     line["time/images_per_second"] = rate
-                    waiting = clock.waiting if config.data.streaming else None
-                    if waiting is not None:
-                        line["time/waiting_for_data"] = waiting
+                    if config.data.streaming:
+                        line["time/waiting_for_data"] = clock.waiting
                     if peak:
                         line["time/mfu"] = rate * run.flops_per_image / (peak * run.mesh.size)
                     writer.write(done, line)
-                    loss = line["train/loss"].mean()
-                    writer.progress(
-                        done, loss=loss, images_per_second=rate / config.num_seeds, waiting=waiting
-                    )
+                    writer.progress(done, line)
 
             if epoch_ends:
-                means = {f"epoch/{k}": v / batches for k, v in jax.device_get(state.sums).items()}
+                sums = jax.device_get(state.sums)
+                counted = np.maximum(batches - sums.pop("skipped", 0), 1)
+                means = {f"epoch/{k}": v / counted for k, v in sums.items()}
                 writer.write(step, means)
                 part = "" if batches == spe else f" ({batches} of its {spe} steps)"
                 writer.say(f"Epoch {epoch + 1}, Loss: {means['epoch/loss'].mean():.4f}{part}")
+                if config.data.streaming and run.train.skipped:
+                    left_out = list(run.train.skipped.values())
+                    writer.say(f"{len(left_out)} images left out so far, as {left_out[0]}")
+            accuracies = [None] * config.num_seeds
             if evaluates:
                 results = evaluate_val(averaged(state))
                 values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
                 writer.write(step, values)
                 writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
+                accuracies = values["val/accuracy"]
+                best = [replica.checkpoints.best_accuracy for replica in replicas]
+                saves |= any(a > b for a, b in zip(accuracies, best, strict=True))
             if saves:
-                writer.sync()  # before the checkpoint: a continued run keeps lines up to its step
-                host = mesh.fetch(state)
-                timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
-                for i, replica in enumerate(replicas):
-                    replica.save(step, jax.tree.map(lambda x, i=i: x[i], host), timed)
-            if epoch_ends or evaluates or saves:
+                save(step, state, accuracies)
+            histograms = due("histograms_every", step)
+            if histograms:  # of all processes, also where only one writes: a fetch is everyone's
+                writer.histograms(step, mesh.fetch(state.params))
+            if epoch_ends or evaluates or saves or histograms:
                 clock.skip()
-    for replica in replicas:
-        replica.checkpoints.close()
+            if stops:
+                break
+        for replica in replicas:
+            replica.checkpoints.close()
+    if stop.signal:
+        writer.say(
+            f"{signal.Signals(stop.signal).name}: saved step {step:,} of {run.total_steps:,}; "
+            "the same command goes on from there"
+        )
+        writer.close()
+        raise Stopped(stop.signal)
 
-    final = {"train_loss": jax.device_get(state.sums["loss"]) / ((run.total_steps - 1) % spe + 1)}
+    sums, batches = jax.device_get(state.sums), (run.total_steps - 1) % spe + 1
+    final = {"train_loss": sums["loss"] / np.maximum(batches - sums.get("skipped", 0), 1)}
     evaluate_test = run.evaluator(run.test) if run.test else None
     for name, evaluate in (("val", evaluate_val), ("test", evaluate_test)):
         if evaluate:

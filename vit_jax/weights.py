@@ -223,8 +223,9 @@ def _own_run(path):
             raise UserError(f"{path} is no checkpoint by its name: give WORKDIR/checkpoints/STEP")
         step = int(step)
     params, saved, step = checkpoint.restore_for_inference(directory, step)
-    fields = dict(config.from_dict(saved["config"]).model)
-    return _own(params, {**saved, "model": fields}, directory / str(step))
+    c = config.from_dict(saved["config"])
+    config.validate(c)
+    return _own(params, {**saved, "model": dict(c.model)}, directory / str(step))
 
 
 def _own_file(path, arrays, metadata):

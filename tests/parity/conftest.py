@@ -12,33 +12,24 @@ import numpy as np
 import pytest
 
 
-def _required(name):
-    """The module of that name; without it the test is skipped, or fails where it may not be."""
-    if importlib.util.find_spec(name) is None:
-        if os.environ.get("VIT_JAX_REQUIRE_TORCH") == "1":
-            pytest.fail(
-                f"VIT_JAX_REQUIRE_TORCH=1, but {name} is not installed: pip install "
-                "'vit-jax[parity]', or unset the variable to check against files alone",
-                pytrace=False,
-            )
-        pytest.skip(f"{name} is not installed")
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="session")
-def torch():
+def torch(require):
     """The torch module, on two threads."""
+    there = importlib.util.find_spec("torch") is not None
+    require("torch", there, "PyTorch is not installed: only the golden file is checked")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a shared machine
-    module = _required("torch")
+    module = importlib.import_module("torch")
     module.set_num_threads(2)
     return module
 
 
 @pytest.fixture(scope="session")
-def transformers(torch):
+def transformers(torch, require):
     """The transformers module; tests/test_weights.py checks its layout by hand without it."""
+    there = importlib.util.find_spec("transformers") is not None
+    require("torch", there, "transformers is not installed: pip install 'vit-jax[parity]'")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    return _required("transformers")
+    return importlib.import_module("transformers")
 
 
 @pytest.fixture(scope="session")

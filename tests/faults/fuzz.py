@@ -1,0 +1,305 @@
+"""Whatever bytes come in, what comes out is a value or one line: no traceback, no hang, no file.
+
+    python tests/faults/fuzz.py --examples 5000                 hypothesis, every target
+    python tests/faults/fuzz.py --atheris image --seconds 300   coverage-guided, with atheris
+
+tests/faults/test_fuzz.py runs a few hundred of the first in CI.
+"""
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import hypothesis
+import numpy as np
+from hypothesis import strategies as st
+
+if "--atheris" in sys.argv:
+    import atheris
+
+    watched = atheris.instrument_imports(include=["vit_jax", "PIL", "numpy.lib", "safetensors"])
+else:
+    watched = contextlib.nullcontext()
+with watched:
+    from PIL import Image
+
+    from vit_jax import checkpoint, config, data, loading, main, metrics, weights
+    from vit_jax.errors import UserError
+    from vit_jax.interop import layouts
+    from vit_jax.model import init_params, make_model
+
+SECONDS = 20  # an input that takes longer hangs
+
+
+class Targets:
+    """Each method takes bytes, and either returns or raises UserError; `seeds` are valid inputs.
+
+    Everything is written under one folder; opening a file elsewhere to write is an error.
+    """
+
+    def __init__(self, folder):
+        import jax
+
+        self.folder = folder
+        (folder / "in").mkdir()
+        c = config.defaults()
+        c.model.update({"width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8, "patch_size": 4})
+        vit = make_model(c.model, num_classes=2)
+        shapes = jax.eval_shape(lambda k: init_params(vit, k, (8, 8, 3)), jax.random.key(0))
+        params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
+        saved = {
+            "config": c.to_dict(),
+            "class_names": ["a", "b"],
+            "image_shape": [8, 8, 3],
+            "num_heads": 2,
+            "preprocessing": {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3},
+        }
+        self.workdir = folder / "in" / "workdir"
+        checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
+        items = {"params": params, "ema_params": None, "opt_state": {"n": np.int32(0)}}
+        checkpoints.save(1, **items, config=saved, progress={})
+        checkpoints.close()
+        self.saved = self.workdir / "checkpoints" / "1" / "config" / "metadata"
+
+        rng = np.random.default_rng(0)
+        images = []
+        for mode in ("RGB", "L", "P", "RGBA", "CMYK"):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).convert(mode)
+            for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
+                file = io.BytesIO()
+                try:
+                    image.save(file, kind)
+                except (OSError, KeyError, ValueError):  # not every format has every mode
+                    continue
+                images.append(file.getvalue())
+        flat = layouts.from_params(params, layouts.GOOGLE, num_heads=2)
+        npz = io.BytesIO()
+        np.savez(npz, **flat)
+        from safetensors.numpy import save
+
+        lines = "".join(
+            json.dumps({"step": i, "val/accuracy": 0.5, "train/loss": 1.0}) + "\n" for i in (1, 2)
+        )
+        fields = list(config.field_names(c))
+        settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
+        self.seeds = {
+            "override": settings,
+            "recipe_json": [json.dumps(c.to_dict()).encode()],
+            "image": images,
+            "npz": [npz.getvalue()],
+            "safetensors": [save(flat), save(flat, {"vit_jax": json.dumps(saved)})],
+            "checkpoint": [self.saved.read_bytes()],
+            "metrics": [lines.encode()],
+        }
+
+    def override(self, given):
+        main.parse([f"--config.{given.decode(errors='replace')}"])
+
+    def recipe_json(self, given):
+        try:
+            values = json.loads(given)
+        except (ValueError, RecursionError):
+            return
+        config.validate(config.from_dict(values))
+
+    def image(self, given):
+        image = data.read_image(io.BytesIO(given), "an image")
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+
+    def npz(self, given):
+        path = self.folder / "in" / "weights.npz"
+        path.write_bytes(given)
+        weights.load_weights(path, num_heads=2)
+
+    def safetensors(self, given):
+        path = self.folder / "in" / "weights.safetensors"
+        path.write_bytes(given)
+        weights.load_weights(path, num_heads=2)
+
+    def checkpoint(self, given):
+        self.saved.write_bytes(given)
+        folder = self.saved.parents[1]
+        (folder / checkpoint.SUMS).unlink()
+        checkpoint._write_sums(folder)  # whoever made it made the sums fit
+        loading.load(self.workdir)
+        weights.load_weights(self.workdir)
+
+    def metrics(self, given):
+        path = self.workdir / "metrics.jsonl"
+        path.write_bytes(given)
+        try:
+            loading._best_step(self.workdir)
+        finally:
+            metrics.keep_lines_until(path, 1)
+
+    def run(self, name, given):
+        """'value' or 'refused'. Raises whatever else happens."""
+
+        def hangs(*_):
+            raise AssertionError(f"no end after {SECONDS} s")
+
+        signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(SECONDS)
+        _watched.append(self.folder)
+        try:
+            getattr(self, name)(given)
+            return "value"
+        except UserError as e:
+            assert len(" ".join(str(e).split())) < 3000 + 8 * len(given)  # it may repeat it
+            return "refused"
+        finally:
+            _watched.pop()
+            signal.alarm(0)
+
+
+_watched = []  # the folder under which files may be written, while there is one
+
+
+def _audit(event, args):
+    if not _watched or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.symlink"):
+        return
+    path = args[0] if event != "os.rename" else args[1]
+    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return
+    if isinstance(path, (str, bytes)):
+        path = os.fsdecode(path)
+        inside = os.path.realpath(path).startswith(os.path.realpath(_watched[-1]))
+        if not inside and path != os.devnull and "__pycache__" not in path:
+            raise AssertionError(f"{event} {path} outside the workdir")
+
+
+sys.addaudithook(_audit)
+
+
+def mutated(seeds):
+    """A strategy: one of the valid inputs, with a few of its bytes changed, cut out or put in."""
+    edits = st.lists(
+        st.tuples(
+            st.floats(0, 1), st.sampled_from(["set", "cut", "insert"]), st.binary(max_size=8)
+        ),
+        max_size=6,
+    )
+
+    def apply(seed, edits):
+        value = bytearray(seed)
+        for place, what, new in edits:
+            i = int(place * len(value))
+            value[i : i + (0 if what == "insert" else max(len(new), 1))] = (
+                b"" if what == "cut" else new
+            )
+        return bytes(value)
+
+    return st.builds(apply, st.sampled_from(seeds), edits)
+
+
+def texts_of(names):
+    """A strategy for overrides: a field, perhaps mistyped, and a value of any kind."""
+    values = st.one_of(
+        st.integers().map(str),
+        st.floats().map(str),
+        st.text(max_size=30),
+        st.sampled_from(["true", "()", "(1,)", "[0.5, 0.5, 0.5]", "(" * 5000, "9" * 5000, "1e999"]),
+        st.recursive(st.integers() | st.text(max_size=3), st.lists, max_leaves=5).map(repr),
+    )
+    names = st.one_of(st.sampled_from(names), st.text(max_size=20))
+    return st.tuples(names, values).map(lambda t: "=".join(t).encode(errors="replace"))
+
+
+def jsons():
+    """A strategy for the JSON of a config: fields with values of any kind, and any other JSON."""
+    names = st.sampled_from(list(config.field_names(config.defaults()))) | st.text(max_size=9)
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    value = st.recursive(
+        scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
+    )
+
+    def nested(flat):
+        tree = {}
+        for name, leaf in flat.items():
+            *groups, last = name.split(".")
+            place = tree
+            for group in groups:
+                place = place.setdefault(group, {}) if isinstance(place, dict) else {}
+            if isinstance(place, dict):
+                place[last] = leaf
+        return tree
+
+    config_like = st.dictionaries(names, value, max_size=6).map(nested)
+    return (config_like | value).map(lambda v: json.dumps(v).encode())
+
+
+def strategy(targets, name):
+    given = st.binary(max_size=200) | mutated(targets.seeds[name])
+    if name == "override":
+        given |= texts_of(list(config.field_names(config.defaults())))
+    if name == "recipe_json":
+        given |= jsons()
+    return given
+
+
+def check(targets, name, examples):
+    """Runs a target on so many inputs; counts of what became of them."""
+    ends = collections.Counter()
+
+    @hypothesis.settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(strategy(targets, name))
+    def each(given):
+        ends[targets.run(name, given)] += 1
+
+    each()
+    return ends
+
+
+def with_atheris(targets, name, seconds, corpus):
+    """Coverage-guided, starting from the valid inputs; ends the process."""
+    for i, seed in enumerate(targets.seeds[name]):
+        (corpus / f"seed{i}").write_bytes(seed)
+    ends = collections.Counter()
+    began = time.monotonic()
+
+    def one(given):
+        ends[targets.run(name, given)] += 1
+        if time.monotonic() - began > seconds:
+            print(f"{name}: {sum(ends.values()):,} inputs, {dict(ends)}", flush=True)
+            os._exit(0)
+
+    atheris.Setup([sys.argv[0], "-max_len=8192", "-verbosity=0", str(corpus)], one)
+    atheris.Fuzz()
+
+
+def run():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=5000)
+    parser.add_argument("--atheris", help="a target")
+    parser.add_argument("--seconds", type=int, default=300)
+    args = parser.parse_args()
+    folder = pathlib.Path(tempfile.mkdtemp())
+    os.chdir(folder)
+    targets = Targets(folder)
+    if args.atheris:
+        (folder / "corpus").mkdir()
+        with_atheris(targets, args.atheris, args.seconds, folder / "corpus")
+    for name in targets.seeds:
+        began = time.monotonic()
+        ends = check(targets, name, args.examples)
+        seconds = time.monotonic() - began
+        print(f"{name}: {sum(ends.values()):,} inputs, {dict(ends)}, {seconds:.0f} s", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    random.seed(0)
+    run()

@@ -1,0 +1,50 @@
+"""Put first on PYTHONPATH, Python runs this at start-up: it kills the process at a chosen instant.
+
+Counts the calls that change files under FAULTS_UNDER, as Python's audit events tell of them, and
+fsync. With FAULTS_AT=N the N-th ends the process by SIGKILL before it takes place. FAULTS_LOG gets
+a line for each, or only for the last.
+"""
+
+import os
+import signal
+import threading
+
+_UNDER, _AT = os.environ.get("FAULTS_UNDER"), int(os.environ.get("FAULTS_AT", 0))
+_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
+_lock, _count = threading.Lock(), 0
+
+
+def _note(event, path):
+    global _count
+    path = os.fsdecode(path)
+    if not path.startswith(_UNDER) or path == os.environ["FAULTS_LOG"]:
+        return
+    with _lock:
+        _count += 1
+        if _AT in (0, _count):
+            log = os.open(os.environ["FAULTS_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(log, f"{event} {path}\n".encode())
+            os.close(log)
+        if _count == _AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _audit(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            _note(event, args[0])
+    elif event in _CHANGES and isinstance(args[0], (str, bytes)):
+        _note(event, args[0])
+
+
+if _UNDER:
+    import sys
+
+    _fsync = os.fsync
+
+    def fsync(descriptor):
+        _note("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        _fsync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(_audit)

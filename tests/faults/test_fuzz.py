@@ -1,0 +1,21 @@
+"""Untrusted input, as the fuzzer makes it; tests/faults/fuzz.py says how to run it for longer."""
+
+import pytest
+from fuzz import Targets, check
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    return Targets(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "examples"),
+    [
+        ("override", 150), ("recipe_json", 150), ("image", 400), ("npz", 100),
+        ("safetensors", 150), ("checkpoint", 40), ("metrics", 300),
+    ],
+)  # fmt: skip
+def test_any_input_is_a_value_or_one_line(targets, name, examples):
+    ends = check(targets, name, examples)
+    assert ends["value"] and ends["refused"]  # else it tests but one of the two

@@ -1,0 +1,143 @@
+"""Losses that are no numbers, and spikes: named with their batch and the last good checkpoint, or
+skipped.
+"""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_train
+from PIL import Image
+
+from vit_jax import augment, checkpoint
+from vit_jax.errors import UserError
+from vit_jax.run import setup
+from vit_jax.train import train
+
+
+@pytest.fixture
+def poisoned(tiny_config, tmp_path, monkeypatch):
+    """A run with one white image among its 31, whose loss is `factor` times what it is."""
+    rng, folder = np.random.default_rng(0), tmp_path / "data"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(15):
+            image = Image.fromarray(rng.integers(0, 200, (8, 8, 3), dtype=np.uint8))
+            image.save(folder / name / f"{i}.png")
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "a" / "white.png")
+    c = tiny_config
+    c.data.name, c.data.test_split = f"folder:{folder}", "train[:10]"
+    c.batch_size, c.epochs, c.log_every_steps, c.optim.peak_lr = 4, 3, 2, 1e-4
+    c.checkpoint_every_epochs, c.checkpoint_every_steps, c.tensorboard = 0, 1, False
+    make_augment = augment.make_augment
+
+    def poison(factor):
+        def make(*args, **options):
+            augment_fn = make_augment(*args, **options)
+
+            def poisoned_fn(key, batch, **rest):
+                images, labels = augment_fn(key, batch, **rest)
+                white = (batch["image"] == 255).all((1, 2, 3)) & batch["mask"]
+                return images, jnp.where(white[:, None], factor * labels, labels)
+
+            return poisoned_fn
+
+        monkeypatch.setattr(augment, "make_augment", make)
+        return c
+
+    return poison
+
+
+def white_steps(c):
+    """The steps, one an epoch, whose batch holds the white image."""
+    run = setup(c)
+    steps = range(1, run.total_steps + 1)
+    return [s for s in steps if (run.batch(s)["image"] == 255).all((1, 2, 3)).any()]
+
+
+def test_a_nan_names_the_last_good_checkpoint_and_keeps_the_batch(poisoned, tmp_path):
+    c = poisoned(jnp.nan)
+    first, *_ = white_steps(c)
+    assert first > 2
+    says = rf"the loss is nan .* at step {first} of seed 0; the last good .*/{first - 1}; "
+    with pytest.raises(UserError, match=says):
+        train(c, tmp_path / "run")
+    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints")[-1] == first - 1
+    batch = np.load(tmp_path / "run" / f"bad_batch_{first}.npz")
+    (row,) = np.flatnonzero((batch["image"] == 255).all((1, 2, 3)))
+    run = setup(c)
+    assert (run.train.images[batch["index"][row]] == 255).all()
+    np.testing.assert_array_equal(batch["label"], run.train.labels[batch["index"]])
+    # Told to skip, the same workdir goes on to its end.
+    c.on_bad_loss = "skip"
+    result = train(c, tmp_path / "run")
+    assert result["steps"] == 24 and np.isfinite(result["train_loss"])
+
+
+def test_a_spike_is_caught_where_a_factor_is_given(poisoned, tmp_path):
+    c = poisoned(20)
+    step = white_steps(c)[0]
+    train(c, tmp_path / "unwatched")
+    c.spike_factor = 3.0
+    with pytest.raises(UserError, match=rf"the loss is \S+ .* at step {step} of seed 0"):
+        train(c, tmp_path / "watched")
+
+
+def test_skipped_steps_change_nothing_and_are_left_out_of_the_means(poisoned, tmp_path):
+    c = poisoned(jnp.nan)
+    c.on_bad_loss, c.optim.ema_decay, c.log_every_steps = "skip", 0.9, 1
+    train(c, tmp_path)
+    # Strict JSON: a NaN would be none.
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(x, parse_constant=pytest.fail) for x in text.splitlines()]
+    losses = {p["step"]: p.get("train/loss") for p in lines if "train/lr" in p}
+    bad = white_steps(c)
+    assert [step for step, loss in losses.items() if loss is None] == bad
+    for epoch, line in enumerate(p for p in lines if "epoch/loss" in p):
+        good = [losses[s] for s in range(8 * epoch + 1, 8 * epoch + 9) if s not in bad]
+        assert line["epoch/loss"] == pytest.approx(np.mean(good), rel=1e-6)
+    skipped = [p["train/skipped"] for p in lines if "train/skipped" in p]
+    assert max(skipped) == 1 and skipped[0] == 0
+
+
+def test_the_state_after_a_skipped_step_is_the_one_before(poisoned):
+    c = poisoned(jnp.nan)
+    c.on_bad_loss, c.optim.ema_decay, c.num_seeds = "skip", 0.9, 1
+    run = setup(c)
+    (step, *_), split, order = white_steps(c), run.resident(run.train), run.order(0)
+    state = run.init(run.put(run.seeds))
+    for _ in range(step - 1):
+        state, _ = run.step(state, split, order)
+    before = jax.device_get(state)
+    after, metrics = jax.device_get(run.step(state, split, order))
+    assert metrics["bad"].all() and after.step == before.step + 1
+    for name in ("params", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+
+
+def test_where_nothing_but_bad_steps_come_the_run_ends(tiny_config, tmp_path):
+    tiny_config.optim.peak_lr, tiny_config.on_bad_loss = 1e30, "skip"
+    tiny_config.log_every_steps = 4
+    with pytest.raises(UserError, match="at step"):
+        train(tiny_config, tmp_path)
+
+
+def test_debug_nans_names_the_operation(tiny_config, tmp_path):
+    """log(0) * 0 in place of an optimizer's step."""
+    code = "import runpy, jax, jax.numpy as jnp, optax\n"
+    code += "optax.apply_updates = lambda p, u: jax.tree.map("
+    code += "lambda x: x + jnp.log(jnp.zeros_like(x)) * 0, p)\n"
+    code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
+    arguments = [*test_train.command(tiny_config, tmp_path)[3:], "--debug_nans"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=test_train.ROOT, env=test_train.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: invalid value (nan) encountered in mul, under step.py, line ")
+    assert "optax.apply_updates" in line
