@@ -1,0 +1,110 @@
+"""Classes of image files: any size and kind, folders, lists, batches, damaged ones, pictures."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_jax
+from vit_jax import predict
+from vit_jax.augment import normalize
+from vit_jax.classify import prepare
+from vit_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(monkeypatch, capsys, *arguments, stdin=""):
+    """(lines of stdout, stderr) of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        predict.main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    told = capsys.readouterr()
+    return told.out.splitlines(), told.err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Red, green and blue pictures of several sizes and kinds, in two folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    red, green, blue = (200, 60, 60), (60, 200, 60), (60, 60, 200)
+    Image.new("RGB", (8, 8), red).save(folder / "red.png")
+    Image.new("RGB", (300, 200), green).save(folder / "green.jpg")
+    Image.new("RGBA", (5, 9), blue).save(folder / "more" / "blue.webp")
+    Image.new("RGB", (40, 30), red).quantize().save(folder / "more" / "red.gif")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def test_a_folder_as_json_with_the_models_own_probabilities(
+    tiny_run, pictures, monkeypatch, capsys
+):
+    arguments = ("--workdir", tiny_run, "--json", "--batch_size", 2, "--top", 2, pictures)
+    lines, _ = run(monkeypatch, capsys, *arguments)
+    told = {pathlib.Path(t["image"]).name: t["classes"] for t in map(json.loads, lines)}
+    best = {name: classes[0]["class"] for name, classes in told.items()}
+    assert best == {"green.jpg": "green", "red.png": "red", "blue.webp": "blue", "red.gif": "red"}
+    assert all(len(classes) == 2 for classes in told.values())
+    model, params, config = vit_jax.load(tiny_run)
+    image = np.asarray(Image.open(pictures / "red.png"))[None]
+    logits = model.apply({"params": params}, normalize(image, config.data.mean, config.data.std))[0]
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert told["red.png"][0]["probability"] == pytest.approx(expected.max(), abs=1e-5)
+
+
+def test_paths_on_stdin_go_on_after_a_damaged_file(tiny_run, pictures, monkeypatch, capsys):
+    bad = pictures / "notes.txt"
+    stdin = f"{pictures / 'red.png'}\n{bad}\n\n{pictures / 'green.jpg'}\n"
+    lines, errors = run(monkeypatch, capsys, "--workdir", tiny_run, "-", stdin=stdin)
+    assert [line.split()[1] for line in lines] == ["red", "green"]
+    assert str(bad) in errors and "1 of 3 files could not be read" in errors
+
+
+def test_attention_is_a_picture_an_image(tiny_run, pictures, monkeypatch, capsys, tmp_path):
+    arguments = ("--workdir", tiny_run, "--json", "--attention", tmp_path / "looks", pictures)
+    lines, _ = run(monkeypatch, capsys, *arguments)
+    paths = [json.loads(line)["attention"] for line in lines]
+    assert len(set(paths)) == 4
+    for path in paths:
+        with Image.open(path) as picture:  # two layers of two heads, and a row above them
+            assert picture.size == (2 * 128 + 4, 3 * 128 + 2 * 4)
+
+
+def test_the_command_ends_wrong_input_with_one_line_and_code_2(tiny_run, tmp_path):
+    command = [sys.executable, "-m", "vit_jax.predict", "--workdir"]
+    for arguments, says in (
+        ([tmp_path, "x.png"], "no checkpoints"),
+        ([tiny_run, tmp_path], "holds no images"),
+    ):
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_prepare_takes_the_central_part():
+    image = np.zeros((10, 30, 3), np.uint8)
+    image[:, 10:20] = 200
+    assert (prepare(image, (10, 10, 3)) == 200).all()
+    assert (prepare(image, (5, 5, 3)) == 200).all()
+    assert prepare(image, (4, 8, 3)).shape == (4, 8, 3)
+    assert prepare(image, (20, 20, 1)).shape == (20, 20, 1)
+    same = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(prepare(same, (8, 8, 3)), same)
+    with pytest.raises(UserError, match="4 channels"):
+        prepare(image, (8, 8, 4))
