@@ -56,5 +56,8 @@ if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
     exec 9>&-
 fi
 
+# Huge pages for large arrays: on a CPU a step otherwise spends a fifth of its time on page faults
+# (docs/performance.md). glibc alone reads it.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
 exec "$@"

@@ -1,0 +1,119 @@
+"""The compiled training step by its counts, never by seconds: no load moves them."""
+
+import collections
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from vit_jax import config
+from vit_jax.explain import compile_step, traffic
+from vit_jax.run import setup
+
+DEPTH, WIDTH, TOKENS, BATCH = 2, 16, 5, 16  # of tiny_config: 8x8 images in patches of 4
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+
+
+class Program:
+    """What a compiled step does, from its text."""
+
+    def __init__(self, run):
+        self.compiled = compile_step(run)
+        self.text = self.compiled.as_text()
+        entry = self.text[self.text.index("\nENTRY") :]
+        self.everywhere = [m for m in map(_INSTRUCTION.match, self.text.splitlines()) if m]
+        self.entry = [m for m in map(_INSTRUCTION.match, entry.splitlines()) if m]
+
+    def count(self, kind, instructions=None):
+        """Instructions of a kind, those inside fusions too unless a list is given."""
+        return sum(m[3] == kind for m in instructions or self.everywhere)
+
+    def large(self, kind, size):
+        """Of a kind, those that write arrays of at least so many elements."""
+        found = (m for m in self.everywhere if m[3] == kind)
+        return sum(math.prod(int(n) for n in m[2].split(",") if n) >= size for m in found)
+
+
+@pytest.fixture(scope="module")
+def make_run(tiny_folder):
+    """Builds the Run of the notebook's recipe, shrunk."""
+
+    def make(**fields):
+        c = config.from_file(pathlib.Path(__file__).parents[1] / "configs" / "cifar10_vit.py")
+        c.data.name = f"folder:{tiny_folder}"
+        c.batch_size = BATCH
+        sizes = {"width": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_dim": 4 * WIDTH}
+        c.model.update({"patch_size": 4, **sizes, **fields})
+        return setup(c)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+@pytest.fixture(scope="module")
+def program(run):
+    return Program(run)
+
+
+def test_every_matrix_product_is_made_once(program):
+    """Forward 6 a block, backward twice that; the patches have no gradient to pass on."""
+    assert program.count("dot") == 18 * DEPTH + 2 + 3
+
+
+def test_remat_pays_for_memory_with_the_forward_products(make_run, program):
+    again = Program(make_run(remat=True))
+    assert 18 * DEPTH + 5 < again.count("dot") <= 24 * DEPTH + 5
+
+
+def test_nothing_crosses_to_the_host_or_another_device(program):
+    assert traffic(program.text) == {}
+
+
+def test_all_is_float32_and_no_product_is_padded(program):
+    kinds = collections.Counter(m[1] for m in program.everywhere)
+    assert not {"f64", "bf16", "f16", "c64"} & set(kinds)
+
+
+def test_the_optimizer_updates_its_arrays_in_place(run, program):
+    """Weights and moments are donated: a copy first would be three for each matrix."""
+    matrices = [p for p in jax.tree.leaves(run.shapes.params) if p.size >= WIDTH * WIDTH]
+    assert len(matrices) >= 4 * DEPTH
+    sizes = {",".join(map(str, p.shape)) for p in matrices}
+    copies = sum(m[3] == "copy" and m[2] in sizes for m in program.entry)
+    assert copies <= len(matrices)
+    memory = program.compiled.memory_analysis()
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.shapes))
+    assert memory.alias_size_in_bytes >= state
+
+
+def test_transposes_do_not_multiply(program):
+    """Of arrays as large as the activations: around the heads, and operands of weight gradients."""
+    activation = BATCH * TOKENS * WIDTH
+    moved = program.large("transpose", activation) + program.large("copy", activation)
+    assert moved <= 16 * DEPTH
+
+
+def test_gelu_is_a_polynomial_and_one_exponential(program):
+    """erf vectorizes; erfc, of jax.nn.gelu, takes branches and exponentials in both directions."""
+    wide = BATCH * TOKENS * 4 * WIDTH
+    assert program.large("exponential", wide) == DEPTH
+    assert program.large("select", wide) <= DEPTH
+
+
+def test_memory_of_a_step_follows_its_activations(run, program):
+    """Floats kept for the backward pass, a token and block, in units of the width."""
+    memory = program.compiled.memory_analysis().temp_size_in_bytes
+    gradients = 4 * run.num_params
+    kept = (memory - gradients) / (4 * BATCH * TOKENS * WIDTH * DEPTH)
+    assert 8 < kept < 40
+
+
+def test_fusions_do_not_multiply(program):
+    fusions, dots = program.count("fusion", program.entry), program.count("dot")
+    assert fusions / dots < 12

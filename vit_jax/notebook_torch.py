@@ -1,0 +1,81 @@
+"""The ported notebook's model and step in PyTorch: tests/parity and the benchmark compare with it.
+
+Class names, constructor arguments, attributes (so the `state_dict`), construction order (so the
+random draws) and arithmetic are the notebook's. Training never imports it.
+"""
+
+import torch
+from torch import nn
+
+
+class PatchEmbedding(nn.Module):
+    """float[B, C, H, W] -> [B, N, D] by a convolution whose kernel and stride are the patch."""
+
+    def __init__(self, img_size=32, patch_size=4, in_channels=3, embed_dim=256):
+        super().__init__()
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TransformerBlock(nn.Module):
+    """[B, N, D] -> [B, N, D]: pre-norm self-attention and pre-norm MLP, each with a residual."""
+
+    need_weights = True  # torch's default; the benchmark turns it off, for torch's fused attention
+
+    def __init__(self, embed_dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        hidden_dim = int(embed_dim * mlp_ratio)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.attn = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim)
+        )
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y, need_weights=self.need_weights)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """float[B, 3, H, W] -> logits [B, num_classes], read at the class token."""
+
+    def __init__(
+        self, img_size=32, patch_size=4, num_classes=10, embed_dim=256, depth=6, num_heads=8
+    ):
+        super().__init__()
+        self.patch_embed = PatchEmbedding(img_size, patch_size, 3, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.blocks = nn.Sequential(*[TransformerBlock(embed_dim, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, x):
+        x = self.patch_embed(x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = self.blocks(x + self.pos_embed)
+        return self.head(self.norm(x)[:, 0])
+
+
+def transform(images):
+    """uint8[B, H, W, 3] numpy -> float32[B, 3, H, W]: ToTensor, then Normalize by .5 and .5."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div(255).sub(0.5).div(0.5)
+
+
+def make_optimizer(model):
+    """The notebook's AdamW; everything it does not name is torch's default."""
+    return torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=1e-4)
+
+
+def train_step(model, optimizer, images, labels):
+    """One iteration of the notebook's loop. Returns the loss before the update, a float."""
+    optimizer.zero_grad()
+    loss = nn.CrossEntropyLoss()(model(transform(images)), torch.from_numpy(labels).long())
+    loss.backward()
+    optimizer.step()
+    return loss.item()
