@@ -101,6 +101,23 @@ def test_several_seeds_start_from_the_same_weights(tiny_config, google_file):
         np.testing.assert_array_equal(leaf[0], leaf[1])
 
 
+def test_several_seeds_continue_without_the_weights_they_started_from(
+    tiny_config, google_file, tmp_path, capsys
+):
+    c = tiny_config
+    c.init_from, c.num_seeds, c.steps = str(google_file), 2, 4
+    c.checkpoint_every_epochs, c.checkpoint_every_steps = 0.0, 2
+    whole = train(c, tmp_path / "run")
+    google_file.unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "run" / f"seed_{seed}" / "checkpoints" / "4")
+        (tmp_path / "run" / f"seed_{seed}" / "result.json").unlink()
+    again = train(c, tmp_path / "run")
+    assert "Continuing from step 2" in capsys.readouterr().out
+    assert again["test_loss_of_each_seed"] == whole["test_loss_of_each_seed"]
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     tiny_config, google_file, tmp_path
 ):

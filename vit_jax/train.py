@@ -195,8 +195,8 @@ def _train(config, workdir, command, peers, stack):
     first = jax.process_index() == 0
     if config.wandb:
         metrics.import_wandb()
-    saved = workdir / "checkpoints"
-    continuing = saved.is_dir() and any(step.name.isdigit() for step in saved.iterdir())
+    folders = [workdir, *workdir.glob("seed_*")]  # a run of several seeds keeps them in the latter
+    continuing = any(step.name.isdigit() for f in folders for step in f.glob("checkpoints/*"))
     run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
