@@ -375,29 +375,6 @@ def test_checkpoint_restores_with_orbax_alone_on_any_device_count(tiny_config, t
     assert float(done.stdout) == pytest.approx(expected, rel=1e-6)
 
 
-def test_several_devices_train_the_same_model(tiny_config, tmp_path):
-    """Four CPU devices, data parallel and fsdp, against one: the same losses, to rounding."""
-    tiny_config.steps, tiny_config.log_every_steps = 8, 1
-    tiny_config.augment.flip = "random"
-    train(tiny_config, tmp_path / "one")
-    expected = [p["train/loss"] for p in lines(tmp_path / "one", "train/")]
-    for fsdp in (1, 2):
-        tiny_config.mesh.fsdp = fsdp
-        workdir = tmp_path / f"fsdp{fsdp}"
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-        done = subprocess.run(
-            command(tiny_config, workdir),
-            cwd=ROOT,
-            env=environment() | flags,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"devices: 4 x cpu (data {4 // fsdp}, fsdp {fsdp})" in done.stdout
-        got = [p["train/loss"] for p in lines(workdir, "train/")]
-        np.testing.assert_allclose(got, expected, atol=1e-5)
-
-
 def test_an_odd_image_in_a_folder_names_itself(tiny_config, tmp_path):
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
