@@ -260,7 +260,7 @@ class Writer:
         if "time/mfu" in means:
             line += f", MFU {means['time/mfu']:.0%}"
         if "time/waiting_for_data" in means:
-            line += f", {means['time/waiting_for_data']:.0%} of it waiting for data"
+            line += f", {means['time/waiting_for_data']:.0%} of the time waiting for data"
         line += f", {peak_memory() / 1e9:.1f} GB, {duration(images / rate)} left"
         if not self._bar.disable:
             self._bar.set_description_str(line)
