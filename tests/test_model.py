@@ -38,7 +38,7 @@ def test_notebook_model_has_its_parameters_and_flops():
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), (32, 32, 3)))
     assert count(params) == 4_771_082
     assert num_tokens(model, (32, 32, 3)) == 65
-    assert train_flops_per_image(model, (32, 32, 3)) / 1e9 == pytest.approx(1.92, abs=0.005)
+    assert train_flops_per_image(model, (32, 32, 3)) / 1e9 == pytest.approx(1.684, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,28 @@ def test_attention_is_sown_and_its_rows_sum_to_one():
     model = VisionTransformer(**SMALL)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     logits, captured = model.apply({"params": params}, IMAGES, mutable="intermediates")
-    np.testing.assert_array_equal(logits, model.apply({"params": params}, IMAGES))
+    np.testing.assert_allclose(logits, model.apply({"params": params}, IMAGES), atol=1e-6)
     for i in range(2):
         (maps,) = captured["intermediates"][f"block_{i}"]["attn"]["attention"]
         assert maps.shape == (3, 2, 17, 17) and maps.dtype == jnp.float32
         np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "layer_scale": 0.5}, {"remat": True}])
+def test_what_the_class_token_leaves_out_changes_nothing(fields):
+    """Logits and gradients are those of the last block computed whole, as for attention maps."""
+    model = VisionTransformer(**SMALL | fields)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+
+    def loss(params, mutable):
+        out = model.apply({"params": params}, IMAGES, train=True, mutable=mutable)
+        return jnp.sum(jnp.sin(out[0] if mutable else out))
+
+    whole = jax.value_and_grad(loss)(params, ["intermediates"])
+    read = jax.value_and_grad(loss)(params, False)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():

@@ -118,11 +118,11 @@ class ConvStem(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """[B, N, D] -> [B, N, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
+    """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
 
-    `qkv/kernel` is [D, 3 D], ordered q, k, v and head by head within each, as torch's
-    MultiheadAttention keeps it (transposed). The attention maps, float32[B, h, N, N], are sown as
-    the intermediate `attention`.
+    The first n tokens ask, all of them by default, and all N answer. `qkv/kernel` is [D, 3 D],
+    ordered q, k, v and head by head within each, as torch's MultiheadAttention keeps it
+    (transposed). The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
     """
 
     num_heads: int
@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x, *, train, n=None):
         B, N, D = x.shape
         K = D // self.num_heads
         if (
@@ -144,6 +144,7 @@ class MultiHeadAttention(nn.Module):
             qkv_init = _linear_init(self.weight_init, D)
         qkv = Linear(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
         q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
+        q = q[:, :, :n]
         if self.qk_norm:  # arXiv 2302.05442: keeps attention logits from growing
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
@@ -152,7 +153,7 @@ class MultiHeadAttention(nn.Module):
         self.sow("intermediates", "attention", attention)
         attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
         x = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
-        x = x.transpose(0, 2, 1, 3).reshape(B, N, D)
+        x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
         out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
         return Linear(D, dtype=self.dtype, name="out", **out_init)(x)
 
@@ -183,7 +184,10 @@ class MlpBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """[B, N, D] -> [B, N, D]: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Of the first n tokens, all by default; they attend to all N.
+    """
 
     num_heads: int
     mlp_dim: int
@@ -197,7 +201,7 @@ class TransformerBlock(nn.Module):
     gelu: str = "exact"
 
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x, *, train, n=None):
         def residual(y, name):
             if self.layer_scale:  # arXiv 2103.17239
                 scale = nn.initializers.constant(self.layer_scale)
@@ -215,8 +219,8 @@ class TransformerBlock(nn.Module):
             self.weight_init,
             self.dtype,
             name="attn",
-        )(y, train=train)
-        x = x + residual(y, "layer_scale1")
+        )(y, train=train, n=n)
+        x = x[:, :n] + residual(y, "layer_scale1")
         y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
         y = MlpBlock(
             self.mlp_dim, self.dropout, self.weight_init, self.dtype, self.gelu, name="mlp"
@@ -298,10 +302,14 @@ class VisionTransformer(nn.Module):
                 self.gelu,
                 name=f"block_{i}",
             )
+            # The head reads the class token alone: of the last block the rest is not computed,
+            # unless its attention maps are asked for.
+            last = i == self.depth - 1 and self.pool == "cls"
+            n = 1 if last and not self.is_mutable_collection("intermediates") else None
             if self.remat:  # only a block's input is kept for the backward pass
-                x = nn.remat(lambda block, x: block(x, train=train))(block, x)
+                x = nn.remat(lambda block, x, n=n: block(x, train=train, n=n))(block, x)
             else:
-                x = block(x, train=train)
+                x = block(x, train=train, n=n)
         x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
         if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)
@@ -383,12 +391,14 @@ def num_tokens(model, image_shape):
 def train_flops_per_image(model, image_shape):
     """Floating-point operations of one image's forward and backward pass.
 
-    Counts the matrix products alone, a multiply-add as two, the backward pass as twice the
-    forward (the convention of the PaLM paper's MFU, arXiv 2204.02311 appendix B).
+    Counts the matrix products that are made alone, a multiply-add as two, the backward pass as
+    twice the forward (the convention of the PaLM paper's MFU, arXiv 2204.02311 appendix B). After
+    the keys and values of a last block whose class token alone is read, its one token counts.
     """
     N, D = num_tokens(model, image_shape), model.width
     H, W, C = resolution(model, image_shape)
-    block = 2 * N * D * (4 * D + 2 * model.mlp_dim) + 4 * N * N * D
+    read = [N] * (model.depth - 1) + [1 if model.pool == "cls" else N]  # tokens out of each block
+    blocks = sum(6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in read)
     patches = N - (model.pool == "cls")
     embed = 2 * patches * model.patch_size**2 * C * D
     if model.stem == "conv":
@@ -397,4 +407,4 @@ def train_flops_per_image(model, image_shape):
             out, pixels = D // 2 ** (num_convs - 1 - i), pixels // 4
             embed, channels = embed + 2 * pixels * 9 * channels * out, out
         embed += 2 * patches * D * D
-    return 3 * (model.depth * block + embed + 2 * D * model.num_classes)
+    return 3 * (blocks + embed + 2 * D * model.num_classes)
