@@ -275,7 +275,7 @@ def _train(config, workdir, command, peers, stack):
         for i, replica in enumerate(replicas):
             part = jax.tree.map(lambda x, i=i: x[i], host)
             if not all(np.isfinite(x).all() for x in jax.tree.leaves(part.params)):
-                bad_numbers(step, i, "the weights are not finite")
+                bad_numbers(step, i)
             actions += [
                 replica.checkpoints.wait,
                 functools.partial(replica.save, step, part, timed, accuracies[i]),
@@ -362,8 +362,8 @@ def _train(config, workdir, command, peers, stack):
                     writer.say(f"{len(left_out)} images left out so far, as {left_out[0]}")
             accuracies = [None] * config.num_seeds
             if evaluates:
-                results = evaluate_val(averaged(state))
-                values = {f"val/{k}": [r[k] for r in results] for k in ("loss", "accuracy")}
+                evaluated = evaluate_val(averaged(state))
+                values = {f"val/{k}": [r[k] for r in evaluated] for k in ("loss", "accuracy")}
                 writer.write(step, values)
                 writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
                 accuracies = values["val/accuracy"]
@@ -398,29 +398,43 @@ def _train(config, workdir, command, peers, stack):
     if run.test:
         values = {f"test/{k}": final[f"test_{k}"] for k in ("loss", "accuracy")}
         writer.write(run.total_steps, values)
+    of_each, result = results(run, final, clock)
+    folders = [*(r.workdir for r in replicas), workdir]  # one and the same for one seed
+    for folder, content in dict(zip(folders, [*of_each, result], strict=True)).items():
+        if first:
+            metrics.write_json(folder / "result.json", content)
+    writer.say(summary(result))
+    writer.close()
+    return result
+
+
+def results(run, final, clock):
+    """(the content of each replica's result.json, that of the run's), the same for one seed.
+
+    `final` is {name: a value for each seed}. The run's has the mean of several under the name,
+    their standard deviation under NAME_std, and all of them under NAME_of_each_seed.
+    """
     shared = {
         "steps": run.total_steps,
-        "epochs": run.total_steps / spe,
+        "epochs": run.total_steps / run.steps_per_epoch,
         "seconds": clock.seconds,
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
         "num_params": run.num_params,
         "device": f"{run.mesh.size} x {jax.devices()[0].device_kind}",
     }
-    for i, replica in enumerate(replicas):
-        result = {k: float(v[i]) for k, v in final.items()} | {"seed": replica.seed, **shared}
-        if first:
-            metrics.write_json(replica.workdir / "result.json", result)
-    if config.num_seeds > 1:
-        result = {"seed": run.seeds.tolist(), **shared}
-        for name, of_each in final.items():
-            result[name] = float(np.mean(of_each))
-            result[f"{name}_std"] = float(np.std(of_each, ddof=1))
-            result[f"{name}_of_each_seed"] = [float(v) for v in of_each]
-        if first:
-            metrics.write_json(workdir / "result.json", result)
-    writer.say(summary(result))
-    writer.close()
-    return result
+    seeds = run.seeds.tolist()
+    of_each = [
+        {k: float(v[i]) for k, v in final.items()} | {"seed": seed, **shared}
+        for i, seed in enumerate(seeds)
+    ]
+    if len(seeds) == 1:
+        return of_each, of_each[0]
+    together = {"seed": seeds, **shared}
+    for name, values in final.items():
+        together[name] = float(np.mean(values))
+        together[f"{name}_std"] = float(np.std(values, ddof=1))
+        together[f"{name}_of_each_seed"] = [float(v) for v in values]
+    return of_each, together
 
 
 def summary(result):

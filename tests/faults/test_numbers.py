@@ -59,6 +59,17 @@ def white_steps(c):
     return [s for s in steps if (run.batch(s)["image"] == 255).all((1, 2, 3)).any()]
 
 
+def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path):
+    """The loss of the step was finite; only its update was not."""
+    c = tiny_config
+    c.optim.schedule, c.optim.peak_lr = "constant", 1e39  # infinite in float32
+    c.checkpoint_every_epochs, c.checkpoint_every_steps, c.tensorboard = 0, 1, False
+    with pytest.raises(UserError, match=r"weights are not finite at step 1 of seed 0; .* is none"):
+        train(c, tmp_path / "run")
+    assert not checkpoint.saved_steps(tmp_path / "run" / "checkpoints")
+    assert (tmp_path / "run" / "bad_batch_1.npz").exists()
+
+
 def test_a_nan_names_the_last_good_checkpoint_and_keeps_the_batch(poisoned, tmp_path):
     c = poisoned(jnp.nan)
     first, *_ = white_steps(c)
