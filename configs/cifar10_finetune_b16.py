@@ -7,7 +7,7 @@ Expected: 98.6% test accuracy in these 500 steps, 99.0% in 10,000 (--config.step
 published by google-research/vision_transformer from its ImageNet-21k weights; not yet measured
 here. Ours crops and flips at 32 pixels and then resizes to 384; the published one resizes first.
 The published rates are .001 to .03, the best by validation. Memory: the attention maps of a step
-are 98 GB over all devices (12 blocks, 12 heads, 577 x 577 float32, 512 images): several GPUs, or a
+are 90 GB over all devices (11 blocks, 12 heads, 577 x 577 float32, 512 images): several GPUs, or a
 smaller batch_size with a rate as much smaller.
 
 The fields are of Google's .npz. Weights of Hugging Face compute otherwise, and say so when read:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from vit_jax import metrics
+
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = sys.executable
 
@@ -115,11 +117,17 @@ def command_of(name, folder, rehearse):
     return [PYTHON, "-m", module, *rest]
 
 
+def complete(name, out, rehearse):
+    """Whether the item has ended well; a rehearsal is not the measurement."""
+    done = out / name / "done.json"
+    command = command_of(name, out / name, rehearse)
+    return done.exists() and json.loads(done.read_text())["command"] == command
+
+
 def run_item(name, out, rehearse):
     """Runs an item unless it is complete; True where it is complete afterwards."""
     folder = out / name
-    done = folder / "done.json"
-    if done.exists():
+    if complete(name, out, rehearse):
         print(f"{name}: complete already", flush=True)
         return True
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,7 @@ def run_item(name, out, rehearse):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     if name == "tests" and not rehearse:
         env["JAX_PLATFORMS"] = ""  # the tests take the CPU unless told otherwise; here: the best
+        env["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"  # their bounds are of float32, not TF32
     print(f"{name} ...", end=" ", flush=True)
     start = time.monotonic()
     with open(folder / "log.txt", "w") as log:
@@ -138,15 +147,13 @@ def run_item(name, out, rehearse):
             f"ended with code {process.returncode} after {seconds:.0f} s: {last[:150]}", flush=True
         )
         return False
-    done.write_text(json.dumps({"seconds": seconds, "command": command}))
+    (folder / "done.json").write_text(json.dumps({"seconds": seconds, "command": command}))
     print(f"{seconds:.0f} s", flush=True)
     return True
 
 
-def result_row(name, folder):
+def result_row(folder):
     """One line of the results table."""
-    if not (folder / "done.json").exists():
-        return f"| {name} | not yet measured | | | | |"
     result = json.loads((folder / "result.json").read_text())
     run = json.loads((folder / "run.json").read_text())
     accuracy = f"{100 * result['test_accuracy']:.2f}"
@@ -162,8 +169,9 @@ def result_row(name, folder):
 
 def notebook_lines(folder):
     """The notebook's losses beside ours, epoch by epoch."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if folder.exists() else []
-    ours = [m["epoch/loss"] for m in map(json.loads, lines) if "epoch/loss" in m]
+    path = folder / "metrics.jsonl"
+    lines = metrics.read_lines(path) if path.exists() else ()
+    ours = [m["epoch/loss"] for _, m in lines if "epoch/loss" in m]
     yield from ("| epoch | the notebook's loss | ours |", "|---|---|---|")
     for epoch, loss in enumerate(ours, 1):
         theirs = f"{NOTEBOOK[epoch - 1]:.4f}" if epoch <= len(NOTEBOOK) else ""
@@ -173,20 +181,22 @@ def notebook_lines(folder):
         yield f"| test accuracy, % | {NOTEBOOK_TEST} | {100 * accuracy:.2f} |"
 
 
-def report(out, chosen):
-    """The lines for the documents, of what is complete."""
-    complete = [n for n in chosen if (out / n / "done.json").exists()]
+def report(out, chosen, done):
+    """The lines for the documents, of what is done."""
     module = {n: ITEMS[n][1][0] for n in chosen}
     yield from ("## docs/results.md", "")
     yield "| command | test accuracy, % | train loss | minutes | images/s | where |"
     yield "|---|---|---|---|---|---|"
-    yield from (result_row(n, out / n) for n in chosen if module[n] == "vit_jax.main")
+    for name in (n for n in chosen if module[n] == "vit_jax.main"):
+        yield result_row(out / name) if name in done else f"| {name} | not yet measured | | | | |"
     if "notebook" in chosen:
         yield from ("", *notebook_lines(out / "notebook"))
     yield from ("", "## docs/performance.md", "")
-    yield "| item | images/s | ms a step | epoch, s | MFU, % of stated | of measured | PyTorch |"
-    yield "|---|---|---|---|---|---|---|"
-    for name in complete:
+    yield (
+        "| item | images/s | ms a step | epoch, s | MFU, % stated | measured | PyTorch | where |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in done:
         if module[name] != "vit_jax.benchmark":
             continue
         lines = (out / name / "log.txt").read_text().splitlines()
@@ -194,13 +204,15 @@ def report(out, chosen):
         mfu = f"{100 * r['mfu_of_stated']:.1f}" if r["mfu_of_stated"] else ""
         ratios = {k: v.get("ours_times_theirs") for k, v in r["rivals"].items()}
         told = (f"{k}: " + (f"ours {v:.2f} times" if v else "failed") for k, v in ratios.items())
-        rivals = "; ".join(told)
+        rivals, e = "; ".join(told), r["environment"]
+        where = f"{e['devices'][0]}, jax {e['versions']['jax']}, {r.get('torch', '')}, "
+        where += f"{(e['commit'] or '')[:10]}, {e['date'][:10]}"
         yield (
             f"| {name} | {r['images_per_second']:,.0f} | "
             f"{1e3 * r['seconds_per_step']['median']:.3f} | {r['seconds_per_epoch']:.2f} | {mfu} | "
-            f"{100 * r['mfu_of_measured']:.1f} | {rivals} |"
+            f"{100 * r['mfu_of_measured']:.1f} | {rivals} | {where} |"
         )
-    for name in complete:
+    for name in done:
         if module[name] not in ("vit_jax.main", "vit_jax.benchmark"):
             yield from ("", f"### {name}", "", (out / name / "log.txt").read_text().strip())
 
@@ -215,15 +227,20 @@ def main():
     args = parser.parse_args()
     out = args.out.absolute()
     chosen = [n for n in ITEMS if args.only is None or n in args.only]
-    left = [n for n in chosen if not (out / n / "done.json").exists()]
+    if not args.steps:
+        code = "import jax; print(jax.default_backend())"  # the memory is given back
+        asked = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+        if asked.stdout.strip() != "gpu":
+            sys.exit("error: jax sees no GPU here; --steps 1 rehearses on any machine")
+    left = [n for n in chosen if not complete(n, out, args.steps)]
     minutes = {n: ITEMS[n][0] * 150 / args.tflops for n in left}
     print(*(f"{n}: about {m:.0f} min" for n, m in minutes.items()), sep="\n")
     print(f"In all about {sum(minutes.values()):.0f} min", flush=True)
-    failed = [n for n in chosen if not run_item(n, out, args.steps)]
-    lines = list(report(out, chosen))
+    done = [n for n in chosen if run_item(n, out, args.steps)]
+    lines = list(report(out, chosen, done))
     (out / "report.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
-    if failed:
+    if failed := [n for n in chosen if n not in done]:
         sys.exit(f"not complete: {', '.join(failed)}; see log.txt in each; start again to go on")
 
 

@@ -35,6 +35,11 @@ def test_continuing_drops_later_torn_and_test_lines(tmp_path):
     ]
 
 
+def test_where_there_is_no_git_a_run_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert metrics.environment("command")["commit"] is None
+
+
 def test_write_json_replaces_whole_files(tmp_path):
     metrics.write_json(tmp_path / "x.json", {"a": 1})
     metrics.write_json(tmp_path / "x.json", {"a": 2})

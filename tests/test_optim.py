@@ -56,6 +56,11 @@ def test_cosine_per_epoch_is_torchs_scheduler_stepped_once_an_epoch():
     np.testing.assert_allclose(got, 3e-4 * (1 + np.cos(np.pi * epochs / 10)) / 2, rtol=1e-5)
 
 
+def test_stepped_once_an_epoch_it_changes_where_epochs_begin_whatever_the_warmup():
+    got = rates(schedule="linear", schedule_per="epoch", peak_lr=1.0, warmup_steps=15)
+    assert list(15 + 1 + np.flatnonzero(np.diff(got[15:]))) == [20, 30, 40, 50, 60, 70, 80, 90]
+
+
 def test_warmup_rises_linearly_and_wastes_no_step():
     got = rates(schedule="cosine", peak_lr=1.0, warmup_steps=9)
     np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-5)

@@ -100,6 +100,40 @@ def test_a_run_that_has_written_nothing_yet_opens(tiny_run, tmp_path):
     assert "step 0; 0 epochs" in seen(tmp_path)
 
 
+def test_a_batch_that_a_run_has_gone_on_from_is_no_news(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "bad_batch_5.npz").touch()
+    assert not any("stopped" in s for s in report.states(report.read_records(tmp_path / "run")))
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "bad_batch_99.npz").touch()
+    said = report.states(report.read_records(tmp_path / "run"))
+    assert any("stopped at step 99" in s for s in said) and not any("step 5," in s for s in said)
+
+
+def test_links_in_a_workdir_are_not_written_through(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    folder = tmp_path / "run" / "report"
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"report is a symbolic link"):
+        report.report(tmp_path / "run")
+    folder.unlink()
+    folder.mkdir()
+    (folder / "index.html").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"index.html is a symbolic link"):
+        report.report(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [b'[1]\n{"step": 1, "train/lo', b"\xff\xfe"])
+def test_metrics_of_other_lines_or_bytes(tiny_run, tmp_path, damage):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(damage)
+    if damage[0] < 128:
+        assert report.read_records(tmp_path / "run")[0].lines == []
+    else:
+        with pytest.raises(UserError, match="is not a run's"):
+            report.read_records(tmp_path / "run")
+
+
 def test_a_run_of_one_epoch_says_so(tiny_config, tmp_path):
     tiny_config.epochs = 1
     train(tiny_config, tmp_path)
@@ -121,7 +155,8 @@ def test_a_diverged_run_says_from_when(tiny_config, tmp_path):
     with contextlib.suppress(UserError):  # training may stop by itself
         train(tiny_config, tmp_path)
     told = seen(tmp_path)
-    assert re.search(r"This run diverged: [\w/]+ is not a finite number at step [1-6]\.", told)
+    finite = r"(diverged: [\w/]+ is not a finite number at|stopped at) step [1-6]\b"
+    assert re.search(f"This run {finite}", told)
     assert "not finite numbers" in told or "no checkpoint" in told
 
 

@@ -54,3 +54,9 @@ def test_a_sweep_runs_continues_and_chooses_on_the_held_out_part(tiny_folder, tm
     for folder in tmp_path.glob("optim*"):
         assert "test_accuracy" not in json.loads((folder / "result.json").read_text())
         assert "test/" not in (folder / "metrics.jsonl").read_text()
+
+    # Another recipe in the same folder: the runs refuse, and what lies there is not its result.
+    other = [*command, *split, "--config.seed=1"]
+    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "2 of 2 runs failed" in done.stderr
+    assert done.stdout.splitlines()[-1].count("failed") and "%" not in done.stdout

@@ -70,10 +70,13 @@ class Torch:
     """PyTorch's side, in a process of its own."""
 
     def __init__(self, variant, run):
+        import jax
+
         config = run.config
         spec = {
             "variant": variant,
             "dtype": run.model.dtype.name,
+            "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
             "batch_size": config.batch_size,
             "seed": config.seed,
             "data": {
@@ -218,8 +221,8 @@ def start_seconds(arguments):
             start = time.perf_counter()
             with open(f"{folder}/log", "w+") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-                metrics = workdir / "metrics.jsonl"
-                while not metrics.exists() or not metrics.stat().st_size:
+                # Of several seeds each has its own, in a folder of the workdir.
+                while not any(p.stat().st_size for p in workdir.rglob("metrics.jsonl")):
                     if process.poll() is not None:
                         log.seek(0)
                         raise UserError(f"the run ended before its first step: {log.read()[-500:]}")
@@ -403,6 +406,8 @@ def main():
             rivals[name], about["torch"] = side, side.about
         except UserError as e:
             failed[name] = {"failed": str(e)}
+    if failed and not rivals:
+        raise UserError("; ".join(f"{k}: {v['failed']}" for k, v in failed.items()))
     result = measure(run, rounds=args.rounds, round_seconds=args.round_seconds, rivals=rivals)
     for side in rivals.values():
         side.close()
@@ -411,8 +416,6 @@ def main():
     result |= start | about | {"data_seconds": data_seconds}
     result["environment"] = metrics.environment(command)
     print(*([json.dumps(result)] if args.json else table(result)), sep="\n")
-    if failed and not rivals:
-        raise UserError("; ".join(f"{k}: {v['failed']}" for k, v in failed.items()))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def best(split, spec, device):
 def main():
     """Makes the model, then serves steps until stdin ends."""
     spec = json.loads(sys.argv[1])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = spec["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"torch {torch.__version__} does not see the GPU that jax trains on")
     torch.manual_seed(spec["seed"])
     where = {k: spec["data"][k] or None for k in ("data_dir", "image_size")}
     split = data.load_split(spec["data"]["name"], spec["data"]["split"], **where)

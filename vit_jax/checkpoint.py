@@ -224,8 +224,9 @@ class Checkpoints:
             if reason is None:
                 raise
             self._keep.best_step, self.best_accuracy = self._best_before
-            with contextlib.suppress(Exception):  # the manager believes in the step that failed
-                self._open()
+            if jax.process_count() == 1:  # of several, to open is for all at once, and the run ends
+                with contextlib.suppress(Exception):  # the manager believes in the step that failed
+                    self._open()
             steps = self.steps()
             kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             raise UserError(
@@ -242,7 +243,10 @@ def _steps(directory):
 def saved_steps(directory):
     """The complete checkpoints in a directory, ascending. Raises UserError where it is none."""
     if not directory.is_dir():
-        raise UserError(f"no checkpoints in {directory}: train with this --workdir first")
+        remedy = "train with this --workdir first"
+        if seeds := sorted(p.name for p in directory.parent.glob("seed_*")):
+            remedy = f"a run of several seeds is there, give one of {', '.join(seeds)}"
+        raise UserError(f"no checkpoints in {directory}: {remedy}")
     return _steps(directory)
 
 

@@ -419,8 +419,8 @@ def read_image(file, where=None) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
         raise UserError(
-            f"{where} is no image to train on ({_one_line(error)}): mend or remove it, or leave"
-            " such images out by --config.data.on_bad_image=skip"
+            f"{where} is no image to train on ({_one_line(error)}): mend or remove it;"
+            " training leaves such images out with --config.data.on_bad_image=skip"
         ) from error
 
 

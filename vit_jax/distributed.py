@@ -260,7 +260,7 @@ class Peers:
         else:
             time.sleep(3)  # where the cause is that another process died, we hear of it now
             traceback.print_exception(error)
-            message, code = f"{type(error).__name__}: {str(error).splitlines()[:1]}", 1
+            message, code = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}", 1
         told_already, self._closing = self._closing, True
         for peer in self._sockets if not told_already else ():
             self._send(peer, {"failed": f"process {self.process} on {self._host}: {message}"})

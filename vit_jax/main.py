@@ -54,8 +54,8 @@ def compared(config):
     """{dotted name: value} of the fields that all processes of a run must share."""
     from vit_jax.config import field_names, get_field
 
-    own = ("data.dir", "tensorboard")  # what may differ from host to host
-    return {f"config.{n}": get_field(config, n) for n in field_names(config) if n not in own}
+    # Data may lie elsewhere on each host.
+    return {f"config.{n}": get_field(config, n) for n in field_names(config) if n != "data.dir"}
 
 
 def main():

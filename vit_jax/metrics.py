@@ -93,16 +93,13 @@ def environment(command):
     """What a run ran on: command, date, versions, commit and devices, for run.json."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     folder = pathlib.Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], ""
+    with contextlib.suppress(OSError):  # many a container has no git
+        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True).stdout.strip()
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
+        "commit": commit or None,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in names},
         "host": platform.node(),

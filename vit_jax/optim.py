@@ -3,6 +3,7 @@
 import fnmatch
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
@@ -27,7 +28,12 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
         "linear": optax.linear_schedule(peak, o.end_lr, steps),
     }[o.schedule]
     if o.schedule_per == "epoch":
-        per_step, after = after, lambda step: per_step(step // steps_per_epoch * steps_per_epoch)
+        per_step = after
+
+        def after(step):  # counts from the end of the warm-up, epochs from the start of the run
+            epoch_start = (step + warmup_steps) // steps_per_epoch * steps_per_epoch
+            return per_step(jnp.maximum(epoch_start - warmup_steps, 0))
+
     if not warmup_steps:
         return after
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)

@@ -113,7 +113,9 @@ def main():
                 name = re.sub(r"[^\w.-]+", "_", str(path)).strip("_.") + ".attention.png"
                 answer["attention"] = str(args.attention / name)
                 pixels = attention.picture(images[row], maps[row], grid)
-                cv2.imwrite(answer["attention"], cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA))
+                pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA)
+                if not cv2.imwrite(answer["attention"], pixels):
+                    raise UserError(f"cannot write {answer['attention']}")
             print(json.dumps(answer) if args.json else line(answer), flush=True)
     if not told:
         raise UserError("no image was named")

@@ -78,14 +78,12 @@ def read_records(workdir):
         if not found:
             raise UserError(f"{workdir} is of {config.num_seeds} seeds and holds no seed_N")
         return sorted((r for records in found for r in records), key=lambda r: r.config.seed)
-    lines = []
     path, result = workdir / "metrics.jsonl", workdir / "result.json"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # cut off by a kill
-    result = json.loads(result.read_text()) if result.exists() else None
+    try:
+        lines = [values for _, values in metrics.read_lines(path)] if path.exists() else []
+        result = json.loads(result.read_text()) if result.exists() else None
+    except ValueError as e:
+        raise UserError(f"{workdir} is not a run's: {e}") from e
     return [Record(workdir, config, run, lines, result)]
 
 
@@ -113,12 +111,17 @@ def states(records, run="This run"):
             for key, value in line.items()
             if not math.isfinite(value)
         ]
-        # The batch that a run stopped at is kept beside its checkpoints.
-        stopped = [p.stem.rpartition("_")[2] for p in record.workdir.glob("bad_batch_*.npz")]
-        bad += [(int(step), "train/loss") for step in stopped if step.isdigit()]
         if bad:
             step, key = min(bad)
             said.append(f"{name} diverged: {key} is not a finite number at step {step:,}.")
+        # The batch that a run stopped at is kept beside its checkpoints; it may have gone on since.
+        stopped = [p.stem.rpartition("_")[2] for p in record.workdir.glob("bad_batch_*.npz")]
+        stopped = [int(s) for s in stopped if s.isdigit() and int(s) >= record.last_step]
+        if stopped and record.result is None:
+            said.append(
+                f"{name} stopped at step {min(stopped):,}, diverged: its loss or gradient was not "
+                f"finite, or a spike. The batch is in bad_batch_{min(stopped)}.npz."
+            )
         if record.result is None:
             ended = len(record.series("epoch/loss")[0])
             length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
@@ -564,6 +567,9 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
         said += states(others, run=other)
     folder = pathlib.Path(workdir) / "report"
     folder.mkdir(exist_ok=True)
+    for path in (folder, *folder.iterdir()):
+        if path.is_symlink():  # whoever made the workdir chose where it leads
+            raise UserError(f"{path} is a symbolic link, and a report writes there: remove it")
     page = Page(folder)
     with figures.style():
         if compare:

@@ -130,15 +130,15 @@ def main():
             os.sched_setaffinity(0, share)  # of this thread; the process it starts inherits it
         try:
             with open(workdir / "log.txt", "a") as log:
-                subprocess.run(
+                ended = subprocess.run(
                     [sys.executable, "-m", "vit_jax.main", "--config", args.config, *arguments],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
         finally:
             shares.put(share)
-        path = workdir / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        # One that refused its workdir found the result of another config there.
+        return None if ended.returncode else json.loads((workdir / "result.json").read_text())
 
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         results = list(pool.map(start, range(len(runs))))

@@ -200,9 +200,15 @@ def _train(config, workdir, command, peers, stack):
     run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
-    # Two and the best are kept while another is being written.
+    # Two and the best are kept while another is being written; some may be there already.
+    needs = 4 * a_checkpoint
+    for path in (p for f in folders for p in f.glob("checkpoints/**/*")):
+        with contextlib.suppress(OSError):  # another run at work there, which is found out next
+            needs -= path.lstat().st_size
+    if config.on_save_error == "continue" and jax.process_count() > 1:
+        raise UserError("config.on_save_error=continue is for one process: all must save the same")
     if first:
-        stack.enter_context(open_workdir(workdir, config, command, needs=4 * a_checkpoint))
+        stack.enter_context(open_workdir(workdir, config, command, needs=needs))
     if peers:
         splits = {"train": run.train, "val": run.val, "test": run.test}
         peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
@@ -294,8 +300,12 @@ def _train(config, workdir, command, peers, stack):
         """Ends the run: the batch of the step is written down, the last good checkpoint named."""
         replica = replicas[i]
         path = replica.workdir / f"bad_batch_{step}.npz"
-        if first:
-            np.savez(path, **run.batch(step, i), seed=replica.seed, step=step)
+        kept = f"the batch is in {path}"
+        try:
+            if first:
+                np.savez(path, **run.batch(step, i), seed=replica.seed, step=step)
+        except (OSError, UserError) as e:
+            kept = f"the batch could not be kept ({e})"
         for each in replicas:
             each.checkpoints.close()
         writer.close()
@@ -305,12 +315,13 @@ def _train(config, workdir, command, peers, stack):
             what = f"the loss is {loss[i]:.4g} and the gradient's norm {grad_norm[i]:.4g}"
         raise UserError(
             f"{what} at step {step} of seed {replica.seed}; the last good checkpoint is "
-            f"{replica.workdir / 'checkpoints' / str(steps[-1]) if steps else 'none'}; the batch "
-            f"is in {path}; a lower optim.peak_lr or an optim.grad_clip_norm may help, "
+            f"{replica.workdir / 'checkpoints' / str(steps[-1]) if steps else 'none'}; "
+            f"{kept}; a lower optim.peak_lr or an optim.grad_clip_norm may help, "
             "--config.on_bad_loss=skip leaves such steps out, --debug_nans finds the operation"
         )
 
     # Nothing crosses between host and device in the loop that is not asked for by name.
+    step = start
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     with jax.transfer_guard(guard), StopRequest() as stop:
         for step in range(start + 1, run.total_steps + 1):

@@ -10,8 +10,6 @@ bilinear  the same of mode="bilinear"; for our own weights and the notebook's
 
 import numpy as np
 
-METHODS = ("zoom", "bicubic", "bilinear")
-
 
 def resize_positions(pos_embed, grid, new_grid, *, method, class_token):
     """float32[1, N, D] for a grid (rows, columns) -> float32[1, N', D] for `new_grid`.
