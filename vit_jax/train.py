@@ -320,8 +320,8 @@ def _train(config, workdir, command, peers, stack):
             "--config.on_bad_loss=skip leaves such steps out, --debug_nans finds the operation"
         )
 
-    # Nothing crosses between host and device in the loop that is not asked for by name.
     step = start
+    # Nothing crosses between host and device in the loop that is not asked for by name.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     with jax.transfer_guard(guard), StopRequest() as stop:
         for step in range(start + 1, run.total_steps + 1):
