@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 AUGMENTED = {"augment.crop": "pad", "augment.crop_padding": 2, "augment.flip": "random"}
 AUGMENTED |= {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0}
-MESHES = [(1, 1), (4, 1), (4, 2), (8, 8)]  # devices, of them on fsdp; more: device_table.py
+MESHES = [(1, 1), (4, 1), (8, 8)]  # devices, of them on fsdp; more: device_table.py
 
 
 @pytest.fixture(scope="module")
