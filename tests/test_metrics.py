@@ -81,22 +81,6 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("cpu", None),
-    ],
-)
-def test_known_peaks(kind, peak):
-    assert metrics.peak_flops(kind) == peak
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
     [(42, "42 s"), (170, "3 min"), (4830, "1 h 20 min"), (90_000, "25 h 0 min")],
 )

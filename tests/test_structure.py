@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
-    0: {"errors", "shapes10", "scores", "attention", "notebook_torch"},
+    0: {"errors", "shapes10", "scores", "attention", "notebook_torch", "peaks"},
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
     | {"distributed", "stopping", "figures"},
     2: {"config", "stream", "classify"},

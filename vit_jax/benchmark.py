@@ -241,7 +241,7 @@ def measure(run, *, rounds=5, round_seconds=2.0, rivals=()):
     """
     import jax
 
-    from vit_jax import metrics
+    from vit_jax import peaks
     from vit_jax.explain import traffic
 
     compiling, compiled = compile_seconds(run)
@@ -264,7 +264,7 @@ def measure(run, *, rounds=5, round_seconds=2.0, rivals=()):
     in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak, size = measured_peak(run.model.dtype)  # last: its matrices are not the run's memory
-    stated = metrics.peak_flops(device.device_kind)
+    stated = peaks.peak_flops(device.device_kind)
     # Streamed, the batch; resident, the order of an epoch shared out over its steps.
     *split, fed = ours.first_inputs
     input_bytes = sum(x.nbytes for x in jax.tree.leaves(fed)) / (
@@ -324,7 +324,7 @@ def table(result):
     mfu = f"{100 * r['mfu_of_measured']:.1f}% of {r['peak_measured_tflops']:.3g} TFLOP/s measured "
     mfu += f"({r['peak_measured_by']})"
     if r["mfu_of_stated"]:
-        mfu += f", {100 * r['mfu_of_stated']:.1f}% of {r['peak_stated_tflops']:.3g} stated (bf16)"
+        mfu += f", {100 * r['mfu_of_stated']:.1f}% of {r['peak_stated_tflops']:.3g} stated (16-bit)"
     rows += [("MFU", f"{r['tflops_per_second']:.3g} TFLOP/s: {mfu}")]
     c = r["compile_seconds"]
     rows += [("compile", f"{c['cold']:.1f} s cold, {c['cached']:.1f} s from the cache")]

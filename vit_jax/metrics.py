@@ -21,30 +21,6 @@ import tqdm
 
 from vit_jax.errors import UserError
 
-# Dense bfloat16 peak of one device, FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "V100": 125e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device_kind):
-    """The bfloat16 peak of a device in FLOP/s, or None where it is not known."""
-    words = device_kind.upper().replace("-", " ").split()
-    for name, peak in PEAK_FLOPS.items():
-        if all(word in words for word in name.upper().split()):
-            return peak
-    return None
-
 
 def write_json(path, value):
     """Writes a JSON file whole or not at all."""

@@ -16,7 +16,7 @@ import time
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, mesh, metrics
+from vit_jax import checkpoint, mesh, metrics, peaks
 from vit_jax import config as config_lib
 from vit_jax.errors import Stopped, UserError
 from vit_jax.run import header, setup
@@ -254,7 +254,7 @@ def _train(config, workdir, command, peers, stack):
         tensorboard=config.tensorboard,
         wandb=config.wandb,
     )
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    peak = peaks.peak_flops(jax.devices()[0].device_kind)
     num_examples, spe = run.train.num_examples, run.steps_per_epoch
     inputs = run.inputs(start)
     evaluate_val = run.evaluator(run.val) if run.val else None
