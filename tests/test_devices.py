@@ -98,6 +98,41 @@ ENTRY %main (a: f32[4,2]) -> f32[] {
     assert traffic(program) == {"all-reduce": (1, 38), "all-gather": (5, 160)}
 
 
+def test_traffic_counts_the_results_of_asynchronous_operations_alone():
+    # As XLA prints them: a start's tuple lists operands, results, and contexts.
+    program = """HloModule m, num_partitions=2
+
+ENTRY %main (a: f32[4,2], b: f32[8,2]) -> f32[8,2] {
+  %ag = (f32[4,2]{1,0}, f32[8,2]{1,0}) all-gather-start(%a), replica_groups={{0,1}}, dimensions={0}
+  %agd = f32[8,2]{1,0} all-gather-done(%ag)
+  %cp = (f32[4,2]{1,0}, f32[4,2]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %cpd = f32[4,2]{1,0} collective-permute-done(%cp)
+  %rs = ((f32[8,2]{1,0}), f32[4,2]{1,0}, s32[]) reduce-scatter-start(%b), replica_groups={{0,1}}, dimensions={0}, to_apply=%add
+  %rsd = f32[4,2]{1,0} reduce-scatter-done(%rs)
+  %aa = ((f8e4m3fn[8,2]{1,0}), f8e4m3fn[8,2]{1,0}, s32[]) all-to-all-start(%q), replica_groups={{0,1}}, dimensions={0}
+  %aau = ((f8e4m3fn[8,2]{1,0}), f8e4m3fn[8,2]{1,0}, s32[]) all-to-all-update(%aa)
+  %aad = f8e4m3fn[8,2]{1,0} all-to-all-done(%aau)
+  %snd = (f32[4,2]{1,0}, u32[], token[]) send(%a, %tok), channel_id=5, is_host_transfer=true
+  %sndd = token[] send-done(%snd), channel_id=5, is_host_transfer=true
+  %rcv = (f32[4,2]{1,0}, u32[], token[]) recv(%tok), channel_id=6, is_host_transfer=true
+  %rcvd = (f32[4,2]{1,0}, token[]) recv-done(%rcv), channel_id=6, is_host_transfer=true
+  %inf = ((f32[4,2]{1,0}, pred[3]{0}), token[]) infeed(%tok)
+  %out = token[] outfeed(%b, %tok), outfeed_shape=f32[8,2]{1,0}, metadata={op_name="x[3]"}
+  ROOT %r = f32[8,2]{1,0} add(%agd, %agd)
+}
+"""  # noqa: E501
+    assert traffic(program) == {
+        "all-gather": (1, 64),
+        "collective-permute": (1, 32),
+        "reduce-scatter": (1, 32),
+        "all-to-all": (1, 16),
+        "send": (1, 32),
+        "recv": (1, 32),
+        "infeed": (1, 35),
+        "outfeed": (1, 64),
+    }
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_dry_run_explains_and_writes_nothing(tiny_folder, tmp_path, streaming):
     command = [sys.executable, "-m", "vit_jax.main", "--dry_run", "--workdir", tmp_path / "w"]

@@ -4,36 +4,51 @@ The compiler says what a device computes, holds and sends; nothing is run.
 """
 
 import collections
+import math
 import re
-
-import numpy as np
 
 from vit_jax.run import header
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2}  # of an element; of other types, the digits in the name
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_OTHER = ("infeed", "outfeed", "send", "recv")
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+# Instructions that transfer data. An asynchronous one counts when it ends: the tuple of a `-start`
+# also lists operands and contexts, the shape of a `-done` is the result alone.
+_TRANSFERS = (*_COLLECTIVES, *(f"{kind}-done" for kind in _COLLECTIVES))
+_TRANSFERS += ("infeed", "outfeed", "send", "recv-done")
 _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z\-]+)\((.*)$",
 )
 
 
 def _num_bytes(shapes):
-    """Of the text of a shape or a tuple of shapes, as 'f32[16,64]{1,0}' or '(f32[], s32[4]{0})'."""
+    """Bytes of a shape or a tuple of shapes, as 'f32[16,64]{1,0}' or '(f32[], token[])'."""
     total = 0
-    for kind, sizes in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes):
-        digits = re.sub(r"\D", "", kind)
-        width = _BYTES.get(kind) or max(1, int(digits) // 8)
-        total += width * int(np.prod([int(s) for s in sizes.split(",") if s], dtype=np.int64))
+    for kind, bits, sizes in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
+        width = max(1, int(bits) // 8) if bits else int(kind == "pred")  # a token has no bytes
+        total += width * math.prod(int(n) for n in sizes.split(",") if n)
     return total
+
+
+def _transferred(kind, shapes, rest):
+    """The shapes that an instruction transfers; `rest` is its text after the opening bracket."""
+    if kind == "send":  # (data, context, token)
+        return shapes.rpartition(", u32[]")[0]
+    if kind == "outfeed":  # its result is a token
+        return re.search(r"outfeed_shape=(.*?)(?:, \w+=|$)", rest)[1]
+    return shapes
 
 
 def traffic(program):
     """{kind: (messages, bytes)} that a device sends to others or to the host in one call.
 
-    `program` is the text of a compiled program (`compiled.as_text()`). Bytes are those of the
-    results: of an all-gather the whole array, of a reduce-scatter the part. What stands in a loop
-    is counted as often as the loop runs, once where the compiler does not say how often.
+    `program` is the text of a compiled program (`compiled.as_text()`). A collective counts with
+    the bytes of its result: an all-gather with the whole array, a reduce-scatter with its part.
+    Operations in a loop count once per iteration, or once if the trip count is unknown.
     """
     computations, calls, name = collections.defaultdict(list), [], None
     for line in program.splitlines():
@@ -50,11 +65,11 @@ def traffic(program):
                 calls.append((name, called, times))
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
                 calls += [(name, b.strip().lstrip("%"), 1) for b in branches.split(",")]
-            kind = kind.removesuffix("-start")
             if kind == "custom-call" and "MoveTo" in rest:
-                kind = "host copy"
-            if kind in (*_KINDS, *_OTHER, "host copy"):
-                computations[name].append((kind, _num_bytes(shapes)))
+                computations[name].append(("host copy", _num_bytes(shapes)))
+            elif kind in _TRANSFERS:
+                num_bytes = _num_bytes(_transferred(kind, shapes, rest))
+                computations[name].append((kind.removesuffix("-done"), num_bytes))
 
     def times_called(name):
         return sum(
