@@ -1,7 +1,12 @@
 """Recipes, overrides, durations and the one-line errors for each way they can be wrong."""
 
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import pytest
 
@@ -165,6 +170,55 @@ def test_wrong_recipe_files_say_why(tmp_path, source, says):
     assert says in str(e.value)
 
 
-def test_missing_recipe_file(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        config.from_file(tmp_path / "none.py")
+def test_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10_vit").mkdir()  # a folder of that name does not hide it
+    assert config.recipe_path("cifar10_vit").samefile(ROOT / "configs" / "cifar10_vit.py")
+    assert config.from_file("cifar10_vit").optim.peak_lr == 3e-4
+    (tmp_path / "cifar10_vit").rmdir()
+    (tmp_path / "cifar10_vit").touch()  # but a file does: a path is a path
+    assert config.recipe_path("cifar10_vit") == pathlib.Path("cifar10_vit")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cifar10_vitt", "cifar10_vitt does not exist (did you mean cifar10_vit?): pass"),
+        ("configs/cifar10_vitt.py", "does not exist (did you mean cifar10_vit?): pass"),
+        ("none.py", "none.py does not exist: pass the path of a Python file, or one of cifar100_"),
+        (".", "the config file . is a directory"),
+    ],
+)
+def test_unknown_recipe_names_the_nearest(name, says):
+    with pytest.raises(UserError) as e:
+        config.from_file(name)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_recipe_that_misses_a_file_is_not_called_missing(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text("open('/none')")
+    with pytest.raises(UserError, match=r"recipe.py fails: FileNotFoundError: .*/none"):
+        config.from_file(path)
+
+
+def test_wheel_finds_its_recipes_beside_a_stranger_called_configs(tmp_path):
+    # The layout that pyproject.toml gives a wheel, in a site-packages with another `configs`.
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = wheel["tool"]["hatch"]["build"]["targets"]["wheel"]
+    site, ignore = tmp_path / "site-packages", shutil.ignore_patterns("__pycache__")
+    for source, target in {"vit_jax": "vit_jax", **wheel["force-include"]}.items():
+        shutil.copytree(ROOT / source, site / target, ignore=ignore)
+    (site / "configs").mkdir()
+    code = "from vit_jax import config as c; print(c.__file__)"
+    code += "\nfor name in ('cifar10_vit', c.DEFAULT_RECIPE): print(c.recipe_path(name))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = ("config.py", "configs/cifar10_vit.py", "configs/shapes10_vit.py")
+    assert done.stdout.split() == [str(site / "vit_jax" / name) for name in names]

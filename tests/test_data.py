@@ -373,7 +373,7 @@ def test_unknown_name_tells_the_nearest(tmp_path):
 
 
 WAYS = ["TFDS_DATA_DIR", "--config.data.dir", "'vit-jax[prepare]'"]
-WAYS += ["python -m vit_jax.main --config configs/shapes10_vit.py"]
+WAYS += ["python -m vit_jax.main --config shapes10_vit"]
 
 
 def test_absent_without_tensorflow(tmp_path, monkeypatch):

@@ -234,7 +234,8 @@ def test_recipe_of_a_command():
     assert path.name == "cifar10_vit.py" and recipe.model.width == 256
     path, recipe = report.recipe_of("python -m vit_jax.main --config=configs/gone.py")
     assert path.name == "gone.py" and recipe is None
-    assert report.recipe_of("python -m vit_jax.main")[0].name == "shapes10_vit.py"
+    assert report.recipe_of("vit-jax --config cifar10_vit")[1].model.width == 256
+    assert report.recipe_of("python -m vit_jax.main")[0].name == "shapes10_vit"
     assert not config_lib.difference(
         report.recipe_of("vit-jax")[1], report.recipe_of("python -m vit_jax.main")[1]
     )

@@ -139,7 +139,7 @@ def model_of_the_notebook(run):
     if differing:
         raise UserError(
             f"--against torch compares the notebook's model and loop, and this recipe differs "
-            f"({', '.join(differing)}): take configs/cifar10_vit.py"
+            f"({', '.join(differing)}): take --config cifar10_vit"
         )
     return {
         "img_size": run.train.image_shape[0],
@@ -367,7 +367,9 @@ def main():
         epilog="--config.FIELD=VALUE changes a field of the recipe, as in vit_jax.main.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=pathlib.Path, required=True, help="a recipe's file")
+    parser.add_argument(
+        "--config", type=pathlib.Path, required=True, help="a recipe's name or file"
+    )
     parser.add_argument("--against", choices=("torch",), help="PyTorch in turn with ours")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of PyTorch"

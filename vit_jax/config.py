@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import math
+import pathlib
 import runpy
 
 from ml_collections import ConfigDict
@@ -16,6 +17,12 @@ from ml_collections import ConfigDict
 from vit_jax import augment, model, optim
 from vit_jax.errors import UserError
 
+_PACKAGE = pathlib.Path(__file__).parent
+# The shipped recipes are inside the package in a wheel, and next to it in a checkout.
+CONFIGS = _PACKAGE / "configs"
+if not CONFIGS.is_dir():
+    CONFIGS = _PACKAGE.parent / "configs"
+DEFAULT_RECIPE = "shapes10_vit"
 UNITS = ("steps", "epochs", "examples", "percent")
 
 
@@ -253,19 +260,35 @@ def validate(config):
         in_steps(group, name, steps_per_epoch=1, batch_size=1, total_steps=1)
 
 
+def recipe_path(name):
+    """Returns the path of a recipe. `name` is a file's path or a shipped recipe's name.
+
+    Raises UserError if there is neither; its line names the nearest recipe and lists all.
+    """
+    path = pathlib.Path(name).expanduser()
+    shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
+    if str(name) in shipped and not path.is_file():
+        return shipped[str(name)]
+    if path.is_dir() or not path.exists():
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(
+            f"the config file {name} {problem}{nearest(path.stem, shipped)}: pass the path of a "
+            f"Python file, or one of {', '.join(shipped)}"
+        )
+    return path
+
+
 def from_file(path):
     """The ConfigDict of a recipe: what `get_config()` in that Python file returns.
 
-    The file is executed. Raises UserError when it does not exist, has no get_config, or sets a
-    field that does not exist or to a value of another type.
+    `path` may also be the name of a shipped recipe. The file is executed. Raises UserError when it
+    does not exist, has no get_config, or sets a field that does not exist or to a value of another
+    type.
     """
+    path = recipe_path(path)
     try:
         namespace = runpy.run_path(str(path))
         config = namespace["get_config"]()
-    except FileNotFoundError:
-        raise UserError(f"the config file {path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"the config file {path} is a directory") from None
     except UserError:
         raise
     except KeyError as e:

@@ -44,7 +44,7 @@ _AGAIN = "copy or prepare the data set again"
 _WAYS = (
     "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run where the network is"
     " reachable with TensorFlow installed (pip install 'vit-jax[prepare]'); or run the same on the"
-    " embedded set: python -m vit_jax.main --config configs/shapes10_vit.py"
+    " embedded set: python -m vit_jax.main --config shapes10_vit"
 )
 
 

@@ -1,6 +1,7 @@
-"""The command that trains: python -m vit_jax.main --config configs/X.py [--config.field=value]."""
+"""The train command: python -m vit_jax.main --config configs/X.py [--config.field=value]."""
 
 import argparse
+import os
 import pathlib
 import shlex
 import sys
@@ -9,9 +10,6 @@ import traceback
 from vit_jax.errors import UserError, run_command
 
 _PACKAGE = pathlib.Path(__file__).parent
-# configs/ stands beside the package in a checkout and inside it in a wheel.
-CONFIGS = next(d for d in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if d.is_dir())
-DEFAULT = CONFIGS / "shapes10_vit.py"
 
 
 def parse(argv):
@@ -27,7 +25,13 @@ def parse(argv):
         "--config.model.depth=4; vit_jax/config.py explains every field.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=pathlib.Path, default=DEFAULT, help="a recipe's file")
+    parser.add_argument(
+        "--config",
+        type=pathlib.Path,
+        metavar="RECIPE",
+        help="a shipped recipe's name, such as cifar10_vit, or the path of a recipe file "
+        "(default: a small ViT on drawn images)",
+    )
     parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
     parser.add_argument(
         "--dry_run",
@@ -44,6 +48,7 @@ def parse(argv):
 
     from vit_jax import config as config_lib  # imports jax: after --help and a bad command line
 
+    args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --workdir, --dry_run, --debug_nans")
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
@@ -68,13 +73,20 @@ def _main():
     import jax
 
     from vit_jax import distributed, mesh
+    from vit_jax.config import DEFAULT_RECIPE
 
     mesh.keep_compiled()
     jax.config.update("jax_debug_nans", args.debug_nans or jax.config.jax_debug_nans)
     with distributed.joined(compared(config)) as peers:
         _run(config, args, peers)
-    if args.config == DEFAULT and (not peers or peers.process == 0):
-        print("Next, CIFAR-10: ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py")
+    if args.config.stem == DEFAULT_RECIPE and (not peers or peers.process == 0):
+        print(f"Next, CIFAR-10: {_python()} -m vit_jax.main --config cifar10_vit")
+
+
+def _python():
+    """The words that run Python in this environment, whatever the shell's PATH."""
+    launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
+    return f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
 
 
 def _run(config, args, peers):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax import attention, augment, evaluate, main, mesh, metrics, scores
+from vit_jax import attention, augment, evaluate, mesh, metrics, scores
 from vit_jax import config as config_lib
 from vit_jax.classify import make_classify, patch_grid
 from vit_jax.errors import UserError, run_command
@@ -95,8 +95,8 @@ def recipe_of(command):
     words = shlex.split(command or "")
     named = [b for a, b in itertools.pairwise(words) if a == "--config"]
     named += [w.removeprefix("--config=") for w in words if w.startswith("--config=")]
-    path = pathlib.Path(named[-1]) if named else main.DEFAULT
-    ours = main.CONFIGS / path.name
+    path = pathlib.Path(named[-1] if named else config_lib.DEFAULT_RECIPE)
+    ours = config_lib.CONFIGS / f"{path.stem}.py"
     return path, config_lib.from_file(ours) if ours.is_file() else None
 
 

@@ -71,7 +71,9 @@ def main():
         epilog="--config.FIELD=VALUE holds for every run, as in vit_jax.main.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="the recipe that all runs start from")
+    parser.add_argument(
+        "--config", required=True, help="the recipe all runs start from, a name or a file"
+    )
     parser.add_argument("--set", required=True, nargs="+", metavar="FIELD=V,V", help="an axis")
     parser.add_argument(
         "--workdir", type=pathlib.Path, required=True, help="one folder a run in it"
