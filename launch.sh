@@ -1,63 +1,95 @@
 #!/usr/bin/env bash
-# Makes the environment when it is missing or pyproject.toml changed, then runs COMMAND in it:
+# Makes the environment if it is missing, then runs COMMAND in it:
 #
 #     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py
 #     ./launch.sh pytest
 #
-# One process a host, which takes all its GPUs. Several hosts (docs/multi_host.md):
+# One process per host, which uses all its GPUs. Several hosts (docs/multi_host.md):
 #
 #     srun ./launch.sh python -m vit_jax.main ...                                (SLURM)
 #     COORDINATOR=host:port NUM_PROCESSES=n PROCESS_ID=i ./launch.sh python ...  (on each host)
 #
-# PYTHON chooses the interpreter (3.11 or newer), VENV the environment's folder (.venv here).
+# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder.
+#
+# This script never changes a complete environment, so a running job keeps the packages it started
+# with. The folder, .venvs/KIND-HASH, is named by what determines its contents: CPU or CUDA wheels,
+# the interpreter, the architecture, the requirements, and the checkout's path. If one of them
+# differs (another kind of node on a shared file system, an update, a moved checkout), another
+# environment is made next to it. Delete old ones when no job runs in them.
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${VENV:-$root/.venv}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 
 if [ $# -eq 0 ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 
-extras=dev,prepare
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    extras=$extras,cuda12
-fi
-
-find_python() {
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    echo "error: Python 3.11 or newer is needed (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11}); name one with PYTHON=..." >&2
+fail() {
+    echo "error: $1" >&2
     exit 2
 }
+
+# Read in full: piped into `grep -q`, nvidia-smi can die of SIGPIPE once grep has seen enough.
+gpus=$(nvidia-smi -L 2>/dev/null || true)
+case $gpus in
+*"GPU "[0-9]*) kind=cuda12 extras=dev,prepare,cuda12 ;;
+*) kind=cpu extras=dev,prepare ;;
+esac
+
+python=
+candidates=${PYTHON:-python3 python3.13 python3.12 python3.11}
+for candidate in $candidates; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] ||
+    fail "Python 3.11 or newer is needed (tried: $candidates); name one with PYTHON=..."
+
+hash=$("$python" -I - "$extras" "$root" <<'PYTHON'
+import hashlib, sys, sysconfig, tomllib
+
+with open(f"{sys.argv[2]}/pyproject.toml", "rb") as f:
+    made_from = tomllib.load(f)
+made_from["tool"] = made_from.get("tool", {}).get("hatch")  # not the settings of pytest and ruff
+interpreter = (sys.base_prefix, sys.version_info[:2], sysconfig.get_platform())
+print(hashlib.sha256(repr((sys.argv[1:], interpreter, made_from)).encode()).hexdigest()[:10])
+PYTHON
+)
+venv=${VENV:-$root/.venvs/$kind-$hash}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+
+# The state, in one file next to the environment, is the lock too: a hash once it is complete.
+complete() { [ "$(cat "$venv.state" 2>/dev/null)" = "$hash" ] && [ -x "$venv/bin/python" ]; }
 
 install() {
-    local python
-    python=$(find_python)
-    echo "Making the environment $venv with $("$python" --version) [$extras] ..." >&2
-    if ! "$python" -m venv --clear "$venv"; then
-        echo "error: '$python -m venv' failed: on Debian and Ubuntu, apt install python3-venv" >&2
-        exit 2
+    # A job may run in any environment except one whose installation was interrupted.
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ "$(cat "$venv.state")" != incomplete ]; then
+        fail "$venv was not made for this checkout, interpreter, and requirements: name another folder with VENV, or delete it when no job runs in it"
     fi
+    echo "Making the environment $venv with $("$python" --version) [$extras] ..." >&2
+    echo incomplete >"$venv.state"
+    "$python" -m venv --clear "$venv" ||
+        fail "'$python -m venv' failed: on Debian and Ubuntu, apt install python3-venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2
-    echo "$stamp" >"$venv/.stamp"
+    echo "$hash" >"$venv.state"
+    local all=("$root"/.venvs/*/)
+    [ -n "${VENV:-}" ] || [ ${#all[@]} -eq 1 ] ||
+        echo "${#all[@]} environments are in $root/.venvs: delete those that no job or node needs" >&2
 }
 
-stamp="$extras $(sha256sum <"$root/pyproject.toml")"
-if [ "$(cat "$venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
+if ! complete; then
     mkdir -p "$(dirname "$venv")"
-    exec 9>"$venv.lock"
-    flock 9 # of several processes on one host, one installs and the others wait
-    [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ] || install
+    exec 9>>"$venv.state"
+    flock --nonblock 9 || { echo "Waiting for the process that makes $venv ..." >&2 && flock 9; }
+    complete || install
     exec 9>&-
 fi
 
 # Huge pages for large arrays: on a CPU a step otherwise spends a fifth of its time on page faults
-# (docs/performance.md). glibc alone reads it.
+# (docs/performance.md). Only glibc reads it.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
+export VIT_JAX_LAUNCHER="$root/launch.sh" # for the commands that are printed
 exec "$@"

@@ -1,0 +1,180 @@
+"""launch.sh, with a Python that installs nothing and an nvidia-smi that sees what a test says."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vit_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Makes an environment whose Python is this script. Installing is a line in $LOG; $FAIL is its code.
+PYTHON = f"""#!/bin/bash
+case "$*" in
+"-m venv --clear "*)
+    target=${{@: -1}}
+    rm -rf "$target" && mkdir -p "$target/bin" && cp "$0" "$target/bin/python" ;;
+"-m pip "*)
+    echo "$0 ${{@: -1}}" >>"$LOG"
+    sleep ${{INSTALL_SECONDS:-0}}
+    exit ${{FAIL:-0}} ;;
+*) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of launch.sh with its requirements, and fake programs first on PATH."""
+
+    def __init__(self, folder):
+        self.root, self.programs, self.log = folder / "checkout", folder / "bin", folder / "log"
+        self.root.mkdir()
+        self.programs.mkdir()
+        for name in ("launch.sh", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        self.program("python3", PYTHON)
+        self.program("nvidia-smi", "#!/bin/bash\nexit 9")
+
+    def program(self, name, text):
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
+
+    def gpus(self, lines):
+        """nvidia-smi lists a GPU, then so many lines more."""
+        self.program(
+            "nvidia-smi", f"#!/bin/bash\necho 'GPU 0: NVIDIA H100'\nseq {lines} || exit 1\n"
+        )
+
+    def start(self, *command, **env):
+        env = {"PATH": f"{self.programs}:/usr/bin:/bin", "LOG": str(self.log), **env}
+        return subprocess.Popen(
+            [self.root / "launch.sh", *command],
+            env=env,
+            cwd=self.programs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def launch(self, *command, **env):
+        """(exit code, stdout, stderr) of a command run by launch.sh."""
+        process = self.start(*command, **env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out.strip(), err
+
+    def environment(self, **env):
+        """The environment that a command runs in."""
+        code, out, err = self.launch("bash", "-c", "echo $VIRTUAL_ENV; command -v python", **env)
+        assert code == 0, err
+        environment, python = out.split()
+        assert python == f"{environment}/bin/python"
+        return pathlib.Path(environment)
+
+    def installed(self):
+        """How often something was installed."""
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def test_environment_is_made_once_and_runs_the_command(checkout):
+    assert checkout.environment() == checkout.environment()
+    assert checkout.installed() == 1 and checkout.log.read_text().endswith("[dev,prepare]\n")
+    assert checkout.launch("bash", "-c", "exit 7")[0] == 7
+
+
+def test_each_kind_of_machine_has_its_own_environment(checkout):
+    cpu = checkout.environment()
+    (cpu / "of_a_running_job").touch()
+    checkout.gpus(lines=0)
+    cuda = checkout.environment()
+    assert (cpu.name.split("-")[0], cuda.name.split("-")[0]) == ("cpu", "cuda12")
+    assert "cuda12" in checkout.log.read_text().splitlines()[1]
+    assert (cpu / "of_a_running_job").exists()
+
+
+def test_gpu_is_seen_whatever_else_nvidia_smi_prints(checkout):
+    checkout.gpus(lines=100_000)  # more than a pipe takes: the writer meets a closed one
+    assert checkout.environment().name.startswith("cuda12-")
+
+
+def test_changed_requirements_make_another_environment_and_leave_the_old_one(checkout):
+    old = checkout.environment()
+    (old / "of_a_running_job").touch()
+    path = checkout.root / "pyproject.toml"
+    text = path.read_text()
+    path.write_text(text + "\n[tool.other]\nline-length = 1\n")
+    assert checkout.environment() == old  # no requirement changed
+    path.write_text(text.replace('"tqdm>=4.66"', '"tqdm>=4.67"'))
+    new = checkout.environment()
+    assert new != old and (old / "of_a_running_job").exists() and checkout.installed() == 2
+    path.write_text(text)
+    assert checkout.environment() == old and checkout.installed() == 2
+
+
+def test_moved_checkout_gets_an_environment_of_its_own(checkout):
+    checkout.environment()
+    moved = checkout.root.with_name("moved")
+    checkout.root = checkout.root.rename(moved)
+    environment = checkout.environment()
+    assert environment.is_relative_to(moved) and checkout.installed() == 2
+    assert f"{moved}[dev,prepare]" in checkout.log.read_text()
+
+
+def test_interrupted_installation_is_made_again(checkout):
+    code, _, _ = checkout.launch("true", FAIL="3")
+    assert code == 3
+    checkout.environment()
+    assert checkout.installed() == 2
+
+
+def test_of_several_processes_one_installs(checkout):
+    first = checkout.start("true", INSTALL_SECONDS="1")
+    deadline = time.monotonic() + 30
+    while not checkout.installed() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    code, _, err = checkout.launch("true")
+    first.communicate()
+    assert (first.returncode, code, checkout.installed()) == (0, 0, 1)
+    assert "Waiting for the process that makes" in err
+
+
+def test_venv_names_the_folder(checkout, tmp_path):
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()  # as of mktemp -d
+    assert checkout.environment(VENV=str(chosen)) == chosen
+    assert checkout.environment(VENV=str(chosen)) == chosen and checkout.installed() == 1
+
+
+def test_venv_that_something_else_uses_is_left_alone(checkout, tmp_path):
+    theirs = tmp_path / "theirs"
+    (theirs / "bin").mkdir(parents=True)
+    ours = checkout.environment(VENV=str(tmp_path / "ours"))
+    checkout.gpus(lines=0)  # which `ours` was not made for
+    for folder in (theirs, ours):
+        code, _, err = checkout.launch("true", VENV=str(folder))
+        assert code == 2 and err.startswith(f"error: {folder} was not made for") and err.count("\n") == 1
+        assert (folder / "bin").is_dir() and checkout.installed() == 1
+
+
+def test_missing_python_is_one_line(checkout):
+    code, _, err = checkout.launch("true", PYTHON="no_python")
+    assert code == 2 and err.startswith("error: Python 3.11 or newer is needed (tried: no_python)")
+
+
+def test_printed_commands_run_as_printed(checkout, tmp_path, monkeypatch):
+    monkeypatch.delenv("VIT_JAX_LAUNCHER", raising=False)
+    assert subprocess.check_output([*main._python().split(), "-c", "print(1)"]) == b"1\n"
+    _, launcher, _ = checkout.launch("bash", "-c", "echo $VIT_JAX_LAUNCHER")
+    monkeypatch.setenv("VIT_JAX_LAUNCHER", launcher)
+    monkeypatch.setenv("LOG", str(checkout.log))
+    monkeypatch.setenv("PATH", f"{checkout.programs}:{os.environ['PATH']}")
+    printed = f"{main._python()} -c 'print(1)'"
+    assert subprocess.check_output(printed, shell=True, cwd=tmp_path) == b"1\n"
