@@ -3,7 +3,8 @@
 Tells the expected time first. Each item is an ordinary command whose output goes to
 OUT/NAME/log.txt; what is complete is not run again, and a run that was interrupted goes on where it
 stopped. At the end the rows for docs/results.md and docs/performance.md are printed, and written to
-OUT/report.md. `--steps 1` rehearses the whole on any machine: a tiny model, one step a run.
+OUT/report.md. `--steps 1` rehearses the whole on any machine: a tiny model, one step per run.
+Without PyTorch, which launch.sh does not install, the comparisons measure vit_jax alone.
 """
 
 import argparse
@@ -95,10 +96,17 @@ ITEMS = {
 }
 
 
-def command_of(name, folder, rehearse):
+def torch_problem(rehearse):
+    """Returns why PyTorch cannot train here, or None; a rehearsal needs no GPU."""
+    code = "import torch" if rehearse else "import torch; torch.zeros(1, device='cuda')"
+    tried = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+    return (tried.stderr.strip().splitlines() or ["no message"])[-1] if tried.returncode else None
+
+
+def command_of(name, folder, rehearse, *, against_torch):
     """The item's argv; in a rehearsal of a tiny model and few steps."""
     module, *rest = ITEMS[name][1]
-    rest = [part.format(folder=folder) for part in rest]
+    rest = [part.format(folder=folder) for part in rest if against_torch or part not in AGAINST]
     if rehearse and module == "pytest":
         rest = ["-q", "tests/test_optim.py"]
     elif rehearse:
@@ -117,21 +125,26 @@ def command_of(name, folder, rehearse):
     return [PYTHON, "-m", module, *rest]
 
 
-def complete(name, out, rehearse):
-    """Whether the item has ended well; a rehearsal is not the measurement."""
+def complete(name, out, rehearse, *, against_torch):
+    """Returns whether the item has ended well; a rehearsal is not the measurement.
+
+    Without PyTorch a comparison measured earlier counts, and so does vit_jax alone.
+    """
     done = out / name / "done.json"
-    command = command_of(name, out / name, rehearse)
-    return done.exists() and json.loads(done.read_text())["command"] == command
+    enough = [
+        command_of(name, out / name, rehearse, against_torch=t) for t in {True, against_torch}
+    ]
+    return done.exists() and json.loads(done.read_text())["command"] in enough
 
 
-def run_item(name, out, rehearse):
-    """Runs an item unless it is complete; True where it is complete afterwards."""
+def run_item(name, out, rehearse, *, against_torch):
+    """Runs an item unless it is complete. Returns whether it is complete afterward."""
     folder = out / name
-    if complete(name, out, rehearse):
+    if complete(name, out, rehearse, against_torch=against_torch):
         print(f"{name}: complete already", flush=True)
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    command = command_of(name, folder, rehearse)
+    command = command_of(name, folder, rehearse, against_torch=against_torch)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     if name == "tests" and not rehearse:
         env["JAX_PLATFORMS"] = ""  # the tests take the CPU unless told otherwise; here: the best
@@ -232,11 +245,19 @@ def main():
         asked = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
         if asked.stdout.strip() != "gpu":
             sys.exit("error: jax sees no GPU here; --steps 1 rehearses on any machine")
-    left = [n for n in chosen if not complete(n, out, args.steps)]
+    problem = torch_problem(args.steps)
+    against_torch = problem is None
+    if problem and any(AGAINST[0] in ITEMS[n][1] for n in chosen):
+        print(
+            f"No comparison with PyTorch ({problem}): vit_jax is measured alone. To compare, "
+            "install PyTorch ('.[parity]' in pyproject.toml) and start again.",
+            flush=True,
+        )
+    left = [n for n in chosen if not complete(n, out, args.steps, against_torch=against_torch)]
     minutes = {n: ITEMS[n][0] * 150 / args.tflops for n in left}
     print(*(f"{n}: about {m:.0f} min" for n, m in minutes.items()), sep="\n")
     print(f"In all about {sum(minutes.values()):.0f} min", flush=True)
-    done = [n for n in chosen if run_item(n, out, args.steps)]
+    done = [n for n in chosen if run_item(n, out, args.steps, against_torch=against_torch)]
     lines = list(report(out, chosen, done))
     (out / "report.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")

@@ -90,6 +90,34 @@ def test_what_the_notebook_cannot_be_is_not_compared(run, field, value):
         benchmark.model_of_the_notebook(dataclasses.replace(run, config=c, model=model))
 
 
+def test_ours_is_measured_where_every_rival_fails(run, monkeypatch, capsys):
+    def torch(variant, run):
+        raise UserError("PyTorch's side ended: no GPU")
+
+    measured = {"seconds_per_step": {}, "rivals": {}}
+    argv = ["x", "--config", str(CONFIG), "--against", "torch", "--no_start", "--json"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr("vit_jax.run.setup", lambda config: run)
+    monkeypatch.setattr(benchmark, "Torch", torch)
+    monkeypatch.setattr(benchmark, "measure", lambda run, rivals, **_: measured)
+    benchmark.main()
+    printed = capsys.readouterr()
+    failed = {"failed": "PyTorch's side ended: no GPU"}
+    assert json.loads(printed.out)["rivals"] == {
+        f"PyTorch {variant}": failed for variant in benchmark.VARIANTS
+    }
+    assert "PyTorch eager failed: PyTorch's side ended: no GPU" in printed.err
+
+
+def test_missing_pytorch_is_reported_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(CONFIG), "--against", "torch"])
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--against torch needs PyTorch, which is not installed"):
+        benchmark.main()
+
+
 def test_wrong_arguments_are_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--config", "configs/cifar10_vit.py", "--rounds", "0"])
     with pytest.raises(UserError, match="--rounds"):

@@ -160,7 +160,8 @@ def test_venv_that_something_else_uses_is_left_alone(checkout, tmp_path):
     checkout.gpus(lines=0)  # which `ours` was not made for
     for folder in (theirs, ours):
         code, _, err = checkout.launch("true", VENV=str(folder))
-        assert code == 2 and err.startswith(f"error: {folder} was not made for") and err.count("\n") == 1
+        assert code == 2 and err.count("\n") == 1
+        assert err.startswith(f"error: {folder} was not made for")
         assert (folder / "bin").is_dir() and checkout.installed() == 1
 
 

@@ -7,6 +7,7 @@ of ours, a round of each, and again, so that what else the machine does falls on
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import pathlib
@@ -117,6 +118,26 @@ class Torch:
         self._process.stdin.close()
         self._process.wait()
         self._log.close()
+
+
+def start_rivals(run, variants):
+    """Starts PyTorch's side of a Run. Returns {name: Torch} and {name: {"failed": why}}.
+
+    A variant that fails is reported on stderr and does not keep the others from being measured.
+    Raises UserError if the notebook has no such model.
+    """
+    model_of_the_notebook(run)
+    rivals, failed = {}, {}
+    for variant in variants:
+        name = f"PyTorch {variant}"
+        try:
+            side = Torch(variant, run)
+            side.steps(1)
+            rivals[name] = side
+        except UserError as e:
+            failed[name] = {"failed": str(e)}
+            print(f"{name} failed: {e}; measuring the others", file=sys.stderr, flush=True)
+    return rivals, failed
 
 
 def model_of_the_notebook(run):
@@ -381,6 +402,11 @@ def main():
     args, rest = parser.parse_known_args()
     if args.rounds < 1 or args.round_seconds <= 0:
         raise UserError("--rounds must be at least 1 and --round_seconds above 0")
+    if args.against and importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "--against torch needs PyTorch, which is not installed: pip install torch, or leave "
+            "--against out to measure vit_jax alone"
+        )
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --against, --rounds, --round_seconds, --json")
     if config.data.streaming:
@@ -397,25 +423,15 @@ def main():
     began = time.perf_counter()
     run = setup(config)
     data_seconds = time.perf_counter() - began
-    rivals, failed, about = {}, {}, {}
-    if args.against:
-        model_of_the_notebook(run)
-    for variant in args.variants if args.against else ():
-        name = f"PyTorch {variant}"
-        try:
-            side = Torch(variant, run)
-            side.steps(1)
-            rivals[name], about["torch"] = side, side.about
-        except UserError as e:
-            failed[name] = {"failed": str(e)}
-    if failed and not rivals:
-        raise UserError("; ".join(f"{k}: {v['failed']}" for k, v in failed.items()))
+    rivals, failed = start_rivals(run, args.variants) if args.against else ({}, {})
     result = measure(run, rounds=args.rounds, round_seconds=args.round_seconds, rivals=rivals)
     for side in rivals.values():
         side.close()
     result["rivals"] |= failed
     command = shlex.join(["python", "-m", "vit_jax.benchmark", *sys.argv[1:]])
-    result |= start | about | {"data_seconds": data_seconds}
+    result |= start | {"data_seconds": data_seconds}
+    if rivals:
+        result["torch"] = next(iter(rivals.values())).about
     result["environment"] = metrics.environment(command)
     print(*([json.dumps(result)] if args.json else table(result)), sep="\n")
 
