@@ -218,8 +218,12 @@ def report(out, chosen, done):
         ratios = {k: v.get("ours_times_theirs") for k, v in r["rivals"].items()}
         told = (f"{k}: " + (f"ours {v:.2f} times" if v else "failed") for k, v in ratios.items())
         rivals, e = "; ".join(told), r["environment"]
-        where = f"{e['devices'][0]}, jax {e['versions']['jax']}, {r.get('torch', '')}, "
-        where += f"{(e['commit'] or '')[:10]}, {e['date'][:10]}"
+        where = [
+            e["devices"][0],
+            f"jax {e['versions']['jax']}",
+            *([r["torch"]] if "torch" in r else []),
+        ]
+        where = ", ".join([*where, (e["commit"] or "no commit")[:10], e["date"][:10]])
         yield (
             f"| {name} | {r['images_per_second']:,.0f} | "
             f"{1e3 * r['seconds_per_step']['median']:.3f} | {r['seconds_per_epoch']:.2f} | {mfu} | "
