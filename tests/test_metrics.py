@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -38,6 +39,25 @@ def test_continuing_drops_later_torn_and_test_lines(tmp_path):
 def test_where_there_is_no_git_a_run_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert metrics.environment("command")["commit"] is None
+
+
+def test_commit_is_of_the_repository_that_tracks_the_file(tmp_path):
+    """An environment inside another project's checkout is ignored there, not tracked."""
+    installed, tracked = tmp_path / ".venv" / "metrics.py", tmp_path / "src" / "metrics.py"
+    for path in (installed, tracked):
+        path.parent.mkdir()
+        path.write_text("")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (
+        ["init", "--quiet"],
+        ["add", "src"],
+        [*author, "commit", "--quiet", "-m", "x"],
+    ):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{40}", metrics.commit_of(tracked))
+    assert metrics.commit_of(installed) is None
+    tracked.write_text("changed")
+    assert metrics.commit_of(tracked).endswith("-dirty")
 
 
 def test_write_json_replaces_whole_files(tmp_path):

@@ -65,17 +65,30 @@ def keep_lines_until(path, step):
     write_json(path, "\n".join(kept)) if kept else path.unlink()
 
 
+def commit_of(path):
+    """The commit of the repository that tracks a file, with -dirty if it has changes; else None.
+
+    A package installed inside another repository, in an environment that it ignores, has none.
+    """
+
+    def git(*arguments):
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+
+    with contextlib.suppress(OSError):  # git is not installed
+        if git("ls-files", "--error-unmatch", path.name).returncode == 0:
+            described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+            return described.stdout.strip() or None
+    return None
+
+
 def environment(command):
     """What a run ran on: command, date, versions, commit and devices, for run.json."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    folder = pathlib.Path(__file__).parent
-    git, commit = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], ""
-    with contextlib.suppress(OSError):  # many a container has no git
-        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True).stdout.strip()
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
+        "commit": commit_of(pathlib.Path(__file__)),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in names},
         "host": platform.node(),
