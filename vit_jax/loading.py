@@ -1,5 +1,6 @@
 """From a workdir back to a model: `model, params, config = vit_jax.load(workdir)`."""
 
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def load(workdir, step="last"):
       weights where the run keeps an average. Its attributes: see Loaded.
     Raises UserError when there is no such complete checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(os.path.expanduser(workdir))
     if step == "best":
         step = _best_step(workdir)
     elif step == "last":

@@ -75,9 +75,7 @@ def main():
         "--config", required=True, help="the recipe all runs start from, a name or a file"
     )
     parser.add_argument("--set", required=True, nargs="+", metavar="FIELD=V,V", help="an axis")
-    parser.add_argument(
-        "--workdir", type=pathlib.Path, required=True, help="one folder a run in it"
-    )
+    parser.add_argument("--workdir", required=True, help="one folder a run in it")
     parser.add_argument(
         "--one_at_a_time", action="store_true", help="an ablation: change one field from the first"
     )
@@ -85,6 +83,7 @@ def main():
         "--processes", type=int, help="runs at once; default: one on a GPU, one a CPU core else"
     )
     args, rest = parser.parse_known_args()
+    args.workdir = pathlib.Path(os.path.expanduser(args.workdir))
     runs = grid(args.set, one_at_a_time=args.one_at_a_time)
 
     # Every run is checked before the first starts.

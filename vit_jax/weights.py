@@ -8,6 +8,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def load_weights(path, *, num_heads=None):
         and the notebook's 8.
     Raises UserError, one line, for a source that is damaged or of another architecture.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.expanduser(path))
     if path.is_dir():
         if (path / "checkpoints").is_dir() or (path / "params").is_dir():
             return _own_run(path)
