@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import checkpoint, data
+from vit_jax import augment, checkpoint, data
 from vit_jax import config as config_lib
+from vit_jax import train as train_lib
 from vit_jax.errors import UserError
 from vit_jax.run import header, setup
 from vit_jax.train import train
@@ -167,6 +169,113 @@ def test_header_explains_the_run(tiny_config, tmp_path):
     assert 0 < line.index("crop") < line.index("flip")
 
 
+def test_validation_runs_once_on_the_final_weights(tiny_config, tmp_path, monkeypatch):
+    c, validated = tiny_config, []
+    c.data.train_split, c.data.val_split, c.data.test_split = "train[:60]", "train[60:]", ""
+    c.epochs, c.tensorboard = 2, False
+    setup = train_lib.setup
+
+    def counted(*args, **options):
+        run = setup(*args, **options)
+        evaluate = lambda _: validated.append(1) or [{"accuracy": len(validated), "loss": 1.0}]  # noqa: E731
+        object.__setattr__(run, "evaluator", lambda split: evaluate)
+        return run
+
+    monkeypatch.setattr(train_lib, "setup", counted)
+    assert train(c, tmp_path)["val_accuracy"] == len(validated) == 2
+    # Killed after the last save and before the result, the weights are validated anew.
+    (tmp_path / "result.json").unlink()
+    assert train(c, tmp_path)["val_accuracy"] == 3
+
+
+def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):
+    """Tracing it before the first write, for its errors, must not cost a second trace later."""
+    traces, make_augment = [], augment.make_augment
+
+    def counted(*args, **options):
+        augment_fn = make_augment(*args, **options)
+        return lambda *a, **k: traces.append(1) or augment_fn(*a, **k)
+
+    monkeypatch.setattr(augment, "make_augment", counted)
+    tiny_config.steps, tiny_config.tensorboard = 2, False
+    train(tiny_config, tmp_path)
+    assert len(traces) == 1
+
+
+def test_home_is_expanded_in_paths(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    c = config_lib.from_dict(json.loads((tiny_run / "config.json").read_text()))
+    c.steps = 1
+    with pytest.raises(UserError, match="another config"):
+        train(c, "~/run")
+    c.init_from = "~/run"
+    train(c, "~/tuned")
+    assert vit_jax.load("~/tuned").step == 1
+    assert not (tmp_path / "~").exists()
+
+
+class TestOtherData:
+    """A run resumes only on the data that it began with."""
+
+    @pytest.fixture
+    def run(self, tiny_config, tiny_folder, tmp_path):
+        shutil.copytree(tiny_folder, tmp_path / "data")
+        tiny_config.data.name, tiny_config.tensorboard = f"folder:{tmp_path / 'data'}", False
+        tiny_config.steps = 2
+        return (
+            tiny_config,
+            tmp_path / "data",
+            tmp_path / "run",
+            train(tiny_config, tmp_path / "run"),
+        )
+
+    def test_resuming_on_other_data_is_rejected(self, run):
+        c, folder, workdir, result = run
+        (workdir / "result.json").unlink()
+        before = contents(workdir)
+
+        def rename():
+            for split in ("train", "test"):
+                (folder / split / "blue").rename(folder / split / "sky")
+
+        def replace():
+            shutil.copy(folder / "test" / "red" / "0.png", folder / "test" / "red" / "1.png")
+
+        changes = {
+            rename: "class 0 is green, was blue",
+            (folder / "train" / "red" / "7.png").unlink: "train: 89 images, was 90",
+            replace: "test: other images or labels",
+        }
+        original = shutil.copytree(folder, folder.with_name("original"))
+        for change, says in changes.items():
+            change()
+            with pytest.raises(UserError, match=f"holds a run on other data .{says}") as refused:
+                train(c, workdir)
+            assert "\n" not in str(refused.value) and contents(workdir) == before
+            shutil.rmtree(folder)
+            shutil.copytree(original, folder)
+        # The same images, streamed or moved to another place, are the same data.
+        c.data.streaming = True
+        assert train(c, workdir)["test_loss"] == pytest.approx(result["test_loss"], rel=1e-6)
+
+    @pytest.mark.parametrize("saved", [None, [], {"class_names": 1}, {"class_names": ["a"]}])
+    def test_data_item_of_another_shape_is_rejected(self, saved, tmp_path, monkeypatch):
+        replica = object.__new__(train_lib.Replica)
+        splits = {"train": {"num_examples": 1, "digest": "", "digest_of": ""}}
+        replica.directory = tmp_path
+        replica._run = SimpleNamespace(data_identity={"class_names": ["a"], "splits": splits})
+        monkeypatch.setattr(checkpoint, "read_data", lambda folder: saved)
+        with pytest.raises(UserError, match="5/data is not what vit_jax writes"):
+            replica.check_data(5)
+
+
+def contents(folder):
+    """{path: bytes} of the files under a folder, locks aside."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
 class TestRefusals:
     """Wrong input ends in one line before anything is written."""
 
@@ -189,6 +298,11 @@ class TestRefusals:
     def test_channels(self, tiny_config, tmp_path):
         tiny_config.data.mean = tiny_config.data.std = (0.5,)
         self.refused(tiny_config, tmp_path / "w", "has 1 entries")
+
+    def test_what_only_tracing_the_step_finds(self, tiny_config, tmp_path):
+        tiny_config.augment.crop, tiny_config.augment.crop_padding = "pad", 8
+        self.refused(tiny_config, tmp_path / "w", "crop_padding is 8 for images of 8x8")
+        assert not (tmp_path / "w").exists()
 
     def test_warmup_longer_than_the_run(self, tiny_config, tmp_path):
         tiny_config.optim.warmup_epochs = 4

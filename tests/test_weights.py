@@ -327,5 +327,5 @@ def test_our_own_runs_and_checkpoints(tiny_config, tmp_path):
         assert (got.class_names, got.grid) == (["blue", "green", "red"], (2, 2))
     kept = tmp_path / "run" / "checkpoints" / "2"
     shutil.rmtree(kept / "params" / "d")
-    with pytest.raises(UserError, match=r"checkpoints/2 is damaged: .* is missing"):
+    with pytest.raises(UserError, match=r"checkpoints/2 is corrupted: .* is missing"):
         vit_jax.load_weights(tmp_path / "run")

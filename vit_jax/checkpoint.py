@@ -1,9 +1,9 @@
-"""Saving and restoring with orbax: STEP/{params, ema_params, opt_state, config, progress}.
+"""Checkpoints as orbax composites: STEP/{params, ema_params, opt_state, config, data, progress}.
 
 `params` and `ema_params` are saved as host arrays, so that any JAX code restores them with orbax
-alone, with no target tree and on any device count. `config` and `progress` are JSON. SHA256SUMS
-holds the checksum of every file (`sha256sum --check SHA256SUMS` agrees): tensorstore checks its
-index and not the numbers, and orbax checks none of its own files.
+alone, with no target tree and on any device count. `config`, `data`, and `progress` are JSON.
+SHA256SUMS lists the checksum of every file (`sha256sum --check SHA256SUMS` accepts it), because
+tensorstore verifies only its index and orbax verifies nothing.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import stat
 import sys
 from logging import CRITICAL, getLogger
 
@@ -21,7 +22,8 @@ from absl import logging
 
 from vit_jax.errors import DISK_REFUSES, UserError
 
-SUMS, _DELETED = "SHA256SUMS", ".deleted"
+SUMS, COMMITTED, CORRUPTED = "SHA256SUMS", "commit_success.txt", ".corrupted"
+_DELETED = ".deleted"
 _REFUSALS = [os.strerror(number) for number in DISK_REFUSES]
 
 
@@ -44,14 +46,17 @@ def _quiet():
 class _Summed(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A checkpoint's directory while it is written: the checksums go in last, then it is renamed.
 
-    Orbax would mark it with a time and commit_success.txt, which nothing reads after a rename.
+    As in orbax, the checkpoint and each item contain commit_success.txt: where nothing can be
+    renamed, such as in a bucket, orbax reads only what contains it.
     """
 
     async def finalize(self):
         if self._checkpoint_metadata_store:
             await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
+        folder = pathlib.Path(self.get())
+        await asyncio.to_thread((folder / COMMITTED).touch)
         if self.get_final().name.isdecimal():  # not one of its items
-            await asyncio.to_thread(_write_sums, pathlib.Path(self.get()))
+            await asyncio.to_thread(_write_sums, folder)
         os.rename(self.get(), self.get_final())
 
 
@@ -73,31 +78,104 @@ def _sha256(path, *, sync=False):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder):
-    """What is wrong with the files of a checkpoint, in words; None where they are as saved."""
-    try:
-        lines = (folder / SUMS).read_bytes().splitlines()
-    except FileNotFoundError:
-        # Orbax's own mark: a checkpoint from before there were checksums.
-        return None if (folder / "commit_success.txt").exists() else f"{SUMS} is missing"
-    except OSError as e:
-        return f"{SUMS} cannot be read ({e.strerror})"
-    try:
+def find_corruption(folder):
+    """Describes the corruption of a checkpoint's files; returns None if they are as saved.
+
+    Raises UserError for a file that cannot be read, which may well be intact.
+    """
+    with _reading(folder / SUMS):
+        try:
+            with open(folder / SUMS, "rb") as file:
+                lines = file.read().splitlines()
+        except FileNotFoundError:
+            return f"{SUMS} is missing"
+    with _reading(folder):
         files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-        for line in lines:
-            digest, _, name = line.decode(errors="replace").partition("  ")
-            if name not in files:
-                return f"{name!r} of {SUMS} is missing"
+    for line in lines:
+        digest, _, name = line.decode(errors="replace").partition("  ")
+        if name not in files:
+            return f"{name!r} of {SUMS} is missing"
+        with _reading(files[name]):
             if _sha256(files[name]) != digest:
                 return f"{name} is not what was saved"
-    except OSError as e:
-        return f"{e.filename} cannot be read ({e.strerror})"
     return None if lines else f"{SUMS} is empty"
 
 
+@contextlib.contextmanager
+def _reading(path):
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"cannot read {e.filename or path} ({e.strerror}), and a checkpoint is used only if "
+            "every file of it can be read: restore access to it, or move its checkpoint elsewhere "
+            "to do without it"
+        ) from e
+
+
 def _files(folder):
-    """The files in a folder; no link, which may lead anywhere, and no device."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    """The regular files under a folder, sorted; a symbolic link may lead anywhere and is skipped.
+
+    Raises OSError for a subfolder that cannot be listed, which Path.rglob would skip.
+    """
+
+    def fail(error):
+        raise error
+
+    walk = os.walk(folder, onerror=fail)
+    paths = (pathlib.Path(parent, name) for parent, _, names in walk for name in names)
+    return sorted(path for path in paths if stat.S_ISREG(path.lstat().st_mode))
+
+
+def newest_intact_step(directories):
+    """The newest step that is intact in each of several directories of checkpoints, one per seed.
+
+    Returns (step, corrupted): 0 if there are no checkpoints; {folder: description} of the corrupted
+    ones that are newer. Changes nothing. Raises UserError if one of them cannot be read, if there
+    are corrupted ones and none is intact, or if a seed lacks more than the last step, which is all
+    that a kill between the saves of two seeds leaves out.
+    """
+    saved, corrupted, lacking = {d: _steps(d) for d in directories}, {}, []
+    for step in sorted(set().union(*saved.values()), reverse=True):
+        folders = [d / str(step) for d in directories if step in saved[d]]
+        found = {folder: problem for folder in folders if (problem := find_corruption(folder))}
+        corrupted |= found
+        if len(folders) < len(directories):
+            lacking += [d / str(step) for d in directories if step not in saved[d]]
+        elif not found:
+            return step, corrupted
+        if len({folder.name for folder in lacking}) > 1:
+            raise UserError(
+                f"checkpoints are missing ({', '.join(map(str, lacking))}) that the other seeds "
+                "have: restore them from a copy, or delete every seed's checkpoints to begin again"
+            )
+    if corrupted:
+        problems = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
+        raise UserError(
+            f"every checkpoint is corrupted ({problems}): restore them from a copy, or delete the "
+            "checkpoints folder to begin again"
+        )
+    return 0, {}
+
+
+def clear_after(directory, step, corrupted):
+    """Clears the way for a run that resumes from `step`, before any process opens `directory`.
+
+    The later checkpoints in `corrupted` are renamed to STEP.corrupted; the others, which were saved
+    for some seeds only, are deleted. Returns {folder: its new path} of the renamed ones.
+    """
+    deleted, moved = directory / _DELETED, {}
+    shutil.rmtree(deleted, ignore_errors=True)
+    for folder in (directory / str(later) for later in _steps(directory) if later > step):
+        if folder in corrupted:
+            target = folder
+            while target.exists():
+                target = target.with_name(target.name + CORRUPTED)
+            moved[folder] = folder.rename(target)
+        else:
+            deleted.mkdir(exist_ok=True)
+            folder.rename(deleted / folder.name)
+    return moved
 
 
 class _Keep:
@@ -126,10 +204,7 @@ class Checkpoints:
     def __init__(self, directory, *, keep_every=0):
         _quiet()
         self._directory, self._keep = directory.absolute(), _Keep(keep_every)
-        self.best_accuracy, self._best_before = -1.0, (None, -1.0)
-        self._open()
-
-    def _open(self):
+        self.best_accuracy = -1.0
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,
@@ -147,17 +222,14 @@ class Checkpoints:
         """The complete steps on disk, ascending."""
         return _steps(self._directory)
 
-    def damage(self, step):
-        """What is wrong with a step's files, in words, or None."""
-        return damage(self._directory / str(step))
-
-    def save(self, step, *, params, ema_params, opt_state, config, progress, val_accuracy=None):
+    def save(
+        self, step, *, params, ema_params, opt_state, config, data, progress, val_accuracy=None
+    ):
         """Starts a save of trees of host arrays and returns; `wait` and `close` wait for it.
 
-        `config` and `progress`, a dict, are saved as JSON. `val_accuracy` is that of this step,
-        where it is known.
+        `config`, `data`, and `progress`, a dict, are saved as JSON. `val_accuracy` is this step's,
+        if it is known.
         """
-        self._best_before = self._keep.best_step, self.best_accuracy
         if val_accuracy is not None and val_accuracy > self.best_accuracy:
             self._keep.best_step, self.best_accuracy = step, val_accuracy
         best = {"step": self._keep.best_step, "val_accuracy": self.best_accuracy}
@@ -165,18 +237,13 @@ class Checkpoints:
             "params": ocp.args.StandardSave(params),
             "opt_state": ocp.args.StandardSave(opt_state),
             "config": ocp.args.JsonSave(config),
+            "data": ocp.args.JsonSave(data),
             "progress": ocp.args.JsonSave({**progress, "best": best}),
         }
         if ema_params is not None:
             items["ema_params"] = ocp.args.StandardSave(ema_params)
         with self._named_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def forget_after(self, step):
-        """Deletes the later steps: of one replica before the others had saved, or damaged."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
 
     def restore(self, step, *, params, ema_params, opt_state):
         """A dict of the items at `step`, as host arrays.
@@ -191,14 +258,8 @@ class Checkpoints:
         }
         if ema_params is not None:
             items["ema_params"] = ocp.args.StandardRestore(ema_params)
-        try:
+        with _restoring(self._directory / str(step)):
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # orbax, tensorstore and json raise many kinds for damaged files
-            reason = str(e).strip().split("\n")[0][:200]
-            raise UserError(
-                f"cannot restore {self._directory / str(step)}: {reason}; "
-                "delete that folder to go on from an earlier checkpoint"
-            ) from e
         best = restored["progress"].get("best", {"step": None, "val_accuracy": -1.0})
         self._keep.best_step, self.best_accuracy = best["step"], best["val_accuracy"]
         return {"ema_params": None, **restored}
@@ -223,10 +284,6 @@ class Checkpoints:
             reason = next((r for r in _REFUSALS if r in str(e)), None)
             if reason is None:
                 raise
-            self._keep.best_step, self.best_accuracy = self._best_before
-            if jax.process_count() == 1:  # of several, to open is for all at once, and the run ends
-                with contextlib.suppress(Exception):  # the manager believes in the step that failed
-                    self._open()
             steps = self.steps()
             kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             raise UserError(
@@ -236,8 +293,35 @@ class Checkpoints:
 
 
 def _steps(directory):
-    names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
+    with _reading(directory):
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            return []
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_data(folder):
+    """The `data` item of a checkpoint. Raises UserError if there is none."""
+    _quiet()
+    with _restoring(folder):
+        return _read_json(folder / "data")
+
+
+def _read_json(path):
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path)
+
+
+@contextlib.contextmanager
+def _restoring(folder):
+    try:
+        yield
+    except Exception as e:  # orbax, tensorstore and json raise many kinds for damaged files
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(
+            f"cannot restore {folder}: {reason}; move it elsewhere to use an earlier checkpoint"
+        ) from e
 
 
 def saved_steps(directory):
@@ -263,19 +347,15 @@ def restore_for_inference(directory, step=None):
         raise UserError(f"no {wanted} in {directory}: {known}")
     step = max(steps) if step is None else step
     folder = directory.absolute() / str(step)
-    if problem := damage(folder):
+    if problem := find_corruption(folder):
         others = ", ".join(str(s) for s in steps if s != step) or "none"
-        raise UserError(f"the checkpoint {folder} is damaged: {problem}; other steps: {others}")
+        raise UserError(f"the checkpoint {folder} is corrupted: {problem}; other steps: {others}")
     _quiet()
     item = "ema_params" if (folder / "ema_params").is_dir() else "params"
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            config = reader.restore(folder / "config")
+    with _restoring(folder):
+        config = _read_json(folder / "config")
         with ocp.StandardCheckpointer() as reader:
             params = reader.restore(folder / item)
-    except Exception as e:  # orbax, tensorstore and json raise many kinds for damaged files
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(f"cannot restore {folder}: {reason}") from e
     if not _is_ours(config):
         raise UserError(f"cannot restore {folder}: its config is not what vit_jax writes")
     return params, config, step

@@ -49,9 +49,7 @@ def defaults():
     _duration(c, "checkpoint_every", epochs=1.0)
     _duration(c, "keep_every")  # checkpoints kept for good, besides the newest two and the best
     _duration(c, "histograms_every")  # of the weights, for TensorBoard; 0: never
-    c.on_save_error = "stop"  # stop | continue: a full disk and the like; the next save tries again
-    c.on_bad_loss = "stop"  # stop | skip: a step of NaN or Inf, or of a spike; skip: no update
-    c.spike_factor = 0.0  # a loss above so many times the epoch's mean is a spike; 0: none is
+    c.on_bad_loss = "stop"  # stop | skip: a step of NaN or Inf; skip: no update
 
     c.data = ConfigDict()
     c.data.name = "cifar10"  # a TFDS set, or "folder:/path" with one folder a class
@@ -196,7 +194,6 @@ def validate(config):
     one_of("model.weight_init", m.weight_init, model.INITS)
     one_of("model.dtype", m.dtype, model.DTYPES)
     one_of("model.gelu", m.gelu, model.GELUS)
-    one_of("on_save_error", config.on_save_error, ("stop", "continue"))
     one_of("on_bad_loss", config.on_bad_loss, ("stop", "skip"))
     one_of("data.on_bad_image", config.data.on_bad_image, ("stop", "skip"))
     one_of("optim.name", o.name, optim.OPTIMIZERS)
@@ -216,7 +213,6 @@ def validate(config):
     at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)
-    at_least("spike_factor", config.spike_factor, 0)
     at_least("mesh.data", config.mesh.data, 0)
     at_least("mesh.fsdp", config.mesh.fsdp, 1)
     if not config.steps and not 0 < config.epochs < math.inf:

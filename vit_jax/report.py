@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import shlex
 import string
@@ -120,7 +121,7 @@ def states(records, run="This run"):
         if stopped and record.result is None:
             said.append(
                 f"{name} stopped at step {min(stopped):,}, diverged: its loss or gradient was not "
-                f"finite, or a spike. The batch is in bad_batch_{min(stopped)}.npz."
+                f"finite. The batch is in bad_batch_{min(stopped)}.npz."
             )
         if record.result is None:
             ended = len(record.series("epoch/loss")[0])
@@ -560,12 +561,13 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
     """
     if figures is None:
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
-    runs = [(pathlib.Path(w).resolve().name, read_records(w)) for w in (workdir, *compare)]
+    workdir, *compare = (pathlib.Path(os.path.expanduser(w)) for w in (workdir, *compare))
+    runs = [(w.resolve().name, read_records(w)) for w in (workdir, *compare)]
     records = runs[0][1]
     said, result, shown_split = states(records), None, ""
     for other, others in runs[1:]:
         said += states(others, run=other)
-    folder = pathlib.Path(workdir) / "report"
+    folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     for path in (folder, *folder.iterdir()):
         if path.is_symlink():  # whoever made the workdir chose where it leads

@@ -69,6 +69,28 @@ class Run:
         """Floating-point operations of one image, forward and backward."""
         return train_flops_per_image(self.model, self.train.image_shape)
 
+    @functools.cached_property
+    def data_identity(self):
+        """The identity of the data, as JSON: class names, and of each split the size and a digest.
+
+        A streamed split's digest covers only some of its images, so it compares only with another
+        streamed one's; "digest_of" says which it is.
+        """
+        digest_of = "a sample" if self.config.data.streaming else "all images"
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {
+            "class_names": list(self.train.class_names),
+            "splits": {
+                name: {
+                    "num_examples": split.num_examples,
+                    "digest": split.digest(),
+                    "digest_of": digest_of,
+                }
+                for name, split in splits.items()
+                if split
+            },
+        }
+
     def put(self, tree):
         """Arrays of the host onto every device."""
         return mesh_lib.put(tree, mesh_lib.replicated(self.mesh))
@@ -252,7 +274,6 @@ def setup(config, *, devices=None, fresh=True):
         mix_steps=total_steps - durations["mix_off_last"],
         ema_decay=config.optim.ema_decay,
         accumulate_steps=config.accumulate_steps,
-        spike_factor=config.spike_factor,
         skip_bad=config.on_bad_loss == "skip",
     )
 

@@ -95,7 +95,6 @@ def make_train_step(
     mix_steps,
     ema_decay,
     accumulate_steps=1,
-    spike_factor=0.0,
     skip_bad=False,
 ):
     """train_step(state, batch) -> (state, metrics): pure, to be jitted by the caller.
@@ -104,10 +103,9 @@ def make_train_step(
     float32[]: loss and accuracy over the mask, grad_norm (before clipping) and lr. All randomness
     of a step derives from (state.seed, state.step). Mixup and cutmix stop after `mix_steps`.
 
-    The metric `bad` is bool[]: the loss or the gradient is not finite or, with a `spike_factor`
-    above 0, the loss is above so many times the mean of the epoch so far (of the epoch before, at
-    its first step). With `skip_bad` such a step changes nothing but the count of steps, and is
-    left out of `sums`; the metric `skipped` counts those of the epoch so far.
+    The metric `bad` is bool[]: the loss or the gradient is not finite. With `skip_bad` such a step
+    changes nothing but the count of steps and is excluded from `sums`; the metric `skipped` counts
+    such steps in the epoch so far.
 
     With `accumulate_steps` of A the batch is augmented and mixed whole, then goes forward and
     backward in A parts, one after another, whose gradients are summed: the same step for the
@@ -176,11 +174,6 @@ def make_train_step(
         }
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
         batches = state.step % steps_per_epoch
-        if spike_factor:
-            summed = jnp.where(batches == 0, steps_per_epoch, batches)
-            summed -= state.sums.get("skipped", 0)
-            mean = state.sums["loss"] / jnp.maximum(summed, 1)
-            bad |= (state.step > 0) & (summed > 0) & (loss > spike_factor * mean)
         added = {k: metrics[k] for k in ("loss", "accuracy")}
         if skip_bad:
             old = (state.params, state.opt_state, state.ema_params)

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import errno
 import fcntl
-import functools
+import itertools
 import json
 import os
 import pathlib
@@ -27,19 +27,19 @@ from vit_jax.stopping import StopRequest
 # where it would have come to nothing.
 NOT_COMPARED = (
     *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
-    *("model.remat", "tensorboard", "wandb", "on_save_error", "on_bad_loss", "spike_factor"),
+    *("model.remat", "tensorboard", "wandb", "on_bad_loss"),
     *(f"{name}_{unit}" for name in ("keep_every", "histograms_every") for unit in config_lib.UNITS),
 )
 
 
-def open_workdir(workdir, config, command, *, needs=0):
-    """Makes the workdir and its config.json and run.json, or checks that it is this config's.
+def open_workdir(workdir, config, *, needs=0):
+    """Makes the workdir and its config.json, or checks that it is this config's.
 
     Returns the open file that holds it for this process. Raises UserError when it cannot be
     written, has less free space than `needs` bytes, holds a run of another config or a symbolic
     link, or another run is at work in it.
     """
-    try:
+    with _writing(workdir):
         existing = next(f for f in (workdir.absolute(), *workdir.absolute().parents) if f.exists())
         if (free := shutil.disk_usage(existing).free) < needs:
             raise UserError(
@@ -62,8 +62,13 @@ def open_workdir(workdir, config, command, *, needs=0):
                 f"{workdir} holds a run of another config ({'; '.join(other[:5])}): "
                 "give another --workdir, or delete this one"
             )
-        metrics.write_json(workdir / "run.json", metrics.environment(command))
         return held
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+    try:
+        yield
     except OSError as e:
         raise UserError(f"cannot write the workdir {workdir}: {e.strerror or e}") from e
 
@@ -102,7 +107,7 @@ class Replica:
     workdir of its own, with the config of that seed alone.
     """
 
-    def __init__(self, run, workdir, index, command, stack):
+    def __init__(self, run, workdir, index, stack):
         self.seed = int(run.seeds[index])
         self.config = config_lib.from_dict(run.config.to_dict())
         self.workdir = workdir
@@ -110,10 +115,10 @@ class Replica:
             self.config.seed, self.config.num_seeds = self.seed, 1
             self.workdir = workdir / f"seed_{self.seed}"
             if jax.process_index() == 0:
-                stack.enter_context(open_workdir(self.workdir, self.config, command))
-        self.checkpoints = checkpoint.Checkpoints(
-            self.workdir / "checkpoints", keep_every=run.durations["keep_every"]
-        )
+                stack.enter_context(open_workdir(self.workdir, self.config))
+        self.directory = self.workdir.absolute() / "checkpoints"
+        self.checkpoints = None  # until `open`
+        self._run = run
         self._saved_config = {
             "config": self.config.to_dict(),
             "class_names": list(run.train.class_names),
@@ -126,6 +131,24 @@ class Replica:
             },
         }
 
+    def check_data(self, step):
+        """Raises UserError if the checkpoint of a step was trained on other data than the run's."""
+        folder = self.directory / str(step)
+        try:
+            other = data_difference(checkpoint.read_data(folder), self._run.data_identity)
+        except (LookupError, TypeError, ValueError) as e:
+            raise UserError(f"{folder / 'data'} is not what vit_jax writes ({e!r})") from e
+        if other:
+            raise UserError(
+                f"{self.workdir} holds a run on other data ({'; '.join(other)}): resume it with "
+                "the data that it began with, or give another --workdir"
+            )
+
+    def open(self):
+        """Opens the checkpoints. All processes must do so together."""
+        keep_every = self._run.durations["keep_every"]
+        self.checkpoints = checkpoint.Checkpoints(self.directory, keep_every=keep_every)
+
     def save(self, step, state, timed, val_accuracy):
         """Starts saving this replica's part of a state. `timed` is kept beside it."""
         self.checkpoints.save(
@@ -134,6 +157,7 @@ class Replica:
             ema_params=state.ema_params,
             opt_state=state.opt_state,
             config=self._saved_config,
+            data=self._run.data_identity,
             progress={"sums": {k: float(v) for k, v in state.sums.items()}, **timed},
             val_accuracy=val_accuracy,
         )
@@ -157,25 +181,21 @@ class Replica:
         return state, saved["progress"]
 
 
-def newest_sound(replicas):
-    """(step, damaged): the newest step that all replicas hold as it was saved, 0 for none.
-
-    `damaged` says, a line each, what is wrong with the newer ones. Raises UserError where there
-    are checkpoints and all are damaged.
-    """
-    damaged, steps = [], [set(r.checkpoints.steps()) for r in replicas]
-    for step in sorted(set.intersection(*steps), reverse=True):
-        problems = [(r.workdir, r.checkpoints.damage(step)) for r in replicas]
-        wrong = [f"{w / 'checkpoints' / str(step)}: {p}" for w, p in problems if p]
-        if not wrong:
-            return step, damaged
-        damaged += wrong
-    if damaged:
-        raise UserError(
-            f"every checkpoint is damaged ({'; '.join(damaged)}): restore them from a copy, or "
-            "delete the checkpoints folder to begin again"
-        )
-    return 0, damaged
+def data_difference(saved, current):
+    """Describes how two values of `Run.data_identity` differ, one text per class list or split."""
+    classes = [data["class_names"] for data in (saved, current)]
+    if classes[0] != classes[1]:
+        pairs = enumerate(itertools.zip_longest(*classes))
+        i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        return [f"class {i} is {now or 'absent'}, was {before or 'absent'}"]
+    found = []
+    for name, now in current["splits"].items():
+        before = saved["splits"][name]
+        if now["num_examples"] != before["num_examples"]:
+            found.append(f"{name}: {now['num_examples']:,} images, was {before['num_examples']:,}")
+        elif now["digest_of"] == before["digest_of"] and now["digest"] != before["digest"]:
+            found.append(f"{name}: other images or labels, as many as before")
+    return found
 
 
 def train(config, workdir, *, command="", peers=None):
@@ -188,7 +208,19 @@ def train(config, workdir, *, command="", peers=None):
     checkpoint, which orbax asks of each.
     """
     with contextlib.ExitStack() as stack:  # what ends with the run: its hold on the workdir
-        return _train(config, pathlib.Path(workdir), command, peers, stack)
+        workdir = pathlib.Path(os.path.expanduser(workdir))
+        return _train(config, workdir, command, peers, stack)
+
+
+def _begin(workdir, replicas, start, corrupted, command):
+    """The first writes of a run that is sure to train: run.json, and nothing after step `start`."""
+    with _writing(workdir):
+        for folder in dict.fromkeys([workdir, *(r.workdir for r in replicas)]):
+            metrics.write_json(folder / "run.json", metrics.environment(command))
+        for replica in replicas:
+            moved = checkpoint.clear_after(replica.directory, start, corrupted)
+            for folder, target in moved.items():
+                print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
 
 
 def _train(config, workdir, command, peers, stack):
@@ -198,38 +230,44 @@ def _train(config, workdir, command, peers, stack):
     folders = [workdir, *workdir.glob("seed_*")]  # a run of several seeds keeps them in the latter
     continuing = any(step.name.isdigit() for f in folders for step in f.glob("checkpoints/*"))
     run = setup(config, fresh=not continuing)
+    # Raises what only tracing the step finds; jit keeps the trace, so the first step is no slower.
+    run.step.eval_shape(run.shapes, *run.input_shapes())
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two and the best are kept while another is being written; some may be there already.
     needs = 4 * a_checkpoint
-    for path in (p for f in folders for p in f.glob("checkpoints/**/*")):
-        with contextlib.suppress(OSError):  # another run at work there, which is found out next
-            needs -= path.lstat().st_size
-    if config.on_save_error == "continue" and jax.process_count() > 1:
-        raise UserError("config.on_save_error=continue is for one process: all must save the same")
+    found = (p for f in folders for p in f.glob("checkpoints/*"))
+    kept = (p for p in found if p.suffix != checkpoint.CORRUPTED)  # these stay, for people
+    for folder, _, names in (listed for step in kept for listed in os.walk(step)):
+        for name in names:
+            with contextlib.suppress(OSError):  # another run at work there, which is found out next
+                needs -= os.lstat(os.path.join(folder, name)).st_size
     if first:
-        stack.enter_context(open_workdir(workdir, config, command, needs=needs))
+        stack.enter_context(open_workdir(workdir, config, needs=needs))
     if peers:
-        splits = {"train": run.train, "val": run.val, "test": run.test}
-        peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
+        splits = run.data_identity["splits"]
+        peers.agree({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
     if first:
         print(*header(run, workdir), sep="\n", flush=True)
-    replicas = [Replica(run, workdir, i, command, stack) for i in range(config.num_seeds)]
-    start, damaged = newest_sound(replicas)
-    for line in damaged if first else ():
-        print(f"damaged: {line}", flush=True)
+    replicas = [Replica(run, workdir, i, stack) for i in range(config.num_seeds)]
+    directories = [replica.directory for replica in replicas]
+    start, corrupted = checkpoint.newest_intact_step(directories)
     if not start and continuing:  # what looked like a checkpoint is none
         run = setup(config)
     complete = start == run.total_steps and (workdir / "result.json").exists()
     if peers:  # a workdir on each host's own disk would differ
         peers.agree({f"the newest checkpoint in {workdir}": start, "a result there": complete})
+    for replica in replicas if start else ():
+        replica.check_data(start)
     if complete:
         result = json.loads((workdir / "result.json").read_text())
         if first:
             print(f"Already complete. {summary(result)}")
         return result
+    if first:
+        _begin(workdir, replicas, start, corrupted, command)
     for replica in replicas:
-        replica.checkpoints.forget_after(start)
+        replica.open()
     shardings = jax.tree.map(lambda x: x.sharding, run.shapes)
     if start:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.shapes)
@@ -258,7 +296,7 @@ def _train(config, workdir, command, peers, stack):
     num_examples, spe = run.train.num_examples, run.steps_per_epoch
     inputs = run.inputs(start)
     evaluate_val = run.evaluator(run.val) if run.val else None
-    in_flight = collections.deque()
+    in_flight, validated = collections.deque(), None
     # Where bad steps are skipped, nothing but such steps for this long end the run all the same.
     patience = max(run.durations["log_every"], 10) if config.on_bad_loss == "skip" else 1
     bad_in_a_row = np.zeros(config.num_seeds, int)
@@ -274,27 +312,16 @@ def _train(config, workdir, command, peers, stack):
         return state.params if state.ema_params is None else state.ema_params
 
     def save(step, state, accuracies):
-        """Starts a save of every replica. Whether a disk that refuses ends the run, config says."""
+        """Starts a save of every replica."""
         host = mesh.fetch(state)
         timed = {"timed_images": clock.images, "timed_seconds": clock.seconds}
-        actions = [writer.sync]  # before the checkpoint: a continued run keeps lines up to its step
+        writer.sync()  # before the checkpoint: a continued run keeps lines up to its step
         for i, replica in enumerate(replicas):
             part = jax.tree.map(lambda x, i=i: x[i], host)
             if not all(np.isfinite(x).all() for x in jax.tree.leaves(part.params)):
                 bad_numbers(step, i)
-            actions += [
-                replica.checkpoints.wait,
-                functools.partial(replica.save, step, part, timed, accuracies[i]),
-            ]
-        for action in actions:
-            try:
-                action()
-            except UserError as e:
-                if config.on_save_error == "stop" or step == run.total_steps:
-                    raise
-                writer.say(f"warning: {e}")
-                if action == writer.sync:
-                    break
+            replica.checkpoints.wait()
+            replica.save(step, part, timed, accuracies[i])
 
     def bad_numbers(step, i, *, loss=None, grad_norm=None, **_):
         """Ends the run: the batch of the step is written down, the last good checkpoint named."""
@@ -373,8 +400,8 @@ def _train(config, workdir, command, peers, stack):
                     writer.say(f"{len(left_out)} images left out so far, as {left_out[0]}")
             accuracies = [None] * config.num_seeds
             if evaluates:
-                evaluated = evaluate_val(averaged(state))
-                values = {f"val/{k}": [r[k] for r in evaluated] for k in ("loss", "accuracy")}
+                validated = evaluate_val(averaged(state))
+                values = {f"val/{k}": [r[k] for r in validated] for k in ("loss", "accuracy")}
                 writer.write(step, values)
                 writer.say(f"Validation Accuracy: {100 * np.mean(values['val/accuracy']):.2f}%")
                 accuracies = values["val/accuracy"]
@@ -401,11 +428,12 @@ def _train(config, workdir, command, peers, stack):
 
     sums, batches = jax.device_get(state.sums), (run.total_steps - 1) % spe + 1
     final = {"train_loss": sums["loss"] / np.maximum(batches - sums.get("skipped", 0), 1)}
-    evaluate_test = run.evaluator(run.test) if run.test else None
-    for name, evaluate in (("val", evaluate_val), ("test", evaluate_test)):
-        if evaluate:
-            evaluated = evaluate(averaged(state))
-            final |= {f"{name}_{k}": [r[k] for r in evaluated] for k in ("accuracy", "loss")}
+    # The last step was validated in the loop, unless this start has only the test left to do.
+    evaluated = {"val": validated or evaluate_val(averaged(state))} if run.val else {}
+    if run.test:
+        evaluated["test"] = run.evaluator(run.test)(averaged(state))
+    for name, seeds in evaluated.items():
+        final |= {f"{name}_{k}": [r[k] for r in seeds] for k in ("accuracy", "loss")}
     if run.test:
         values = {f"test/{k}": final[f"test_{k}"] for k in ("loss", "accuracy")}
         writer.write(run.total_steps, values)

@@ -67,7 +67,7 @@ class Targets:
         self.workdir = folder / "in" / "workdir"
         checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
         items = {"params": params, "ema_params": None, "opt_state": {"n": np.int32(0)}}
-        checkpoints.save(1, **items, config=saved, progress={})
+        checkpoints.save(1, **items, config=saved, data={}, progress={})
         checkpoints.close()
         self.saved = self.workdir / "checkpoints" / "1" / "config" / "metadata"
 

@@ -68,7 +68,7 @@ def content(workdir):
     arrays = {}
     for step in steps:
         folder = (workdir / "checkpoints" / str(step)).absolute()
-        assert checkpoint.damage(folder) is None
+        assert checkpoint.find_corruption(folder) is None
         items = ("params", "ema_params", "opt_state")
         for item in (i for i in items if (folder / i).exists()):
             with ocp.StandardCheckpointer() as reader:

@@ -114,6 +114,6 @@ def test_two_processes_save_the_same_step(long, tmp_path):
     assert time.monotonic() - began < 30
     assert (code, other) == (143, 130), stderr + other_stderr
     (step,) = checkpoint.saved_steps(tmp_path / "checkpoints")
-    assert checkpoint.damage(tmp_path / "checkpoints" / str(step)) is None
+    assert checkpoint.find_corruption(tmp_path / "checkpoints" / str(step)) is None
     assert f"SIGTERM: saved step {step:,} of 1,800" in stdout
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
