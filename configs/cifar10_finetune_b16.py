@@ -23,9 +23,8 @@ def get_config():
     config.batch_size = 512
     config.eval_batch_size = 200
     config.steps = 500
-    config.checkpoint_every_epochs = 0.0
-    config.checkpoint_every_steps = 250
-    config.log_every_steps = 10
+    config.save_every = "250 steps"
+    config.log_every = "10 steps"
 
     config.model.size = "B"
     config.model.patch_size = 16
@@ -42,6 +41,6 @@ def get_config():
     config.optim.weight_decay = 0.0
     config.optim.peak_lr = 0.01
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 100
+    config.optim.warmup = "100 steps"
     config.optim.grad_clip_norm = 1.0
     return config

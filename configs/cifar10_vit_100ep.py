@@ -15,7 +15,7 @@ def get_config():
     config = from_file(pathlib.Path(__file__).with_name("cifar10_vit_20ep.py"))
     config.batch_size = 256
     config.epochs = 100
-    config.checkpoint_every_epochs = 5
+    config.save_every = "5 epochs"
 
     config.model.drop_path = 0.05
 
@@ -27,11 +27,11 @@ def get_config():
     config.augment.mixup_alpha = 0.8
     config.augment.cutmix_alpha = 1.0
     config.augment.mix_prob = 0.5
-    config.augment.mix_off_last_percent = 15
+    config.augment.mix_off_last = "15%"
 
     config.optim.schedule = "cosine"
     config.optim.end_lr = 1e-5
-    config.optim.warmup_epochs = 5
+    config.optim.warmup = "5 epochs"
     config.optim.b2 = 0.99
     config.optim.ema_decay = 0.9995
     return config

@@ -32,7 +32,7 @@ def get_config():
 
     config.optim.peak_lr = 1e-3
     config.optim.schedule = "linear"
-    config.optim.warmup_epochs = 2
+    config.optim.warmup = "2 epochs"
     config.optim.weight_decay = 0.05
     config.optim.b2 = 0.95
     config.optim.grad_clip_norm = 1.0

@@ -32,7 +32,7 @@ def get_config():
     config.optim.name = "muon"
     config.optim.peak_lr = 2e-3
     config.optim.schedule = "linear"
-    config.optim.warmup_epochs = 1
+    config.optim.warmup = "1 epoch"
     config.optim.weight_decay = 0.05
     config.optim.grad_clip_norm = 1.0
     config.optim.ema_decay = 0.998

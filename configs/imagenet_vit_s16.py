@@ -16,7 +16,7 @@ def get_config():
     config = defaults()
     config.batch_size = 1024
     config.epochs = 90
-    config.eval_every_epochs = 5
+    config.eval_every = "5 epochs"
 
     config.data.name = "imagenet2012"
     config.data.train_split = "train[:99%]"
@@ -41,7 +41,7 @@ def get_config():
     config.augment.mixup_alpha = 0.2
 
     config.optim.peak_lr = 1e-3
-    config.optim.warmup_steps = 10_000
+    config.optim.warmup = "10000 steps"
     config.optim.weight_decay = 0.1  # big_vision's 1e-4 is not multiplied by the peak rate, ours is
     config.optim.grad_clip_norm = 1.0
     return config

@@ -24,6 +24,6 @@ def get_config():
     config.model.weight_init = "pytorch"
 
     config.optim.peak_lr = 2e-3
-    config.optim.warmup_steps = 100
+    config.optim.warmup = "100 steps"
     config.optim.weight_decay = 1e-4
     return config

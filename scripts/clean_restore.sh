@@ -21,7 +21,7 @@ fi
 ! "$clean" -c 'import flax' 2>/dev/null || { echo "error: $clean holds flax" >&2; exit 2; }
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m vit_jax.main \
-    --config configs/shapes10_vit.py --workdir "$folder/run" --config.steps=2 --config.optim.warmup_steps=0 \
+    --config configs/shapes10_vit.py --workdir "$folder/run" --config.steps=2 --config.optim.warmup= \
     --config.model.depth=2 --config.data.test_split='test[:100]' | grep -E '^(devices|Test)'
 python - "$folder/run" >"$folder/ours" <<'PYTHON'
 import sys

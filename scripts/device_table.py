@@ -66,7 +66,7 @@ def train(folder, index, steps):
         "--config.data.name=folder:" + str(folder / "data"),
         "--config.batch_size=16",
         f"--config.steps={steps}",
-        "--config.log_every_steps=1",
+        "--config.log_every=1 step",
         "--config.tensorboard=false",
         "--config.model.width=32",
         "--config.model.depth=2",

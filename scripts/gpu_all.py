@@ -113,7 +113,6 @@ def command_of(name, folder, rehearse, *, against_torch):
         rest += [f"--config.model.{x}" for x in TINY]
         if module in ("vit_jax.main", "vit_jax.sweep"):
             rest += [f"--config.steps={rehearse}", "--config.num_seeds=1"]
-            rest += ["--config.optim.warmup_epochs=0", "--config.augment.mix_off_last_percent=0"]
             rest += [] if module == "vit_jax.sweep" else ["--config.data.test_split=test[:500]"]
         if module == "vit_jax.benchmark":
             rest += ["--rounds", "1", "--round_seconds", "0.1", "--no_start"]

@@ -78,7 +78,7 @@ def _tiny_config(tiny_folder):
     c.batch_size = 16  # the last batch of an epoch holds 10
     c.eval_batch_size = 16
     c.epochs = 3
-    c.log_every_steps = 2
+    c.log_every = "2 steps"
     c.model.patch_size, c.model.width, c.model.depth = 4, 16, 2
     c.model.num_heads, c.model.mlp_dim = 2, 32
     c.optim.peak_lr = 1e-2

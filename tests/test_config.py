@@ -16,10 +16,6 @@ from vit_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def in_steps(group, name):
-    return config.in_steps(group, name, steps_per_epoch=100, batch_size=64, total_steps=2000)
-
-
 def test_notebook_recipe_is_the_notebook():
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
     assert (c.batch_size, c.epochs, c.data.name) == (64, 20, "cifar10")
@@ -64,14 +60,14 @@ def test_json_round_trip_keeps_every_field():
         ("data.mean", "[1, 2]", (1.0, 2.0)),
         ("data.mean", "0.5", (0.5,)),
         ("data.name", "folder:/x", "folder:/x"),
+        ("optim.warmup", "5epochs", "5 epochs"),
+        ("save_every", "", ""),
     ],
 )
 def test_overrides_take_the_type_of_their_field(name, text, value):
     c = config.defaults()
     config.set_field(c, name, text)
-    for part in name.split("."):
-        c = c[part]
-    assert c == value and type(c) is type(value)
+    assert config.get_field(c, name) == value and type(config.get_field(c, name)) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +77,19 @@ def test_overrides_take_the_type_of_their_field(name, text, value):
         ("model.wdth", "3", "did you mean model.width?"),
         ("modl.width", "3", "did you mean model.width?"),
         ("model", "3", "unknown config field model"),
-        ("seed", "1.5", "config.seed takes a whole number, got '1.5'"),
+        ("seed", "1.5", "config.seed takes a whole number; got '1.5'"),
         ("seed", "x", "whole number"),
         ("epochs", "many", "takes a number"),
         ("model.qk_norm", "maybe", "true or false"),
         ("data.mean", "hi", "numbers in brackets"),
         ("data.mean", "()", "numbers in brackets"),
         ("data.mean", "('a', 'b')", "numbers in brackets"),
+        ("save_every", "5", "its unit (steps, epochs, examples, %)"),
+        ("optim.warmup", "5 weeks", "its unit (steps, epochs, examples, %)"),
+        ("checkpoint_every_steps", "10", "write --config.save_every='10 steps'"),
+        ("warmup_epochs", 2, "write --config.optim.warmup='2 epochs'"),
+        ("optim.warmup_steps", 9, "write --config.optim.warmup='9 steps'"),
+        ("augment.mix_off_last_percent", 15, "write --config.augment.mix_off_last='15%'"),
     ],
 )
 def test_wrong_overrides_say_why(name, text, says):
@@ -101,18 +103,22 @@ def test_wrong_overrides_say_why(name, text, says):
     [
         ({"model.num_heads": 7}, "num_heads=7 does not divide config.model.width=256"),
         ({"model.pool": "clss"}, "must be one of cls, gap; got 'clss' (did you mean cls?)"),
-        ({"model.size": "XL"}, "must be one of Ti, S, B, L"),
+        ({"model.size": "XL"}, "must be one of notebook, Ti, S, B, L"),
         ({"optim.name": "adam"}, "did you mean adamw?"),
         ({"optim.schedule": "cosin"}, "did you mean cosine?"),
-        ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "config.batch_size must be at least 1; got 0"),
         ({"epochs": 0.0}, "config.epochs must be above 0"),
         ({"epochs": float("nan")}, "config.epochs must be above 0"),
         ({"model.drop_path": 1.0}, "at least 0 and below 1"),
         ({"optim.peak_lr": -1.0}, "config.optim.peak_lr must be at least 0"),
-        ({"data.std": (0.5, 0.0, 0.5)}, "std above 0"),
+        ({"data.std": (0.5, 0.0, 0.5)}, "config.data.std must be above 0"),
         ({"model.stem": "conv", "model.patch_size": 6}, "power of 2"),
-        ({"optim.warmup_steps": 5, "optim.warmup_epochs": 1.0}, "are both given"),
-        ({"optim.warmup_steps": -5}, "must be at least 0"),
+        ({"model.num_heads": 5, "model.size": "S"}, "does not divide config.model.width=384"),
+        ({"batch_size": 2, "accumulate_steps": 3}, "at least config.accumulate_steps=3"),
+        ({"optim.weight_decay": float("inf")}, "config.optim.weight_decay must be at least 0"),
+        ({"augment.crop_scale": (0.5, 0.1)}, "(smallest, largest)"),
+        ({"augment.crop_ratio": (0.0, 1.0)}, "at least 0.01"),
+        ({"augment.color_jitter": (0.1, 0.1, 0.1, 0.6)}, "hue at most 0.5"),
         ({"augment.policy": "randaug"}, "randaugment"),
         ({"augment.erasing_prob": -0.5}, "erasing_prob"),
         ({"augment.mixup_alpha": 1.0, "batch_size": 1}, "batch"),
@@ -127,21 +133,24 @@ def test_values_outside_their_range_are_refused(changes, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_durations_in_every_unit():
+def test_duration_set_by_a_program_is_checked():
     c = config.defaults()
-    assert in_steps(c.optim, "warmup") == 0
-    for unit, value, steps in (
-        ("steps", 7, 7),
-        ("epochs", 2.5, 250),
-        ("examples", 6400, 100),
-        ("percent", 10, 200),
-    ):
-        c = config.defaults()
-        config.set_field(c, f"optim.warmup_{unit}", value)
-        assert in_steps(c.optim, "warmup") == steps
-    c.optim.warmup_steps = 3
-    with pytest.raises(UserError, match="warmup_steps=3 and warmup_percent=10 are both given"):
-        in_steps(c.optim, "warmup")
+    c.log_every = "often"
+    with pytest.raises(UserError, match=r"config.log_every takes a number with its unit"):
+        config.validate(c)
+
+
+def test_explicit_model_field_overrides_the_size():
+    c = config.defaults()
+    c.model.size, c.model.depth = "S", 2
+    expected = {"width": 384, "depth": 2, "num_heads": 6, "mlp_dim": 1536}
+    assert config.model_shape(c.model) == expected
+
+
+def test_help_lists_every_field_once():
+    text = "\n".join(config.field_help())
+    for name in config.FIELDS:
+        assert text.count(f"--config.{name}=") == 1
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,11 @@ def test_durations_in_every_unit():
             "from vit_jax.config import defaults\n"
             "def get_config():\n    c = defaults()\n    c.sed = 1\n    return c",
             "sed",
+        ),
+        (
+            "from vit_jax.config import defaults\n"
+            "def get_config():\n    c = defaults()\n    c.checkpoint_every_steps = 1\n    return c",
+            "write --config.save_every='N steps'",
         ),
         (
             "from ml_collections import ConfigDict\n"

@@ -75,7 +75,7 @@ def losses(workdir):
 @pytest.fixture
 def small(tiny_config):
     c = tiny_config
-    c.steps, c.log_every_steps = 20, 1
+    c.steps, c.log_every = 20, "1 step"
     c.model.depth, c.model.mlp_dim = 1, 256  # wide enough for fsdp to split it
     c.model.pool = "gap"  # the one block is computed for all tokens
     c.optim.peak_lr = 1e-3
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(small, tmp_path, fsdp, streaming):
 
 
 def test_killed_on_two_processes_it_goes_on_on_one_and_on_four(small, tmp_path):
-    small.steps, small.checkpoint_every_steps, small.checkpoint_every_epochs = 40, 10, 0
+    small.steps, small.save_every = 40, "10 steps"
     small.optim.peak_lr = 1e-4
     train(small, tmp_path / "never")
     small.mesh.fsdp = 4
@@ -189,7 +189,7 @@ def test_a_missing_process(small, tmp_path, ids, says):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_is_heard_of(small, tmp_path, victim):
-    small.steps, small.checkpoint_every_epochs = 100_000, 0
+    small.steps, small.save_every = 100_000, ""
     processes = start([command(small, tmp_path / "w")] * 2)
     path, deadline = tmp_path / "w" / "metrics.jsonl", time.monotonic() + 100
     try:

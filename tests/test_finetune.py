@@ -71,7 +71,7 @@ def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrain
 def test_a_run_from_googles_file(tiny_config, google_file, tmp_path, capsys):
     c = tiny_config
     c.init_from, c.model.image_size, c.steps = str(google_file), 16, 6
-    c.checkpoint_every_epochs, c.checkpoint_every_steps = 0.0, 3
+    c.save_every = "3 steps"
     c.optim.freeze, c.optim.backbone_lr_factor = "patch_embed/*,block_0/*", 0.5
     started = first(setup(c))
     train(c, tmp_path / "run")
@@ -106,7 +106,7 @@ def test_several_seeds_continue_without_the_weights_they_started_from(
 ):
     c = tiny_config
     c.init_from, c.num_seeds, c.steps = str(google_file), 2, 4
-    c.checkpoint_every_epochs, c.checkpoint_every_steps = 0.0, 2
+    c.save_every = "2 steps"
     whole = train(c, tmp_path / "run")
     google_file.unlink()
     (tmp_path / "run" / "result.json").unlink()

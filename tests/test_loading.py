@@ -25,7 +25,7 @@ ELSEWHERE = ROOT / "docs" / "restore_elsewhere.py"
 @pytest.fixture
 def workdir(tiny_config, tmp_path):
     tiny_config.data.train_split, tiny_config.data.val_split = "train[:60]", "train[60:]"
-    tiny_config.log_every_steps = 100
+    tiny_config.log_every = "100 steps"
     train(tiny_config, tmp_path / "run")  # validated and saved at 4, 8 and 12
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4", ignore_errors=True)  # kept if the best
     return tmp_path / "run"

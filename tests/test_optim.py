@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from vit_jax import config
+from vit_jax.config import FIELDS
 from vit_jax.errors import UserError
-from vit_jax.optim import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
+from vit_jax.optim import decay_mask, make_optimizer, make_schedule
 
 PARAMS = {
     "cls_token": jnp.ones((1, 1, 4)),
@@ -22,10 +23,10 @@ PARAMS = {
 
 
 def optim_config(**changes):
-    c = config.defaults().optim
+    c = config.defaults()
     for name, value in changes.items():
-        config.set_field(c, name, value)
-    return c
+        config.set_field(c, f"optim.{name}", value)
+    return c.optim
 
 
 def rates(steps=100, warmup_steps=0, steps_per_epoch=10, **changes):
@@ -74,7 +75,7 @@ def test_decay_mask():
     assert all(jax.tree.leaves(decay_mask("all", PARAMS)))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", FIELDS["optim.name"].choices)
 def test_optimizers_lower_a_quadratic_and_decay_only_kernels(name):
     o = optim_config(name=name, schedule="constant", peak_lr=0.01, weight_decay=0.1)
     tx = make_optimizer(o, optax.constant_schedule(0.01), muon_schedule=lambda _: 0.01)

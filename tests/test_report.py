@@ -151,7 +151,7 @@ def test_a_run_of_several_seeds_shows_mean_and_spread(tiny_config, tmp_path):
 
 def test_a_diverged_run_says_from_when(tiny_config, tmp_path):
     tiny_config.optim.name, tiny_config.optim.peak_lr = "sgd", 1e20
-    tiny_config.log_every_steps, tiny_config.epochs = 1, 1
+    tiny_config.log_every, tiny_config.epochs = "1 step", 1
     with contextlib.suppress(UserError):  # training may stop by itself
         train(tiny_config, tmp_path)
     told = seen(tmp_path)

@@ -28,7 +28,7 @@ PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 def make(ema_decay=0.0, **augmentation):
     c = config.defaults()
     for name, value in augmentation.items():
-        config.set_field(c.augment, name, value)
+        config.set_field(c, f"augment.{name}", value)
     schedule = optax.constant_schedule(1e-2)
     optimizer = make_optimizer(c.optim, schedule)
     train_step = make_train_step(

@@ -47,8 +47,8 @@ def test_examples_are_those_of_the_resident_split(tiny_folder, split):
 
 def test_streamed_training_is_resident_training(tiny_config, tmp_path, capsys):
     c = tiny_config
-    c.steps, c.log_every_steps = 20, 1  # epochs of six batches, the last of 10
-    c.checkpoint_every_steps, c.checkpoint_every_epochs = 8, 0
+    c.steps, c.log_every = 20, "1 step"  # epochs of six batches, the last of 10
+    c.save_every = "8 steps"
     c.augment.flip, c.augment.crop, c.augment.crop_padding = "random", "pad", 2
     c.augment.mixup_alpha = 0.8
     train(c, tmp_path / "resident")

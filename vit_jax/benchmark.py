@@ -236,7 +236,7 @@ def start_seconds(arguments):
         for kind in ("cold", "warm"):
             workdir = pathlib.Path(folder, kind)
             command = [sys.executable, "-m", "vit_jax.main", *arguments, "--workdir", workdir]
-            command += ["--config.log_every_steps=1"]
+            command += ["--config.log_every=1 step"]
             command += [f"--config.log_every_{u}=0" for u in ("epochs", "examples", "percent")]
             env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/xla"}
             start = time.perf_counter()

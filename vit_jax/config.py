@@ -1,20 +1,23 @@
-"""Every field of a run: its default, its meaning, its and its checks.
+"""Every field of a config: default, allowed values, and meaning.
 
-A recipe in configs/ starts from `defaults()` and states what differs. A duration is a number with
-its unit in the name (`warmup_epochs`, `eval_every_steps`): each can be given in steps, epochs,
-examples or percent of the run, 0 meaning "not given here"; giving two is an error.
+A recipe in configs/ starts from `defaults()` and sets what differs.
 """
 
 import ast
+import dataclasses
 import difflib
 import functools
 import math
+import operator
 import pathlib
+import re
 import runpy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax import augment, model, optim
+from vit_jax import durations
 from vit_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -23,240 +26,355 @@ CONFIGS = _PACKAGE / "configs"
 if not CONFIGS.is_dir():
     CONFIGS = _PACKAGE.parent / "configs"
 DEFAULT_RECIPE = "shapes10_vit"
-UNITS = ("steps", "epochs", "examples", "percent")
+# width, depth, num_heads, mlp_dim. Ti and S: DeiT (arXiv 2012.12877); B and L: ViT (arXiv
+# 2010.11929), table 1.
+MODEL_SIZES = {
+    "notebook": (256, 6, 8, 1024),
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+}
+_SHAPE_FIELDS = ("width", "depth", "num_heads", "mlp_dim")
 
 
-def _duration(group, name, **given):
-    for unit in UNITS:
-        group[f"{name}_{unit}"] = given.get(unit, 0 if unit in ("steps", "examples") else 0.0)
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a config.
 
-
-def defaults():
-    """The fields all recipes share, as a locked ConfigDict."""
-    c = ConfigDict()
-    c.seed = 0  # all randomness derives from (seed, step), data order from (seed, epoch)
-    c.num_seeds = 1  # replicas trained in one program, with seeds seed, seed + 1, ...
-    c.batch_size = 64  # global: over all devices and hosts
-    c.accumulate_steps = 1  # parts that a batch is computed in, one after another, for memory
-    c.eval_batch_size = 500
-    c.epochs = 20.0
-    c.steps = 0  # bounds the run instead of `epochs` when set
-    c.init_from = ""  # weights to start from: whatever vit_jax.load_weights reads; empty: random
-    c.tensorboard = True
-    c.wandb = ""  # project of Weights & Biases that the run is sent to; empty: none
-    _duration(c, "eval_every", epochs=1.0)  # on val_split
-    _duration(c, "log_every", steps=50)
-    _duration(c, "checkpoint_every", epochs=1.0)
-    _duration(c, "keep_every")  # checkpoints kept for good, besides the newest two and the best
-    _duration(c, "histograms_every")  # of the weights, for TensorBoard; 0: never
-    c.on_bad_loss = "stop"  # stop | skip: a step of NaN or Inf; skip: no update
-
-    c.data = ConfigDict()
-    c.data.name = "cifar10"  # a TFDS set, or "folder:/path" with one folder a class
-    c.data.dir = ""  # empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
-    c.data.train_split = "train"
-    c.data.val_split = ""  # empty: none is held out
-    c.data.test_split = "test"  # read once, at the end; empty: never, as in a sweep
-    c.data.image_size = 0  # 0: as stored
-    c.data.streaming = False  # reads images as it goes, for sets larger than memory
-    c.data.streaming_threads = 16  # that decode, on each host
-    c.data.on_bad_image = "stop"  # stop | skip: one that cannot be decoded; skip: leave it out
-    c.data.mean = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
-    c.data.std = (0.5, 0.5, 0.5)
-
-    c.model = ConfigDict()
-    c.model.size = ""  # Ti, S, B or L; empty: the four fields below
-    c.model.width = 256
-    c.model.depth = 6
-    c.model.num_heads = 8
-    c.model.mlp_dim = 1024
-    c.model.patch_size = 4
-    c.model.pool = "cls"  # cls | gap
-    c.model.posemb = "learned"  # learned | sincos2d
-    c.model.stem = "patch"  # patch | conv
-    c.model.weight_init = "trunc_normal"  # pytorch | trunc_normal | mimetic
-    c.model.norm_eps = 1e-5
-    c.model.qk_norm = False
-    c.model.layer_scale = 0.0  # starting value; 0: off
-    c.model.dropout = 0.0
-    c.model.drop_path = 0.0  # at the last block, growing linearly with depth
-    c.model.gelu = "exact"  # exact | tanh, the approximation that Google's .npz were trained with
-    c.model.pre_logits = 0  # width of a tanh layer before the head; 0: none
-    c.model.image_size = 0  # images are resized to this side on the device; 0: as they come
-    c.model.remat = False  # computes each block's activations again instead of keeping them
-    c.model.dtype = "float32"  # of activations: float32 | bfloat16; weights stay float32
-
-    c.augment = ConfigDict()
-    c.augment.crop = "none"  # none | pad | resized | decoded: resized, cut from the image as stored
-    c.augment.crop_padding = 4
-    c.augment.crop_padding_mode = "zero"  # zero | reflect
-    c.augment.crop_scale = (0.08, 1.0)
-    c.augment.crop_ratio = (3 / 4, 4 / 3)
-    c.augment.flip = "none"  # none | random | alternating
-    c.augment.policy = "none"  # none | randaugment | trivialaugment | autoaugment
-    c.augment.randaugment_num_ops = 2
-    c.augment.randaugment_magnitude = 9.0  # of 10
-    c.augment.randaugment_magnitude_std = 0.0
-    c.augment.color_jitter = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
-    c.augment.erasing_prob = 0.0
-    c.augment.erasing_scale = (0.02, 1 / 3)
-    c.augment.erasing_ratio = (0.3, 3.3)
-    c.augment.erasing_mode = "zero"  # zero | noise
-    c.augment.mixup_alpha = 0.0
-    c.augment.cutmix_alpha = 0.0
-    c.augment.mix_prob = 1.0
-    c.augment.mix_switch_prob = 0.5  # of cutmix, where both are on
-    c.augment.mix_per = "batch"  # batch | image
-    _duration(c.augment, "mix_off_last")  # neither mixup nor cutmix in the last part of the run
-
-    c.optim = ConfigDict()
-    c.optim.name = "adamw"  # adamw | sgd | lion | muon
-    c.optim.peak_lr = 1e-3
-    c.optim.end_lr = 0.0
-    c.optim.schedule = "cosine"  # constant | cosine | linear, after the warm-up
-    c.optim.schedule_per = "step"  # step | epoch: when the rate changes
-    _duration(c.optim, "warmup")
-    c.optim.weight_decay = 0.05
-    c.optim.decay = "kernels"  # kernels | all: what weight_decay applies to
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.999
-    c.optim.eps = 1e-8
-    c.optim.momentum = 0.9  # sgd
-    c.optim.muon_lr = 0.02  # muon: peak rate of the hidden matrices; the rest is adamw at peak_lr
-    c.optim.grad_clip_norm = 0.0  # 0: off
-    c.optim.backbone_lr_factor = 1.0  # times the learning rate of all but the head
-    c.optim.freeze = ""  # paths that stay as they are, as "pos_embed,block_[0-3]/*"; empty: none
-    c.optim.label_smoothing = 0.0
-    c.optim.ema_decay = 0.0  # 0: off; else evaluation uses the averaged weights
-
-    c.mesh = ConfigDict()
-    c.mesh.data = 0  # devices on the axis; 0: all that fsdp leaves
-    c.mesh.fsdp = 1
-    return c.lock()
-
-
-def nearest(name, names):
-    """' (did you mean X?)', or '' where nothing is near."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def field_names(config, prefix=""):
-    """All dotted field names of a ConfigDict."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from field_names(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def in_steps(group, name, *, steps_per_epoch, batch_size, total_steps):
-    """The duration `name` of a config group in steps; 0 when it is given in no unit.
-
-    Raises UserError when it is given in two units, or is negative.
+    `kind` completes "config.NAME takes ..." for a value that `convert` rejects, and `allowed`
+    completes "config.NAME must be ..." for one that `is_allowed` rejects.
     """
-    given = {unit: group[f"{name}_{unit}"] for unit in UNITS if group[f"{name}_{unit}"]}
-    if len(given) > 1:
-        names = " and ".join(f"{name}_{unit}={value:g}" for unit, value in given.items())
-        raise UserError(f"{names} are both given: keep one and set the other to 0")
-    for unit, value in given.items():
-        if value < 0 or not math.isfinite(value):
-            raise UserError(f"{name}_{unit} must be at least 0, got {value:g}")
-        factor = {
-            "steps": 1,
-            "epochs": steps_per_epoch,
-            "examples": 1 / batch_size,
-            "percent": total_steps / 100,
-        }[unit]
-        return max(1, round(value * factor))
-    return 0
+
+    default: Any
+    doc: str
+    kind: str
+    convert: Callable[[Any], Any]  # from a recipe's value or a command line's text
+    allowed: str = ""
+    is_allowed: Callable[[Any], bool] = lambda value: True
+    choices: tuple[str, ...] = ()
 
 
-def validate(config):
-    """Raises UserError, one line, for a value outside what its field allows."""
-    m, o = config.model, config.optim
+def choice(default: str, *others: str, doc: str) -> Field:
+    """A text that is one of a few."""
+    choices = (default, *others)
+    allowed = f"one of {', '.join(choices)}"
+    return Field(default, doc, "a text", _text, allowed, choices.__contains__, choices)
 
-    def one_of(name, value, allowed):
-        if value not in allowed:
-            known = ", ".join(a for a in allowed if a)
-            hint = nearest(str(value), list(allowed))
-            raise UserError(f"config.{name} must be one of {known}; got {value!r}{hint}")
 
-    def at_least(name, value, least, below=math.inf):
-        if not least <= value < below:
-            upper = f" and below {below}" if below < math.inf else ""
-            raise UserError(f"config.{name} must be at least {least}{upper}, got {value}")
+def number(default, doc, *, at_least=None, above=None, at_most=None, below=None) -> Field:
+    """An int or a float, whichever `default` is, within bounds. NaN is within no bounds."""
+    bounds = [
+        ("at least", at_least, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", at_most, operator.le),
+        ("below", below, operator.lt),
+    ]
+    bounds = [bound for bound in bounds if bound[1] is not None]
+    allowed = " and ".join(f"{words} {limit}" for words, limit, _ in bounds)
+    kind, convert = ("a number", _float) if isinstance(default, float) else ("a whole number", _int)
 
-    one_of("model.size", m.size, ("", *model.SIZES))
-    one_of("model.pool", m.pool, model.POOLS)
-    one_of("model.posemb", m.posemb, model.POSEMBS)
-    one_of("model.stem", m.stem, model.STEMS)
-    one_of("model.weight_init", m.weight_init, model.INITS)
-    one_of("model.dtype", m.dtype, model.DTYPES)
-    one_of("model.gelu", m.gelu, model.GELUS)
-    one_of("on_bad_loss", config.on_bad_loss, ("stop", "skip"))
-    one_of("data.on_bad_image", config.data.on_bad_image, ("stop", "skip"))
-    one_of("optim.name", o.name, optim.OPTIMIZERS)
-    one_of("optim.schedule", o.schedule, optim.SCHEDULES)
-    one_of("optim.schedule_per", o.schedule_per, ("step", "epoch"))
-    one_of("optim.decay", o.decay, optim.DECAYS)
-    for name in ("batch_size", "accumulate_steps", "eval_batch_size", "num_seeds"):
-        at_least(name, config[name], 1)
-    at_least("data.streaming_threads", config.data.streaming_threads, 1)
-    if config.data.streaming and config.num_seeds > 1:
-        raise UserError("config.data.streaming trains one seed: set config.num_seeds=1")
-    if config.augment.crop == "decoded" and not (config.data.streaming and config.data.image_size):
+    def is_allowed(value):
+        return math.isfinite(value) and all(compare(value, limit) for _, limit, compare in bounds)
+
+    return Field(default, doc, kind, convert, allowed, is_allowed)
+
+
+def numbers(default, doc, allowed, is_allowed) -> Field:
+    """A tuple of floats."""
+    return Field(default, doc, "numbers in brackets, as (0.5, 0.5)", _floats, allowed, is_allowed)
+
+
+def interval(default, doc, *, at_least=0, at_most=math.inf) -> Field:
+    """A pair of floats in ascending order, both within bounds."""
+    bounds = f"between {at_least} and {at_most}" if at_most < math.inf else f"at least {at_least}"
+
+    def is_allowed(pair):
+        return len(pair) == 2 and at_least <= pair[0] <= pair[1] <= at_most
+
+    return numbers(default, doc, f"(smallest, largest), both {bounds}", is_allowed)
+
+
+def flag(default: bool, doc: str) -> Field:
+    """True or false."""
+    return Field(default, doc, "true or false", _flag)
+
+
+def text(default: str, doc: str) -> Field:
+    """Any text."""
+    return Field(default, doc, "a text", _text)
+
+
+def duration(default: str, doc: str) -> Field:
+    """A text in the format of `durations`; empty means never."""
+    kind = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
+    return Field(default, doc, kind, lambda value: durations.canonical(_text(value)))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, (bool, float)):
+        raise TypeError
+    return int(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _floats(value: Any) -> tuple[float, ...]:
+    value = ast.literal_eval(value) if isinstance(value, str) else value
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not values or not all(isinstance(v, (int, float)) for v in values):
+        raise ValueError
+    return tuple(float(v) for v in values)
+
+
+def _any(values: Sequence[float]) -> bool:
+    return True
+
+
+def _all_positive(values: Sequence[float]) -> bool:
+    return all(v > 0 for v in values)
+
+
+def _jitter_strengths(values: Sequence[float]) -> bool:
+    return len(values) == 4 and all(v >= 0 for v in values) and values[3] <= 0.5
+
+
+FIELDS: dict[str, Field] = {
+    "seed": number(0, "seed of all randomness and of the data order", at_least=0, below=2**31),
+    "num_seeds": number(
+        1, "seeds trained in one compiled program: seed, seed + 1, ...", at_least=1
+    ),
+    "batch_size": number(64, "global batch size, over all devices and hosts", at_least=1),
+    "accumulate_steps": number(1, "microbatches per batch, to save memory", at_least=1),
+    "eval_batch_size": number(500, "global batch size of evaluation", at_least=1),
+    "epochs": number(20.0, "length of the run in epochs", above=0),
+    "steps": number(0, "length of the run in steps; overrides epochs (0: use epochs)", at_least=0),
+    "init_from": text(
+        "", "initial weights, in any format vit_jax.load_weights reads (empty: random)"
+    ),
+    "tensorboard": flag(True, "write TensorBoard events"),
+    "wandb": text("", "Weights & Biases project to log to (empty: none)"),
+    "log_every": duration("50 steps", "training metrics"),
+    "eval_every": duration("1 epoch", "evaluation on data.val_split"),
+    "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
+    "keep_every": duration("", "checkpoints that are kept permanently"),
+    "histograms_every": duration("", "histograms of the weights in TensorBoard"),
+    "on_bad_loss": choice(
+        *("stop", "skip"), doc="on a loss or gradient that is not finite; skip: no update"
+    ),
+    # The data.
+    "data.name": text(
+        "cifar10", "TFDS dataset, shapes10, or folder:PATH with one folder per class"
+    ),
+    "data.dir": text("", "TFDS directory (empty: TFDS_DATA_DIR, else ~/tensorflow_datasets)"),
+    "data.train_split": text("train", "split to train on, in TFDS syntax"),
+    "data.val_split": text("", "split to validate on (empty: none)"),
+    "data.test_split": text("test", "split evaluated once, after the last step (empty: none)"),
+    "data.image_size": number(
+        0, "side to crop and resize to, in pixels (0: as stored)", at_least=0
+    ),
+    "data.streaming": flag(False, "decode images during training; for datasets larger than memory"),
+    "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
+    "data.on_bad_image": choice("stop", "skip", doc="on an image that cannot be decoded"),
+    "data.mean": numbers(
+        (0.5,) * 3, "mean per channel of pixels in [0, 1]", "one number per channel", _any
+    ),
+    "data.std": numbers((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
+    # The model.
+    "model.size": choice(*MODEL_SIZES, doc="source of the next four fields if they are 0"),
+    "model.width": number(0, "width of a token", at_least=0),
+    "model.depth": number(0, "number of blocks", at_least=0),
+    "model.num_heads": number(0, "attention heads", at_least=0),
+    "model.mlp_dim": number(0, "width of the MLP's hidden layer", at_least=0),
+    "model.patch_size": number(4, "side of a patch, in pixels", at_least=1),
+    "model.pool": choice("cls", "gap", doc="class token or global average pooling"),
+    "model.posemb": choice("learned", "sincos2d", doc="position embeddings"),
+    "model.stem": choice("patch", "conv", doc="patch embedding"),
+    "model.weight_init": choice("trunc_normal", "pytorch", "mimetic", doc="initialization"),
+    "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
+    "model.qk_norm": flag(False, "normalize queries and keys"),
+    "model.layer_scale": number(0.0, "initial value of LayerScale (0: off)", at_least=0),
+    "model.dropout": number(0.0, "dropout probability", at_least=0, below=1),
+    "model.drop_path": number(
+        0.0, "stochastic depth at the last block, growing linearly with depth", at_least=0, below=1
+    ),
+    "model.gelu": choice("exact", "tanh", doc="tanh: the approximation in Google's weights"),
+    "model.pre_logits": number(0, "width of a tanh layer before the head (0: none)", at_least=0),
+    "model.image_size": number(
+        0, "side that images are resized to on the device (0: as they come)", at_least=0
+    ),
+    "model.remat": flag(False, "recompute activations in the backward pass, to save memory"),
+    "model.dtype": choice("float32", "bfloat16", doc="dtype of activations; weights are float32"),
+    # Augmentation.
+    "augment.crop": choice(
+        *("none", "pad", "resized", "decoded"),
+        doc="random crop; decoded: resized crop of the stored image, before data.image_size",
+    ),
+    "augment.crop_padding": number(4, "padding of crop=pad, in pixels", at_least=1),
+    "augment.crop_padding_mode": choice("zero", "reflect", doc="padding of crop=pad"),
+    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop", at_most=1),
+    "augment.crop_ratio": interval((3 / 4, 4 / 3), "aspect ratio of a resized crop", at_least=0.01),
+    "augment.flip": choice("none", "random", "alternating", doc="horizontal flip"),
+    "augment.policy": choice(
+        "none", "randaugment", "trivialaugment", "autoaugment", doc="augmentation policy"
+    ),
+    "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
+    "augment.randaugment_magnitude": number(9.0, "magnitude out of 10", at_least=0, at_most=10),
+    "augment.randaugment_magnitude_std": number(0.0, "its standard deviation", at_least=0),
+    "augment.color_jitter": numbers(
+        (0.0,) * 4,
+        "strengths of brightness, contrast, saturation, hue",
+        "four strengths (brightness, contrast, saturation, hue), at least 0, hue at most 0.5",
+        _jitter_strengths,
+    ),
+    "augment.erasing_prob": number(0.0, "probability of random erasing", at_least=0, at_most=1),
+    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box", at_most=1),
+    "augment.erasing_ratio": interval((0.3, 3.3), "its aspect ratio", at_least=0.01),
+    "augment.erasing_mode": choice("zero", "noise", doc="what the erased box is filled with"),
+    "augment.mixup_alpha": number(0.0, "Beta parameter of mixup (0: off)", at_least=0),
+    "augment.cutmix_alpha": number(0.0, "Beta parameter of CutMix (0: off)", at_least=0),
+    "augment.mix_prob": number(1.0, "probability of mixing", at_least=0, at_most=1),
+    "augment.mix_switch_prob": number(
+        0.5, "probability of CutMix if both are on", at_least=0, at_most=1
+    ),
+    "augment.mix_per": choice("batch", "image", doc="one draw of mixing per batch or per image"),
+    "augment.mix_off_last": duration("", "last part of the run, without mixup and CutMix"),
+    # The optimizer.
+    "optim.name": choice("adamw", "sgd", "lion", "muon", doc="optimizer"),
+    "optim.peak_lr": number(1e-3, "peak learning rate", at_least=0),
+    "optim.end_lr": number(0.0, "learning rate at the last step", at_least=0),
+    "optim.schedule": choice("cosine", "constant", "linear", doc="schedule after the warmup"),
+    "optim.schedule_per": choice("step", "epoch", doc="when the learning rate changes"),
+    "optim.warmup": duration("", "linear warmup, at most the whole run"),
+    "optim.weight_decay": number(0.05, "decoupled weight decay", at_least=0),
+    "optim.decay": choice("kernels", "all", doc="parameters that weight decay applies to"),
+    "optim.b1": number(0.9, "decay of the first moment", at_least=0, below=1),
+    "optim.b2": number(0.999, "decay of the second moment", at_least=0, below=1),
+    "optim.eps": number(1e-8, "epsilon of AdamW", above=0),
+    "optim.momentum": number(0.9, "momentum of SGD", at_least=0, below=1),
+    "optim.muon_lr": number(
+        0.02,
+        "peak learning rate of the blocks' matrices with Muon; AdamW trains the rest",
+        at_least=0,
+    ),
+    "optim.grad_clip_norm": number(0.0, "maximum norm of the gradient (0: off)", at_least=0),
+    "optim.backbone_lr_factor": number(
+        1.0, "factor on the learning rate of all parameters except the head", at_least=0
+    ),
+    "optim.freeze": text("", "paths to freeze, for example pos_embed,block_[0-3]/* (empty: none)"),
+    "optim.label_smoothing": number(0.0, "label smoothing", at_least=0, below=1),
+    "optim.ema_decay": number(
+        0.0, "decay of the EMA weights, which are evaluated (0: off)", at_least=0, below=1
+    ),
+    # The devices.
+    "mesh.data": number(0, "size of the data axis (0: the devices that fsdp leaves)", at_least=0),
+    "mesh.fsdp": number(1, "size of the fsdp axis: shards of weights and optimizer", at_least=1),
+}
+
+
+def defaults() -> ConfigDict:
+    """The default of every field, as a locked ConfigDict."""
+    config = ConfigDict()
+    for name, field in FIELDS.items():
+        group, _, leaf = name.rpartition(".")
+        if group and group not in config:
+            config[group] = ConfigDict()
+        (config[group] if group else config)[leaf] = field.default
+    return config.lock()
+
+
+def field_help() -> Iterator[str]:
+    """Lines that list every field with its default, meaning, and allowed values, by group."""
+    group = None
+    for name, field in FIELDS.items():
+        if name.rpartition(".")[0] != group:
+            group = name.rpartition(".")[0]
+            yield f"\n{group or 'run'}:"
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        choices = f" [{', '.join(field.choices)}]" if field.choices else ""
+        yield f"  --config.{name}={default}  {field.doc}{choices}"
+
+
+def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
+    """{"width", "depth", "num_heads", "mlp_dim"} of a `model` group: 0 means as in its size."""
+    sizes = zip(_SHAPE_FIELDS, MODEL_SIZES[model["size"]], strict=True)
+    return {name: model[name] or size for name, size in sizes}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, one line, for a value that its field or another field does not allow."""
+    for name, field in FIELDS.items():
+        value = _converted(name, get_field(config, name))
+        if not field.is_allowed(value):
+            hint = nearest(str(value), field.choices)
+            raise UserError(f"config.{name} must be {field.allowed}; got {value!r}{hint}")
+    c, a, m = config, config.augment, config.model
+    if c.batch_size < c.accumulate_steps:
         raise UserError(
-            "config.augment.crop=decoded needs config.data.streaming=true and a "
-            "config.data.image_size, which it scales to"
+            f"config.batch_size must be at least config.accumulate_steps={c.accumulate_steps}; "
+            f"got {c.batch_size}"
         )
-    at_least("batch_size", config.batch_size, config.accumulate_steps)
-    at_least("seed", config.seed, 0, below=2**31)
-    at_least("steps", config.steps, 0)
-    at_least("mesh.data", config.mesh.data, 0)
-    at_least("mesh.fsdp", config.mesh.fsdp, 1)
-    if not config.steps and not 0 < config.epochs < math.inf:
-        raise UserError(f"config.epochs must be above 0, got {config.epochs:g}")
-    for name in ("width", "depth", "num_heads", "mlp_dim", "patch_size"):
-        at_least(f"model.{name}", m[name], 1)
-    for name in ("dropout", "drop_path"):
-        at_least(f"model.{name}", m[name], 0, below=1)
-    for name in ("layer_scale", "pre_logits", "image_size"):
-        at_least(f"model.{name}", m[name], 0)
-    if not m.norm_eps > 0:
-        raise UserError(f"config.model.norm_eps must be above 0, got {m.norm_eps:g}")
-    width, _, num_heads, _ = model.SIZES.get(m.size, (m.width, 0, m.num_heads, 0))
+    if not c.data.train_split or not (c.data.val_split or c.data.test_split):
+        raise UserError("config.data needs a train_split, and a test_split or a val_split")
+    if len(c.data.mean) != len(c.data.std):
+        raise UserError(
+            f"config.data.mean {c.data.mean} and config.data.std {c.data.std} must have one value "
+            "per channel"
+        )
+    if c.data.streaming and c.num_seeds > 1:
+        raise UserError("config.data.streaming supports one seed only: set config.num_seeds=1")
+    if a.crop == "decoded" and not (c.data.streaming and c.data.image_size):
+        raise UserError(
+            "config.augment.crop=decoded needs config.data.streaming=true and "
+            "config.data.image_size, the size it resizes to"
+        )
+    if (a.mixup_alpha or a.cutmix_alpha) and c.batch_size < 2:
+        raise UserError(
+            "config.augment mixes pairs of images, but config.batch_size is 1: raise it, or set "
+            "mixup_alpha and cutmix_alpha to 0"
+        )
+    _validate_model(m)
+
+
+def _validate_model(m: ConfigDict) -> None:
+    shape = model_shape(m)
+    width, num_heads = shape["width"], shape["num_heads"]
     if width % num_heads:
         raise UserError(
             f"config.model.num_heads={num_heads} does not divide config.model.width={width}"
         )
     if m.posemb == "sincos2d" and (width % 4 or width < 8):
-        raise UserError(f"posemb=sincos2d needs a width that is a multiple of 4, got {width}")
-    if m.stem == "conv" and (m.patch_size & (m.patch_size - 1) or m.patch_size < 2):
-        raise UserError(f"stem=conv needs a patch_size that is a power of 2, got {m.patch_size}")
-    for name in ("peak_lr", "end_lr", "muon_lr", "weight_decay", "grad_clip_norm"):
-        at_least(f"optim.{name}", o[name], 0)
-    at_least("optim.backbone_lr_factor", o.backbone_lr_factor, 0)
-    for name in ("b1", "b2", "momentum", "label_smoothing", "ema_decay"):
-        at_least(f"optim.{name}", o[name], 0, below=1)
-    if not o.eps > 0:
-        raise UserError(f"config.optim.eps must be above 0, got {o.eps:g}")
-    if not config.data.train_split or not (config.data.val_split or config.data.test_split):
-        raise UserError("config.data needs a train_split, and a test_split or a val_split")
-    if len(config.data.mean) != len(config.data.std) or min(config.data.std) <= 0:
         raise UserError(
-            f"config.data.mean {config.data.mean} and std {config.data.std} must have one entry "
-            "a channel, std above 0"
+            f"config.model.posemb=sincos2d needs a width that is a multiple of 4 and at least 8; "
+            f"got {width}"
         )
-    augment.validate(config.augment, batch_size=config.batch_size)
-    # A bad duration is told before any data is read; the counts do not matter for that.
-    every = ("eval_every", "log_every", "checkpoint_every", "keep_every", "histograms_every")
-    groups = dict.fromkeys(every, config)
-    for name, group in (groups | {"warmup": o, "mix_off_last": config.augment}).items():
-        in_steps(group, name, steps_per_epoch=1, batch_size=1, total_steps=1)
+    if m.stem == "conv" and (m.patch_size & (m.patch_size - 1) or m.patch_size < 2):
+        raise UserError(
+            f"config.model.stem=conv needs a patch_size that is a power of 2; got {m.patch_size}"
+        )
 
 
-def recipe_path(name):
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)', or '' if no name is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
     """Returns the path of a recipe. `name` is a file's path or a shipped recipe's name.
 
     Raises UserError if there is neither; its line names the nearest recipe and lists all.
@@ -274,11 +392,11 @@ def recipe_path(name):
     return path
 
 
-def from_file(path):
-    """The ConfigDict of a recipe: what `get_config()` in that Python file returns.
+def from_file(path: str | pathlib.Path) -> ConfigDict:
+    """The ConfigDict that `get_config()` in a recipe's Python file returns.
 
-    `path` may also be the name of a shipped recipe. The file is executed. Raises UserError when it
-    does not exist, has no get_config, or sets a field that does not exist or to a value of another
+    `path` may also be the name of a shipped recipe. The file is executed. Raises UserError if it
+    does not exist, has no get_config, or sets a field that does not exist or a value of the wrong
     type.
     """
     path = recipe_path(path)
@@ -287,19 +405,22 @@ def from_file(path):
         config = namespace["get_config"]()
     except UserError:
         raise
-    except KeyError as e:
-        raise UserError(f"the config file {path} fails: no field or function {e}") from e
-    except Exception as e:  # a recipe is a program: anything can go wrong in it
+    except (KeyError, AttributeError) as e:  # get_config, or a field of the locked config
+        name = re.search(r"\w+", str(e).removeprefix("'Key \""))[0]
+        raise UserError(
+            f"the config file {path} fails: no field or function {name}{_renamed(name, 'N')}"
+        ) from e
+    except Exception as e:  # a recipe is a program, which can fail in any way
         raise UserError(f"the config file {path} fails: {type(e).__name__}: {e}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, not {type(config)}")
     return from_dict(config.to_dict())
 
 
-def from_dict(values):
-    """The ConfigDict of `config.to_dict()`, or of the JSON of that (lists become tuples).
+def from_dict(values: dict) -> ConfigDict:
+    """The ConfigDict of `config.to_dict()` or of its JSON, in which tuples are lists.
 
-    Raises UserError for a field that this version lacks or a value of another type.
+    Raises UserError for an unknown field or a value of the wrong type.
     """
     config = defaults()
 
@@ -311,38 +432,50 @@ def from_dict(values):
                 set_field(config, prefix + name, value)
 
     if not isinstance(values, dict):
-        raise UserError(f"a config is an object of fields, got {type(values).__name__}")
+        raise UserError(f"a config must be an object of fields; got {type(values).__name__}")
     update(values)
     return config
 
 
-def set_field(config, name, value):
-    """Sets the field of a dotted name to a value, or to what a text from the command line says.
+def set_field(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets the field with a dotted name to a value, or to the value of a command line's text.
 
-    Raises UserError for an unknown field (the nearest name told), a group, or a value that is not
-    of the field's type.
+    Raises UserError for an unknown field, a group, or a value of the wrong type.
     """
-    names = list(field_names(config))
-    if name not in names:
-        raise UserError(f"unknown config field {name}{nearest(name, names)}")
-    *groups, field = name.split(".")
+    if name not in FIELDS:
+        raise UserError(f"unknown config field {name}{_renamed(name, value)}")
+    *groups, leaf = name.split(".")
     group = functools.reduce(lambda c, part: c[part], groups, config)
+    group[leaf] = _converted(name, value)
+
+
+def _converted(name: str, value: Any) -> Any:
+    """`value` in the type of a field, or a UserError that states the type."""
     try:
-        group[field] = _as_type_of(group[field], value)
+        return FIELDS[name].convert(value)
     except (
         *(TypeError, ValueError, KeyError, SyntaxError, OverflowError),
         *(RecursionError, MemoryError),  # of ast, for brackets thousands deep
     ):
-        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        expected = kind.get(type(group[field]), "numbers in brackets, as (0.5, 0.5)")
         shown = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}..."
-        raise UserError(f"config.{name} takes {expected}, got {shown}") from None
+        raise UserError(f"config.{name} takes {FIELDS[name].kind}; got {shown}") from None
 
 
-def override(config, arguments, flags):
-    """Sets what a command line's arguments say: --config.FIELD=VALUE or --config.FIELD VALUE.
+def _renamed(name: str, value: Any) -> str:
+    """A hint for an unknown name: the present spelling of a duration, or the nearest field."""
+    if match := re.fullmatch(r"(?:.*\.)?(\w+?)_(steps|epochs|examples|percent)", name):
+        old, unit = match[1].replace("checkpoint_every", "save_every"), match[2]
+        for field in FIELDS:
+            if field.split(".")[-1] == old:
+                amount = f"{value}%" if unit == "percent" else f"{value} {unit}"
+                return f": write --config.{field}={amount!r}"
+    return nearest(name, FIELDS)
 
-    Raises UserError for any other argument; its line names the command's own `flags`.
+
+def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
+    """Applies a command line's --config.FIELD=VALUE or --config.FIELD VALUE arguments.
+
+    Raises UserError for any other argument, naming the command's own `flags`.
     """
     arguments = list(arguments)
     while arguments:
@@ -357,33 +490,17 @@ def override(config, arguments, flags):
     validate(config)
 
 
-def _as_type_of(old, value):
-    if isinstance(old, tuple):
-        value = ast.literal_eval(value) if isinstance(value, str) else value
-        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if not value or not all(isinstance(v, (int, float)) for v in value):
-            raise ValueError
-        return tuple(float(v) for v in value)
-    if isinstance(old, bool):
-        return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-    if isinstance(old, str):
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-    if isinstance(value, bool) or (isinstance(old, int) and isinstance(value, float)):
-        raise TypeError
-    return type(old)(value)
-
-
-def difference(ours, theirs, *, ignore=()):
-    """'field: a, was b' for every dotted field on which two configs differ, as a list."""
-    names = dict.fromkeys([*field_names(ours), *field_names(theirs)])
-    values = ((n, get_field(ours, n), get_field(theirs, n)) for n in names if n not in ignore)
+def difference(config: ConfigDict, other: ConfigDict, *, ignore: Sequence[str] = ()) -> list[str]:
+    """'field: a, was b' for every field in which `config` differs from `other`."""
+    values = ((n, get_field(config, n), get_field(other, n)) for n in FIELDS if n not in ignore)
     return [f"{name}: {a!r}, was {b!r}" for name, a, b in values if a != b]
 
 
-def get_field(config, name):
-    """The value of a dotted name; None where there is no such field."""
-    for part in name.split("."):
-        config = config.get(part) if config is not None else None
-    return config
+def get_field(config: ConfigDict, name: str) -> Any:
+    """The value of a dotted name."""
+    return functools.reduce(lambda group, part: group[part], name.split("."), config)
+
+
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """{dotted name: value} of every field."""
+    return {name: get_field(config, name) for name in FIELDS}

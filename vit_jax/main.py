@@ -57,10 +57,10 @@ def parse(argv):
 
 def compared(config):
     """{dotted name: value} of the fields that all processes of a run must share."""
-    from vit_jax.config import field_names, get_field
+    from vit_jax.config import flat
 
-    # Data may lie elsewhere on each host.
-    return {f"config.{n}": get_field(config, n) for n in field_names(config) if n != "data.dir"}
+    # Each host may keep the data in a different place.
+    return {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
 
 
 def main():

@@ -10,21 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-
-# width, depth, num_heads, mlp_dim (arXiv 2010.11929 table 1; Ti and S from DeiT, arXiv 2012.12877)
-SIZES = {
-    "Ti": (192, 12, 3, 768),
-    "S": (384, 12, 6, 1536),
-    "B": (768, 12, 12, 3072),
-    "L": (1024, 24, 16, 4096),
-}
-POOLS = ("cls", "gap")
-POSEMBS = ("learned", "sincos2d")
-STEMS = ("patch", "conv")
-INITS = ("pytorch", "trunc_normal", "mimetic")
-GELUS = ("exact", "tanh")
-DTYPES = ("float32", "bfloat16")
 
 
 def _linear_init(init, fan_in):
@@ -332,11 +319,8 @@ def sincos2d(grid, width, *, cls_token):
 
 def make_model(model_config, *, num_classes):
     """VisionTransformer from the `model` group of a config."""
-    fields = dict(model_config)
-    size = fields.pop("size")
-    if size:
-        shape = ("width", "depth", "num_heads", "mlp_dim")
-        fields |= dict(zip(shape, SIZES[size], strict=True))
+    fields = dict(model_config) | config_lib.model_shape(model_config)
+    del fields["size"]
     fields["dtype"] = jnp.dtype(fields["dtype"])
     return VisionTransformer(num_classes=num_classes, **fields)
 

@@ -8,10 +8,6 @@ import optax
 
 from vit_jax.errors import UserError
 
-OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
-SCHEDULES = ("constant", "cosine", "linear")
-DECAYS = ("kernels", "all")
-
 
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
     """The learning rate as a function of the step, float32[].

@@ -473,7 +473,7 @@ def add_comparison(page, groups):
     head = ("run", "seeds ended", "test accuracy", "test loss", "val accuracy", "train loss")
     page.table("Results", (*head, "parameters", "images/s"), rows)
     configs = [records[0].config for _, records in groups]
-    names = dict.fromkeys(n for c in configs for n in config_lib.field_names(c))
+    names = config_lib.FIELDS
     differing = []
     for name in names:
         values = [config_lib.get_field(c, name) for c in configs]
@@ -505,10 +505,7 @@ def add_identity(page, records):
     if recipe is None:
         recipe = config_lib.defaults()
         title = f"What differs from the defaults ({path} is not in configs/)"
-    here, there = (
-        {n: config_lib.get_field(c, n) for n in config_lib.field_names(c)}
-        for c in (record.config, recipe)
-    )
+    here, there = (config_lib.flat(c) for c in (record.config, recipe))
     of_seeds = ("seed", "num_seeds") if len(records) > 1 else ()
     rows = [
         (n, repr(v), repr(there[n])) for n, v in here.items() if v != there[n] and n not in of_seeds

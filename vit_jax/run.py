@@ -14,6 +14,7 @@ from vit_jax import augment, data, optim, stream
 from vit_jax import config as config_lib
 from vit_jax import mesh as mesh_lib
 from vit_jax import weights as weights_lib
+from vit_jax.durations import in_steps
 from vit_jax.errors import UserError
 from vit_jax.evaluate import batch_order, make_evaluate, resident_batches
 from vit_jax.model import (
@@ -240,13 +241,12 @@ def setup(config, *, devices=None, fresh=True):
         "batch_size": config.batch_size,
         "total_steps": total_steps,
     }
-    every = ("log_every", "eval_every", "checkpoint_every", "keep_every", "histograms_every")
-    groups = dict.fromkeys(every, config)
-    groups |= {"warmup": config.optim, "mix_off_last": config.augment}
-    durations = {k: config_lib.in_steps(group, k, **counts) for k, group in groups.items()}
+    every = ("log_every", "eval_every", "save_every", "keep_every", "histograms_every")
+    given = {name: config[name] for name in every}
+    given |= {"warmup": config.optim.warmup, "mix_off_last": config.augment.mix_off_last}
+    durations = {name: in_steps(text, **counts) for name, text in given.items()}
     for name in ("warmup", "mix_off_last"):
-        if durations[name] > total_steps:
-            raise UserError(f"{name} is {durations[name]} steps, the run has only {total_steps}")
+        durations[name] = min(durations[name], total_steps)
 
     model = make_model(config.model, num_classes=len(train.class_names))
     check_image_shape(model, image_shape)

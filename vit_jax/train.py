@@ -27,8 +27,7 @@ from vit_jax.stopping import StopRequest
 # where it would have come to nothing.
 NOT_COMPARED = (
     *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
-    *("model.remat", "tensorboard", "wandb", "on_bad_loss"),
-    *(f"{name}_{unit}" for name in ("keep_every", "histograms_every") for unit in config_lib.UNITS),
+    *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every", "histograms_every"),
 )
 
 
@@ -285,10 +284,7 @@ def _train(config, workdir, command, peers, stack):
         total_steps=run.total_steps,
         steps_per_epoch=run.steps_per_epoch,
         batch_size=config.batch_size,
-        fields=[
-            {n: config_lib.get_field(r.config, n) for n in config_lib.field_names(r.config)}
-            for r in replicas
-        ],
+        fields=[config_lib.flat(r.config) for r in replicas],
         tensorboard=config.tensorboard,
         wandb=config.wandb,
     )
@@ -368,7 +364,7 @@ def _train(config, workdir, command, peers, stack):
                 batches == spe or last,
                 run.val and (due("eval_every", step) or last),
             )
-            saves = due("checkpoint_every", step) or due("keep_every", step) or last or stops
+            saves = due("save_every", step) or due("keep_every", step) or last or stops
             while len(in_flight) > (0 if epoch_ends or saves or evaluates else 1):
                 done, values = in_flight.popleft()
                 bad = jax.device_get(values.pop("bad"))  # waits for the step

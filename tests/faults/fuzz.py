@@ -90,7 +90,7 @@ class Targets:
         lines = "".join(
             json.dumps({"step": i, "val/accuracy": 0.5, "train/loss": 1.0}) + "\n" for i in (1, 2)
         )
-        fields = list(config.field_names(c))
+        fields = list(config.FIELDS)
         settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
         self.seeds = {
             "override": settings,
@@ -217,7 +217,7 @@ def texts_of(names):
 
 def jsons():
     """A strategy for the JSON of a config: fields with values of any kind, and any other JSON."""
-    names = st.sampled_from(list(config.field_names(config.defaults()))) | st.text(max_size=9)
+    names = st.sampled_from(list(config.FIELDS)) | st.text(max_size=9)
     scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     value = st.recursive(
         scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
@@ -241,7 +241,7 @@ def jsons():
 def strategy(targets, name):
     given = st.binary(max_size=200) | mutated(targets.seeds[name])
     if name == "override":
-        given |= texts_of(list(config.field_names(config.defaults())))
+        given |= texts_of(list(config.FIELDS))
     if name == "recipe_json":
         given |= jsons()
     return given

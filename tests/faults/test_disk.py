@@ -32,8 +32,8 @@ def saves(make_tiny_config):
 
 def saving(c):
     """Six steps, a checkpoint every two."""
-    c.steps, c.checkpoint_every_steps, c.checkpoint_every_epochs = 6, 2, 0
-    c.log_every_steps, c.tensorboard = 1, False
+    c.steps, c.save_every = 6, "2 steps"
+    c.log_every, c.tensorboard = "1 step", False
     return c
 
 
@@ -201,9 +201,9 @@ class TestSeveralSeeds:
 
 def test_what_is_kept(saves, tmp_path, monkeypatch):
     """The newest two, the best by validation wherever it was, every eighth."""
-    saves.steps, saves.keep_every_steps = 20, 8
+    saves.steps, saves.keep_every = 20, "8 steps"
     saves.data.train_split, saves.data.val_split = "train[:60]", "train[60:]"
-    saves.eval_every_steps, saves.eval_every_epochs = 5, 0
+    saves.eval_every = "5 steps"
     # Five is the best, and no step that the recipe saves; ten is as good.
     accuracies = iter((0.5, 0.5, 0.4, 0.3))
     setup = train_lib.setup
@@ -240,7 +240,7 @@ def run_on_two_megabytes(c, place, prepare, *, before=""):
 
 def test_a_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     saves.model.mlp_dim, saves.model.depth = 512, 1  # checkpoints of 0.2 MB
-    saves.steps, saves.keep_every_steps = 30, 2
+    saves.steps, saves.keep_every = 30, "2 steps"
     done, out = run_on_two_megabytes(saves, tmp_path / "disk", {})
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()

@@ -31,9 +31,9 @@ def recipe(make_tiny_config):
     """Saves every 4 of 30 steps, validates every 5, keeps the best and every 12th."""
     c = make_tiny_config()
     c.data.train_split, c.data.val_split = "train[:80]", "train[80:]"
-    c.batch_size, c.epochs, c.log_every_steps = 16, 6, 1  # epochs of 5 steps
-    c.eval_every_epochs, c.eval_every_steps = 0, 5
-    c.checkpoint_every_epochs, c.checkpoint_every_steps, c.keep_every_steps = 0, 4, 12
+    c.batch_size, c.epochs, c.log_every = 16, 6, "1 step"  # epochs of 5 steps
+    c.eval_every = "5 steps"
+    c.save_every, c.keep_every = "4 steps", "12 steps"
     c.augment.flip, c.augment.crop, c.augment.crop_padding = "random", "pad", 1
     c.tensorboard = False  # each start makes an event file of its own
     c.optim.ema_decay, c.optim.peak_lr = 0.5, 1e-3

@@ -29,8 +29,8 @@ def poisoned(tiny_config, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "a" / "white.png")
     c = tiny_config
     c.data.name, c.data.test_split = f"folder:{folder}", "train[:10]"
-    c.batch_size, c.epochs, c.log_every_steps, c.optim.peak_lr = 4, 3, 2, 1e-4
-    c.checkpoint_every_epochs, c.checkpoint_every_steps, c.tensorboard = 0, 1, False
+    c.batch_size, c.epochs, c.log_every, c.optim.peak_lr = 4, 3, "2 steps", 1e-4
+    c.save_every, c.tensorboard = "1 step", False
     make_augment = augment.make_augment
 
     def poison(factor):
@@ -61,7 +61,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path):
     """The loss of the step was finite; only its update was not."""
     c = tiny_config
     c.optim.schedule, c.optim.peak_lr = "constant", 1e39  # infinite in float32
-    c.checkpoint_every_epochs, c.checkpoint_every_steps, c.tensorboard = 0, 1, False
+    c.save_every, c.tensorboard = "1 step", False
     with pytest.raises(UserError, match=r"weights are not finite at step 1 of seed 0; .* is none"):
         train(c, tmp_path / "run")
     assert not checkpoint.saved_steps(tmp_path / "run" / "checkpoints")
@@ -89,7 +89,7 @@ def test_a_nan_names_the_last_good_checkpoint_and_keeps_the_batch(poisoned, tmp_
 
 def test_skipped_steps_change_nothing_and_are_left_out_of_the_means(poisoned, tmp_path):
     c = poisoned(jnp.nan)
-    c.on_bad_loss, c.optim.ema_decay, c.log_every_steps = "skip", 0.9, 1
+    c.on_bad_loss, c.optim.ema_decay, c.log_every = "skip", 0.9, "1 step"
     train(c, tmp_path)
     # Strict JSON: a NaN would be none.
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -121,7 +121,7 @@ def test_the_state_after_a_skipped_step_is_the_one_before(poisoned):
 
 def test_where_nothing_but_bad_steps_come_the_run_ends(tiny_config, tmp_path):
     tiny_config.optim.peak_lr, tiny_config.on_bad_loss = 1e30, "skip"
-    tiny_config.log_every_steps = 4
+    tiny_config.log_every = "4 steps"
     with pytest.raises(UserError, match="at step"):
         train(tiny_config, tmp_path)
 

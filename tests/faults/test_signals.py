@@ -20,7 +20,7 @@ from vit_jax.train import train
 def long(tiny_config):
     """Minutes of steps, saved only at the end, and small enough to compare."""
     c = tiny_config
-    c.epochs, c.log_every_steps, c.checkpoint_every_epochs = 300, 1, 0
+    c.epochs, c.log_every, c.save_every = 300, "1 step", ""
     c.optim.peak_lr, c.tensorboard = 1e-4, False
     return c
 
