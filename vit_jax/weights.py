@@ -257,7 +257,7 @@ def _own(params, saved, path):
 
 
 def _make_model(fields, num_classes):
-    fields = {**config.defaults().model, **fields, "size": ""}
+    fields = {**config.defaults().model, **fields}
     return model.make_model(fields, num_classes=num_classes)
 
 
