@@ -274,6 +274,8 @@ class TestOtherData:
 def contents(folder):
     """{path: bytes} of the files under a folder, locks aside."""
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
 def test_steps_bound_a_run_with_a_longer_warmup_and_mixing(tiny_config, tmp_path):
     tiny_config.steps, tiny_config.optim.warmup = 2, "4 epochs"
     tiny_config.augment.mixup_alpha, tiny_config.augment.mix_off_last = 1.0, "2 epochs"
