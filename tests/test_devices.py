@@ -44,7 +44,6 @@ def found(tiny_folder, tmp_path_factory):
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(path)],

@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax import checkpoint, mesh, metrics, peaks
 from vit_jax import config as config_lib
+from vit_jax.distributed import check_same
 from vit_jax.errors import Stopped, UserError
 from vit_jax.run import header, setup
 from vit_jax.step import TrainState
@@ -178,20 +179,19 @@ def newest_sound(replicas):
     return 0, damaged
 
 
-def train(config, workdir, *, command="", peers=None):
+def train(config, workdir, *, command=""):
     """Trains by a config, printing as it goes, and returns the content of result.json.
 
     Continues from the newest checkpoint in `workdir` when it holds one of the same config. Raises
     UserError for wrong input, before anything is written, and for a disk that refuses or numbers
-    that go bad; Stopped when a signal ended it early, saved. One of several processes gets its
-    `peers` (distributed.Peers); process 0 alone prints, and writes all but its part of a
-    checkpoint, which orbax asks of each.
+    that go bad; Stopped when a signal ended it early, saved. With several processes, only process
+    0 prints, and writes everything except the other processes' parts of a checkpoint.
     """
     with contextlib.ExitStack() as stack:  # what ends with the run: its hold on the workdir
-        return _train(config, pathlib.Path(workdir), command, peers, stack)
+        return _train(config, pathlib.Path(workdir), command, stack)
 
 
-def _train(config, workdir, command, peers, stack):
+def _train(config, workdir, command, stack):
     first = jax.process_index() == 0
     if config.wandb:
         metrics.import_wandb()
@@ -209,9 +209,9 @@ def _train(config, workdir, command, peers, stack):
         raise UserError("config.on_save_error=continue is for one process: all must save the same")
     if first:
         stack.enter_context(open_workdir(workdir, config, command, needs=needs))
-    if peers:
+    if jax.process_count() > 1:
         splits = {"train": run.train, "val": run.val, "test": run.test}
-        peers.agree({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
+        check_same({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
     if first:
         print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, command, stack) for i in range(config.num_seeds)]
@@ -221,8 +221,8 @@ def _train(config, workdir, command, peers, stack):
     if not start and continuing:  # what looked like a checkpoint is none
         run = setup(config)
     complete = start == run.total_steps and (workdir / "result.json").exists()
-    if peers:  # a workdir on each host's own disk would differ
-        peers.agree({f"the newest checkpoint in {workdir}": start, "a result there": complete})
+    # A workdir on each host's own disk would differ.
+    check_same({f"the newest checkpoint in {workdir}": start, "a result there": complete})
     if complete:
         result = json.loads((workdir / "result.json").read_text())
         if first:
