@@ -1,8 +1,8 @@
-"""Makes JAX's CPU client enforce `jax.transfer_guard` from device to host, as its GPU client does.
+"""Makes JAX's CPU client enforce the transfer guard from device to host, as its GPU client does.
 
-Under "disallow" an implicit fetch raises: numpy's `asarray` or `array` of a jax.Array, or its use as
-a Python number. `jax.device_get` passes. Other numpy functions read a CPU array through the buffer
-protocol, where nothing can be hooked.
+Under `jax.transfer_guard("disallow")` an implicit fetch raises: numpy's `asarray` or `array` of a
+jax.Array, or its use as a Python number. `jax.device_get` passes. Other numpy functions read a CPU
+array through the buffer protocol, which cannot be hooked.
 """
 
 import functools
@@ -27,15 +27,15 @@ def install():
         guard_lib.TransferGuardLevel.DISALLOW_EXPLICIT,
     )
 
+    def disallowed():
+        return here().device_to_host in refuses and not here().explicit_device_get
+
     def check(x):
         if isinstance(x, (list, tuple)):
             for each in x:
                 check(each)
-        elif isinstance(x, ArrayImpl) and x._npy_value is None:
-            if here().device_to_host in refuses and not here().explicit_device_get:
-                raise ImplicitFetch(
-                    f"implicit device-to-host fetch of {x.aval}: use jax.device_get"
-                )
+        elif isinstance(x, ArrayImpl) and x._npy_value is None and disallowed():
+            raise ImplicitFetch(f"implicit device-to-host fetch of {x.aval}: use jax.device_get")
 
     def checked(function):
         @functools.wraps(function)
@@ -78,4 +78,5 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def install_when_jax_is_imported():
+    """Starts to enforce the guard in this process as soon as it imports jax."""
     sys.meta_path.insert(0, _WhenImported())

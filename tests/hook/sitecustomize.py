@@ -1,4 +1,4 @@
-"""Python runs this at the start of every process that the tests start: it is on their PYTHONPATH."""
+"""Runs at the start of every Python process that the tests start, by way of PYTHONPATH."""
 
 import os
 
