@@ -164,6 +164,33 @@ def test_hosts_with_different_configs(small, tmp_path):
         stranger.close()
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        {
+            "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
+            "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "01",
+            "SLURM_LOCALID": "01",
+        },
+        {
+            "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": "01", "OMPI_COMM_WORLD_LOCAL_RANK": "01",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+        },
+    ],
+    ids=["SLURM", "Open MPI"],
+)  # fmt: skip
+def test_processes_of_a_launcher_join(small, tmp_path, launcher):
+    """JAX reads the launcher's variables; that both see the difference shows that they joined."""
+    first = command(small, tmp_path / "w")
+    of_each = {k: v if v == "01" else [v] * 2 for k, v in launcher.items()}
+    of_each |= {k: ["", ""] for k in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")}
+    of_each["JAX_COORDINATOR_PORT"] = [str(free_port())] * 2
+    for lines in refusals(start([first, [*first, "--config.seed=1"]], **of_each)):
+        (line,) = lines
+        assert "config.seed: 1, not 0" in line
+
+
 def test_hosts_with_different_data(small, tiny_folder, tmp_path):
     """Each process sees other images under the same path, like two hosts with their own disks."""
     a, b = tmp_path / "a", tmp_path / "b"
