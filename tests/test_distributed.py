@@ -219,16 +219,21 @@ def test_different_numbers_of_devices(small, tmp_path):
         assert "process 1 has 2 devices and process 0 1" in line
 
 
-def test_one_process_without_its_data(small, tiny_folder, tmp_path):
-    """It reports its own error; the other, which waits for it, ends by the missed heartbeat."""
+def test_error_of_one_process_ends_all(small, tiny_folder, tmp_path):
+    """Only process 1 finds the error in its data, and only process 0 the one in the workdir."""
     shutil.copytree(tiny_folder, tmp_path / "a" / "tiny")
     small.data.name = "folder:~/tiny"
     homes = [str(tmp_path / "a"), str(tmp_path)]
-    (other, _, _), (code, _, stderr) = ends(
-        start([command(small, tmp_path / "w")] * 2, HOME=homes), timeout=60
-    )
-    assert code == 2 and "error: " in stderr and "tiny" in stderr and "Traceback" not in stderr
-    assert other not in (0, None)
+    for lines in refusals(start([command(small, tmp_path / "w")] * 2, HOME=homes)):
+        (line,) = lines
+        assert "process 1: " in line and str(tmp_path / "tiny") in line
+    assert not (tmp_path / "w").exists()
+    small.data.name = f"folder:{tiny_folder}"
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text("[")
+    for lines in refusals(start([command(small, tmp_path / "w")] * 2)):
+        (line,) = lines
+        assert "process 0: " in line and "config.json is not the config of a run" in line
 
 
 @pytest.mark.parametrize(("ids", "missing"), [("01", 2), ("12", 0), ("011", 2)])

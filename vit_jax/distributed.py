@@ -135,7 +135,7 @@ def joined():
 
     Must come before anything touches a device. If the body raises in one process, that process
     reports the error and exits immediately, without waiting for the others; JAX ends those when it
-    misses the heartbeat. Errors of `check_same` are raised in all, which leave together.
+    misses the heartbeat. After errors of `check_same` and `shared_errors` all leave together.
     """
     processes = Processes.find(os.environ)
     if processes.count == 1:
@@ -144,7 +144,7 @@ def joined():
     processes.join()
     try:
         yield
-    except (Stopped, _Different):  # raised in every process
+    except (Stopped, _RaisedInAll):  # raised in every process
         jax.distributed.shutdown()
         raise
     except jax.errors.JaxRuntimeError as e:  # a collective that failed because a process was lost?
@@ -182,8 +182,8 @@ def _exit(error):
     os._exit(code)
 
 
-class _Different(UserError):
-    """Values that the processes do not share."""
+class _RaisedInAll(UserError):
+    """An error that every process raises at the same point."""
 
 
 def check_same(values):
@@ -197,7 +197,7 @@ def check_same(values):
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
-        raise _Different(
+        raise _RaisedInAll(
             f"process {most} has {counts[most]} devices and process {fewest} {counts[fewest]}: "
             "give every process the same number of devices"
         )
@@ -211,21 +211,42 @@ def check_same(values):
                 for name in names
                 if theirs.get(name) != expected.get(name)
             ]
-            raise _Different(
+            raise _RaisedInAll(
                 f"process {index} on {their_host} differs from process 0 on {host} in "
                 f"{'; '.join(different[:5])}: make them the same"
             )
 
 
+@contextlib.contextmanager
+def shared_errors():
+    """Raises a UserError of the body in every process; every process must enter.
+
+    The body must not wait for another process. Without it, a process that fails alone leaves the
+    others waiting until JAX ends them.
+    """
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    if jax.process_count() == 1:
+        if error:
+            raise error
+        return
+    for index, message in enumerate(_gather(str(error or ""))):
+        if message:
+            raise _RaisedInAll(f"process {index}: {message}") from error
+
+
 def _gather(text):
     """The text of every process, in order."""
-    data = np.frombuffer(text.encode(), np.uint8)
+    data = np.frombuffer(f"{text}\n".encode(), np.uint8)
     # process_allgather fetches its result without jax.device_get.
     with jax.transfer_guard("allow"):
         sizes = multihost_utils.process_allgather(np.int32(data.size))
         padded = np.pad(data, (0, sizes.max() - data.size))
         rows = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+    return [row[: size - 1].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _first_line(error):

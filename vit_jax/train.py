@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_jax import checkpoint, mesh, metrics, peaks
 from vit_jax import config as config_lib
-from vit_jax.distributed import check_same
+from vit_jax.distributed import check_same, shared_errors
 from vit_jax.errors import Stopped, UserError
 from vit_jax.run import header, setup
 from vit_jax.step import TrainState
@@ -197,7 +197,8 @@ def _train(config, workdir, command, stack):
         metrics.import_wandb()
     folders = [workdir, *workdir.glob("seed_*")]  # a run of several seeds keeps them in the latter
     continuing = any(step.name.isdigit() for f in folders for step in f.glob("checkpoints/*"))
-    run = setup(config, fresh=not continuing)
+    with shared_errors():
+        run = setup(config, fresh=not continuing)
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two and the best are kept while another is being written; some may be there already.
@@ -207,8 +208,9 @@ def _train(config, workdir, command, stack):
             needs -= path.lstat().st_size
     if config.on_save_error == "continue" and jax.process_count() > 1:
         raise UserError("config.on_save_error=continue is for one process: all must save the same")
-    if first:
-        stack.enter_context(open_workdir(workdir, config, command, needs=needs))
+    with shared_errors():
+        if first:
+            stack.enter_context(open_workdir(workdir, config, command, needs=needs))
     if jax.process_count() > 1:
         splits = {"train": run.train, "val": run.val, "test": run.test}
         check_same({f"the data of the {k} split": v.digest() for k, v in splits.items() if v})
