@@ -2,12 +2,20 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
 # Before jax starts: the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = pathlib.Path(__file__).parents[1]
+# Python runs sitecustomize.py there at the start of every process that a test starts.
+HOOK = ROOT / "tests" / "hook"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(HOOK), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+sys.path.append(str(HOOK))
 
+import fetch_guard  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -19,6 +27,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="runs that tests/faults kills")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fetch_guard():
+    """Every test, and every process that it starts, enforces the transfer guard as a GPU does."""
+    undo = fetch_guard.install()
+    yield
+    undo()
 
 
 @pytest.fixture(scope="session")

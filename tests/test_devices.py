@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from vit_jax import mesh
+from vit_jax.errors import UserError
 from vit_jax.explain import traffic
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,7 +46,6 @@ def found(tiny_folder, tmp_path_factory):
     cache = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(path)],
@@ -78,6 +79,40 @@ def test_mixing_sends_single_images_to_neighbours_and_gathers_none(found):
     sent, gradients = found["4,1"]["traffic"], 4 * found["4,1"]["num_params"]
     assert "all-gather" not in sent and "all-to-all" not in sent
     assert sum(b for _, b in sent.values()) - gradients < found["4,1"]["image_bytes"]
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts an nvidia-smi that lists one GPU on PATH."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_unused_gpu_stops_the_command(nvidia_smi, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    command = [sys.executable, "-m", "vit_jax.main", "--workdir", str(tmp_path / "w")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "GPU 0: NVIDIA H100 80GB HBM3, but JAX did not start CUDA (Unknown backend" in line
+    assert "JAX_PLATFORMS=cpu" in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_cpu_can_be_chosen_on_a_machine_with_a_gpu(nvidia_smi, monkeypatch):
+    mesh.check_backend()  # the tests set JAX_PLATFORMS=cpu
+    chosen = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(UserError, match="GPU 0"):
+            mesh.check_backend()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPU
+        mesh.check_backend()
+    finally:
+        jax.config.update("jax_platforms", chosen)
 
 
 def test_traffic_counts_bytes_by_kind_and_loops_by_their_turns():

@@ -33,6 +33,38 @@ def test_table_is_sorted_by_validation_accuracy():
     assert "70.00%" in lines[2] and "failed" in lines[4]
 
 
+@pytest.mark.parametrize(
+    ("backend", "processes", "own", "expected"),
+    [
+        ("gpu", "2", None, "false"),
+        ("gpu", "2", "true", "true"),
+        ("gpu", "1", None, None),
+        ("cpu", "2", None, None),
+    ],
+)
+def test_processes_that_share_a_gpu_do_not_reserve_its_memory(
+    tmp_path, monkeypatch, backend, processes, own, expected
+):
+    found = []
+
+    def run(command, *, env=None, **_):
+        if "-c" in command:  # the sweep asks for the backend
+            return subprocess.CompletedProcess(command, 0, stdout=f"{backend}\n")
+        found.append(env.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+        return subprocess.CompletedProcess(command, 1)
+
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setenv(name, own) if own else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    command = ["sweep", "--config", str(ROOT / "configs" / "cifar10_vit.py")]
+    command += ["--set", "seed=0,1", "--workdir", str(tmp_path), "--processes", processes]
+    command += ["--config.data.train_split=train[:60]", "--config.data.val_split=train[60:]"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        sweep.main()
+    assert found == [expected] * 2
+
+
 def test_a_sweep_runs_continues_and_chooses_on_the_held_out_part(tiny_folder, tmp_path):
     command = [
         *(sys.executable, "-m", "vit_jax.sweep", "--config", "configs/cifar10_vit.py"),

@@ -414,9 +414,10 @@ def main():
     if args.against:  # the memory of a GPU is shared with PyTorch's processes
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-    from vit_jax import metrics
+    from vit_jax import mesh, metrics
     from vit_jax.run import setup
 
+    mesh.check_backend()
     start = {}
     if not args.no_start:
         start["start_seconds"] = start_seconds(["--config", args.config, *rest])

@@ -273,13 +273,17 @@ class Checkpoints:
     def close(self):
         """Waits for the save that was started, and ends."""
         self.wait()
-        self._manager.close()
+        with self._named_errors():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _named_errors(self):
         """A save fails in orbax's threads, and is heard of at the next save or at the end."""
         try:
-            yield
+            # Orbax waits for the other processes with multihost_utils.sync_global_devices, which
+            # fetches its result from the device without jax.device_get.
+            with jax.transfer_guard("allow"):
+                yield
         except Exception as e:  # orbax and tensorstore raise many kinds for a disk that refuses
             reason = next((r for r in _REFUSALS if r in str(e)), None)
             if reason is None:

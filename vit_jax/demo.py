@@ -125,6 +125,7 @@ def main():
     except ImportError as e:
         raise UserError("the demo needs Flask: pip install 'vit-jax[demo]'") from e
     mesh.keep_compiled()
+    mesh.check_backend()
     anywhere = args.host in ("0.0.0.0", "::")  # then it has names that only others know
     hosts = None if anywhere else [args.host, "localhost"]
     app = make_app(load(args.workdir, args.step), hosts)

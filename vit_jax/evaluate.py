@@ -117,6 +117,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     mesh.keep_compiled()
+    mesh.check_backend()
     loaded = load(args.workdir, args.step)
     examples, labels, split = load_examples(loaded, args.data, args.split)
     classify = make_classify(loaded, batch_size=loaded.config.eval_batch_size)

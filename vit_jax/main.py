@@ -56,11 +56,15 @@ def parse(argv):
 
 
 def compared(config):
-    """{dotted name: value} of the fields that all processes of a run must share."""
+    """{name: value} of all that the processes of a run must share before they read data."""
+    import jax
+
     from vit_jax.config import flat
 
-    # Each host may keep the data in a different place.
-    return {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
+    # The data directory may differ between hosts.
+    fields = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
+    numbers = {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}
+    return numbers | fields
 
 
 def main():
@@ -77,9 +81,12 @@ def _main():
 
     mesh.keep_compiled()
     jax.config.update("jax_debug_nans", args.debug_nans or jax.config.jax_debug_nans)
-    with distributed.joined(compared(config)) as peers:
-        _run(config, args, peers)
-    if args.config.stem == DEFAULT_RECIPE and (not peers or peers.process == 0):
+    with distributed.joined():
+        mesh.check_backend()
+        distributed.check_same(compared(config))
+        _run(config, args)
+        first = jax.process_index() == 0
+    if args.config.stem == DEFAULT_RECIPE and first:
         print(f"Next, CIFAR-10: {_python()} -m vit_jax.main --config cifar10_vit")
 
 
@@ -89,20 +96,22 @@ def _python():
     return f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
 
 
-def _run(config, args, peers):
+def _run(config, args):
+    import jax
+
     if args.dry_run:
         from vit_jax.explain import explain
         from vit_jax.run import setup
 
         lines = explain(setup(config), args.workdir)
-        if not peers or peers.process == 0:
+        if jax.process_index() == 0:
             print(*lines, sep="\n")
         return
     from vit_jax.train import train
 
     command = shlex.join(["python", "-m", "vit_jax.main", *sys.argv[1:]])
     try:
-        train(config, args.workdir, command=command, peers=peers)
+        train(config, args.workdir, command=command)
     except FloatingPointError as e:  # of --debug_nans: the last of our own lines is the place
         ours = [f for f in traceback.extract_tb(e.__traceback__) if str(_PACKAGE) in f.filename]
         place = f"{pathlib.Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line}"

@@ -83,6 +83,7 @@ def main():
     if args.top < 1 or args.batch_size < 1:
         raise UserError("--top and --batch_size must be at least 1")
     mesh.keep_compiled()
+    mesh.check_backend()
     loaded = load(args.workdir, args.step)
     classify = make_classify(
         loaded, batch_size=args.batch_size, attention=args.attention is not None

@@ -18,6 +18,7 @@ import numpy as np
 
 from vit_jax import checkpoint, mesh, metrics, peaks
 from vit_jax import config as config_lib
+from vit_jax.distributed import check_same, shared_errors
 from vit_jax.errors import Stopped, UserError
 from vit_jax.run import header, setup
 from vit_jax.step import TrainState
@@ -197,18 +198,17 @@ def data_difference(saved, current):
     return found
 
 
-def train(config, workdir, *, command="", peers=None):
+def train(config, workdir, *, command=""):
     """Trains by a config, printing as it goes, and returns the content of result.json.
 
     Continues from the newest checkpoint in `workdir` when it holds one of the same config. Raises
     UserError for wrong input, before anything is written, and for a disk that refuses or numbers
-    that go bad; Stopped when a signal ended it early, saved. One of several processes gets its
-    `peers` (distributed.Peers); process 0 alone prints, and writes all but its part of a
-    checkpoint, which orbax asks of each.
+    that go bad; Stopped when a signal ended it early, saved. With several processes, only process
+    0 prints, and writes everything except the other processes' parts of a checkpoint.
     """
     with contextlib.ExitStack() as stack:  # what ends with the run: its hold on the workdir
         workdir = pathlib.Path(os.path.expanduser(workdir))
-        return _train(config, workdir, command, peers, stack)
+        return _train(config, workdir, command, stack)
 
 
 def _begin(workdir, replicas, start, corrupted, command):
@@ -222,15 +222,16 @@ def _begin(workdir, replicas, start, corrupted, command):
                 print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
 
 
-def _train(config, workdir, command, peers, stack):
+def _train(config, workdir, command, stack):
     first = jax.process_index() == 0
     if config.wandb:
         metrics.import_wandb()
     folders = [workdir, *workdir.glob("seed_*")]  # a run of several seeds keeps them in the latter
     continuing = any(step.name.isdigit() for f in folders for step in f.glob("checkpoints/*"))
-    run = setup(config, fresh=not continuing)
-    # Raises what only tracing the step finds; jit keeps the trace, so the first step is no slower.
-    run.step.eval_shape(run.shapes, *run.input_shapes())
+    with shared_errors():
+        run = setup(config, fresh=not continuing)
+        # Raises what only tracing finds; jit keeps the trace, so the first step is no slower.
+        run.step.eval_shape(run.shapes, *run.input_shapes())
     saved = (run.shapes.params, run.shapes.ema_params, run.shapes.opt_state)
     a_checkpoint = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(saved))
     # Two and the best are kept while another is being written; some may be there already.
@@ -241,11 +242,12 @@ def _train(config, workdir, command, peers, stack):
         for name in names:
             with contextlib.suppress(OSError):  # another run at work there, which is found out next
                 needs -= os.lstat(os.path.join(folder, name)).st_size
-    if first:
-        stack.enter_context(open_workdir(workdir, config, needs=needs))
-    if peers:
+    with shared_errors():
+        if first:
+            stack.enter_context(open_workdir(workdir, config, needs=needs))
+    if jax.process_count() > 1:
         splits = run.data_identity["splits"]
-        peers.agree({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
+        check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
     if first:
         print(*header(run, workdir), sep="\n", flush=True)
     replicas = [Replica(run, workdir, i, stack) for i in range(config.num_seeds)]
@@ -254,8 +256,8 @@ def _train(config, workdir, command, peers, stack):
     if not start and continuing:  # what looked like a checkpoint is none
         run = setup(config)
     complete = start == run.total_steps and (workdir / "result.json").exists()
-    if peers:  # a workdir on each host's own disk would differ
-        peers.agree({f"the newest checkpoint in {workdir}": start, "a result there": complete})
+    # A workdir on each host's own disk would differ.
+    check_same({f"the newest checkpoint in {workdir}": start, "a result there": complete})
     for replica in replicas if start else ():
         replica.check_data(start)
     if complete:

@@ -22,7 +22,6 @@ from test_train import command, environment
 from vit_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
-HOOK = pathlib.Path(__file__).parent / "hook"
 pytestmark = pytest.mark.faults
 
 
@@ -42,7 +41,7 @@ def recipe(make_tiny_config):
 
 def start(recipe, place, at=None, log=os.devnull):
     """A run in place/run whose caches are in place too, to be killed at its call number `at`."""
-    own = {"XDG_CACHE_HOME": str(place / "cache"), "PYTHONPATH": f"{HOOK}:{ROOT}"}
+    own = {"XDG_CACHE_HOME": str(place / "cache")}
     own |= {"FAULTS_UNDER": str(place), "FAULTS_LOG": str(log)}
     own |= {"FAULTS_AT": str(at)} if at else {}
     place.mkdir(exist_ok=True)

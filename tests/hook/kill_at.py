@@ -1,4 +1,4 @@
-"""Put first on PYTHONPATH, Python runs this at start-up: it kills the process at a chosen instant.
+"""Imported by sitecustomize, this kills the process at a chosen instant.
 
 Counts the calls that change files under FAULTS_UNDER, as Python's audit events tell of them, and
 fsync. With FAULTS_AT=N the N-th ends the process by SIGKILL before it takes place. FAULTS_LOG gets
