@@ -512,8 +512,34 @@ def test_mixing_stays_among_valid_examples_and_labels_sum_to_one():
         assert np.allclose(np.asarray(soft)[:5, 9], 0.01)  # nothing but the smoothing
         np.testing.assert_allclose(np.asarray(soft).sum(axis=1), 1, rtol=1e-6)
         assert np.isfinite(out).all()
-    partner = augment._partner(jnp.arange(8), jnp.int32(5))
-    np.testing.assert_array_equal(partner[:5], [1, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),  # rows of the partners of the valid rows
+    [
+        ("11111111", [1, 2, 3, 4, 5, 6, 7, 0]),
+        ("11111000", [1, 2, 3, 4, 0]),
+        ("11011011", [1, 0, 4, 0, 7, 0]),
+        ("01100111", [2, 1, 6, 7, 1]),
+        ("01000000", [1]),
+    ],
+)
+def test_partners_are_valid_rows_whatever_the_mask(mask, expected):
+    mask = np.array([c == "1" for c in mask])
+    rows = np.asarray(jax.jit(augment._partner)(jnp.arange(8), jnp.asarray(mask)))
+    np.testing.assert_array_equal(rows[mask], expected)
+
+
+def test_rows_that_a_stream_skipped_are_never_mixed_in():
+    """A skipped image leaves a black row of class 0 anywhere in the batch."""
+    mask = np.array([True, True, False, True, False, True, True, False])
+    images = np.where(mask[:, None, None, None], 200, 0) * np.ones((8, 4, 4, 3))
+    batch = batch_of(images.astype(np.uint8), np.where(mask, 1 + np.arange(8), 0))
+    batch["mask"] = jnp.asarray(mask)
+    fn = jax.jit(make(mixup_alpha=1.0, cutmix_alpha=1.0, mix_per="image"))
+    out, labels = map(np.asarray, fn(jax.random.key(0), batch, epoch=0))
+    np.testing.assert_allclose(out[mask], 200 / 255, rtol=1e-6)
+    assert (labels[mask, 0] == 0).all()
 
 
 def test_mix_off_is_traced():
@@ -600,15 +626,28 @@ def test_mixing_needs_two_images():
             augment.validate(options(**{name: 0.2}), batch_size=1)
 
 
-def test_images_that_do_not_fit_are_refused():
-    batch = batch_of(small_images(2))
-    with pytest.raises(UserError, match="at most 3"):
-        make(crop="pad")(jax.random.key(0), batch, epoch=0)
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((4, 8, 3), dict(crop="pad"), "crop_padding=4 is too large for images of 4x8.*most 3"),
+        ((8, 8, 1), dict(policy="randaugment"), "policy=randaugment needs RGB.*1 channels.*none"),
+        ((8, 8, 1), dict(color_jitter=(0.1,) * 4), r"color_jitter=\(0.1, .* needs RGB.*0,0,0,0"),
+    ],
+)
+def test_unsuitable_image_shape_is_rejected(shape, changes, message):
+    group = options(**changes)
+    with pytest.raises(UserError, match=f"config.augment.{message}") as error:
+        augment.check_image_shape(group, shape)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):  # also where the caller did not check
+        make(**changes)(jax.random.key(0), batch_of(np.zeros((2, *shape), np.uint8)), epoch=0)
+    augment.check_image_shape(options(), shape)
+    augment.check_image_shape(group, (8, 8, 3))
+
+
+def test_normalize_rejects_float_images():
     with pytest.raises(UserError, match="uint8"):
         augment.normalize(jnp.zeros((1, 2, 2, 3)), (0.5,) * 3, (0.5,) * 3)
-    gray = batch_of(np.zeros((2, 8, 8, 1), np.uint8))
-    with pytest.raises(UserError, match="RGB"):
-        make(policy="randaugment")(jax.random.key(0), gray, epoch=0)
 
 
 def test_describe_lists_what_is_on_in_order():

@@ -87,19 +87,17 @@ def normalize(images, mean, std):
 def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
     """Builds fn(key, batch, *, epoch, mix=True) -> (float32[B,H,W,C], float32[B,num_classes]).
 
-    `batch` is {"image": uint8[B,H,W,C], "label": int32[B], "mask": bool[B]} with its valid
-    examples first; `epoch` an int32 scalar (read by the alternating flip only); `mix` a bool
-    scalar, False leaves mixup and cutmix out. Labels are one-hot, smoothed as in torch (smoothing
-    spread over all classes), then mixed. With everything off this is normalize and one-hot.
+    `batch` is {"image": uint8[B,H,W,C], "label": int32[B], "mask": bool[B]}; rows outside the mask
+    are never mixed into others. `epoch` is an int32 scalar (read by the alternating flip only);
+    `mix` a bool scalar, False leaves mixup and cutmix out. Labels are one-hot, smoothed as in torch
+    (smoothing spread over all classes), then mixed. With everything off this is normalize and
+    one-hot. Raises UserError when traced with images that `check_image_shape` rejects.
     """
 
     def augment_batch(key, batch, *, epoch, mix=True):
         images = batch["image"]
-        num_images, height, width, channels = images.shape
-        if channels != 3 and (augment.policy != "none" or any(augment.color_jitter)):
-            raise UserError(
-                f"augment.policy and augment.color_jitter need RGB images, got {channels} channels"
-            )
+        num_images, height, width, _ = images.shape
+        check_image_shape(augment, images.shape[1:])
 
         def keys_for(operation):  # one key an image
             operation_key = jax.random.fold_in(key, operation)
@@ -144,10 +142,9 @@ def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
             keys = jax.random.fold_in(key, _MIX_BATCH)[None]
         weights, lam = jax.vmap(lambda k: _draw_mix(k, augment, height, width))(keys)
         weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)[:, None]
-        num_valid = jnp.sum(batch["mask"])
         return (
-            weights * images + (1 - weights) * _partner(images, num_valid),
-            lam * labels + (1 - lam) * _partner(labels, num_valid),
+            weights * images + (1 - weights) * _partner(images, batch["mask"]),
+            lam * labels + (1 - lam) * _partner(labels, batch["mask"]),
         )
 
     return augment_batch
@@ -169,12 +166,6 @@ def _below(uniform, count):
 def _pad_crop(keys, images, padding, mode):
     """Pads all four sides and cuts the input's size out at a uniform offset (torchvision
     RandomCrop): the same offsets -padding .. padding in both directions."""
-    height, width = images.shape[1:3]
-    if padding >= min(height, width):
-        raise UserError(
-            f"augment.crop_padding is {padding} for images of {height}x{width}: "
-            f"at most {min(height, width) - 1}"
-        )
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(images, pads, mode="constant" if mode == "zero" else "reflect")
     offsets = _below(_uniform(keys, 2), 2 * padding + 1)
@@ -308,12 +299,18 @@ def _draw_mix(key, augment, height, width):
     return jnp.where(mixed, weights, 1.0), jnp.where(mixed, lam, 1.0)
 
 
-def _partner(x, num_valid):
-    """[B, ...] -> row i holds row i + 1; the last valid one holds row 0, so valid rows mix with
-    valid rows. A roll, not a reversal: no image meets itself and no pair is mixed twice over. Not
-    a gather: on several devices a roll moves one row between neighbours."""
-    last = (jnp.arange(x.shape[0]) == num_valid - 1).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(last, x[:1], jnp.roll(x, -1, axis=0))
+def _partner(x, mask):
+    """[B, ...] and bool[B] -> [B, ...]: for each row that `mask` marks valid, the row to mix with.
+
+    It is the next row if that is valid, else the first valid row, so valid rows mix with valid
+    rows only. Without gaps in the mask no image meets itself and no pair is mixed twice. On
+    several devices the shift moves one row between neighbors and the gather sends one row.
+    """
+    num_rows = len(mask)
+    first = jnp.min(jnp.where(mask, jnp.arange(num_rows), num_rows - 1))
+    next_is_valid = jnp.roll(mask, -1).reshape(-1, *[1] * (x.ndim - 1))
+    # A gather with an index array: a scalar index would gather the batch on every device.
+    return jnp.where(next_is_valid, jnp.roll(x, -1, axis=0), x[first[None]])
 
 
 # ---------------------------------------------------------------- policies and colour
@@ -627,7 +624,7 @@ _LIMITS = {  # inclusive; a pair is held to them in both numbers
 def validate(augment, *, batch_size):
     """Raises UserError, one line, for whatever the `augment` config cannot mean.
 
-    `batch_size` is global. Padding is held against the image's size when the step is traced.
+    `batch_size` is global. What depends on the images is checked by `check_image_shape`.
     """
     for name, choices in _CHOICES.items():
         value = augment[name]
@@ -658,6 +655,24 @@ def validate(augment, *, batch_size):
             raise UserError(
                 f"augment.{name} is {augment[name]} with batch_size {batch_size}: mixing needs at "
                 f"least 2 images a batch; raise batch_size or set augment.{name} to 0"
+            )
+
+
+def check_image_shape(augment, image_shape):
+    """Raises UserError if the `augment` config does not suit images of (H, W, C)."""
+    height, width, channels = image_shape
+    largest = min(height, width) - 1
+    if augment.crop == "pad" and augment.crop_padding > largest:
+        raise UserError(
+            f"config.augment.crop_padding={augment.crop_padding} is too large for images of "
+            f"{height}x{width} pixels: use at most {largest}"
+        )
+    color = {"policy": augment.policy != "none", "color_jitter": any(augment.color_jitter)}
+    for name, is_on in color.items():
+        if is_on and channels != 3:
+            raise UserError(
+                f"config.augment.{name}={augment[name]} needs RGB images, but the images have "
+                f"{channels} channels: set it to {'none' if name == 'policy' else '0,0,0,0'}"
             )
 
 
