@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vit_jax import augment, data
+from vit_jax import data
+from vit_jax.augment import pipeline as augment
 from vit_jax.config import defaults
 from vit_jax.errors import run_command
 

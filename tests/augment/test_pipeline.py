@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from vit_jax import augment
+from vit_jax.augment import pipeline as augment
 from vit_jax.config import defaults
 from vit_jax.errors import UserError
 
