@@ -411,10 +411,11 @@ def train_flops_per_image(model, image_shape):
     """
     N, D = num_tokens(model, image_shape), model.width
     H, W, C = resolution(model, image_shape)
-    read = [N] * (model.depth - 1) + [
-        1 if model.pool == "cls" else N
-    ]  # output tokens of each block
-    blocks = sum(6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in read)
+    # Output tokens of each block.
+    outputs = [N] * (model.depth - 1) + [1 if model.pool == "cls" else N]
+    blocks = sum(
+        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in outputs
+    )
     patches = N - (model.pool == "cls")
     embed = 2 * patches * model.patch_size**2 * C * D
     if model.stem == "conv":

@@ -1,4 +1,4 @@
-"""pipeline.py: the whole augmentation of a batch, its config checks, and its description."""
+"""pipeline.py: the complete augmentation of a batch, its config checks, and its description."""
 
 import jax
 import jax.numpy as jnp
