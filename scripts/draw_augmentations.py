@@ -1,9 +1,9 @@
-"""Draws every augmentation on the same eight images, one row an operation.
+"""Draws every augmentation on the same eight images, one row per operation.
 
     python scripts/draw_augmentations.py --out docs/augmentations.png [--name cifar10]
 
-Each operation is drawn at a strong magnitude, larger than a recipe would choose, so that it can be
-seen; the last rows are whole policies as recipes use them.
+Each operation has a larger magnitude than in a recipe, so that its effect is visible. The last rows
+are complete policies as recipes use them.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vit_jax import augment, data
+from vit_jax import data
+from vit_jax.augment import make_augment, pil
 from vit_jax.config import defaults
 from vit_jax.errors import run_command
 
 SIDE, GAP, LABEL, NUM_IMAGES = 64, 4, 220, 8
-KEY = 3  # any would do; with this one the batch's mixup coefficient is far from 0 and 1
+KEY = 3  # any key works; with this one the mixup weight of the batch is far from 0 and 1
 
-# Operation of augment.OPS -> the magnitude drawn.
+# Operation of pil.OPS -> magnitude.
 MAGNITUDES = {
     "ShearX": 0.3,
     "ShearY": 0.3,
@@ -76,11 +77,11 @@ CONFIGS = {
 
 
 def augmented(images, mean, std, fields, *, epoch):
-    """uint8[B,H,W,C] through the whole pipeline with `fields` set, back to uint8."""
+    """Augments uint8[B,H,W,C] with `fields` of the config set, and converts back to uint8."""
     group = defaults().augment
     for name, value in fields.items():
         group[name] = value
-    fn = jax.jit(augment.make_augment(group, mean=mean, std=std, num_classes=NUM_IMAGES))
+    fn = jax.jit(make_augment(group, mean=mean, std=std, num_classes=NUM_IMAGES))
     batch = {
         "image": jnp.asarray(images),
         "label": jnp.arange(len(images)),
@@ -93,13 +94,13 @@ def augmented(images, mean, std, fields, *, epoch):
 
 def rows(images):
     """Yields (label, uint8[B,H,W,C]) for each row of the picture."""
-    # The images' own mean and std, so that erasing with zeros shows the mean colour it means.
+    # Mean and std of these images, so that erasing with zeros shows their mean color.
     pixels = images.reshape(-1, 3) / 255
     mean, std = pixels.mean(axis=0), pixels.std(axis=0)
     yield "original", images
-    apply_ops = jax.jit(augment.apply_ops)
+    apply_ops = jax.jit(pil.apply_ops)
     for name, magnitude in MAGNITUDES.items():
-        op = np.full(len(images), augment.OPS.index(name), np.int32)
+        op = np.full(len(images), pil.OPS.index(name), np.int32)
         signs = np.where(np.arange(len(images)) % 2, -1, 1) if name in SIGNED else 1
         magnitudes = np.broadcast_to(np.float32(magnitude * signs), len(images))
         label = f"{name} {'+-' if name in SIGNED else ''}{magnitude}" if magnitude else name
@@ -109,7 +110,7 @@ def rows(images):
 
 
 def draw(images):
-    """uint8[B,H,W,3] -> the whole picture, a PIL image."""
+    """Draws all rows for uint8[B,H,W,3]; returns a PIL image."""
     lines = list(rows(images))
     step = SIDE + GAP
     page = Image.new("RGB", (LABEL + NUM_IMAGES * step, GAP + len(lines) * step), "white")
@@ -127,16 +128,19 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    parser.add_argument("--name", default="cifar10", help="the data set: cifar10, shapes10, ...")
-    parser.add_argument("--data-dir", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--name", default="cifar10", help="dataset name, default cifar10")
+    parser.add_argument(
+        "--data-dir",
+        help="dataset directory (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+    )
     args = parser.parse_args()
     split = data.load_split(args.name, "test", data_dir=args.data_dir)
-    # The first of each class, as many as there is room for.
+    # The first image of each class, up to NUM_IMAGES.
     first = np.unique(np.asarray(split.labels), return_index=True)[1][:NUM_IMAGES]
     page = draw(np.asarray(split.images)[first])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # 256 colours: a picture to look at, a third of the size.
+    # A palette of 256 colors makes the file a third of the size.
     page.quantize(256).save(args.out, optimize=True)
     print(f"{args.out}: {page.width} x {page.height}, {args.out.stat().st_size // 1000} kB")
 

@@ -29,8 +29,8 @@ HELD_OUT = ("--config.data.train_split=train[:45000]", "--config.data.val_split=
 BF16 = "--config.model.dtype=bfloat16"
 PLAIN = ("crop=none", "flip=none", "policy=none", "erasing_prob=0", "mixup_alpha=0")
 PLAIN = tuple(f"--config.augment.{x}" for x in (*PLAIN, "cutmix_alpha=0"))
-TESTS = ("step", "model", "augment", "optim", "train")
-TESTS = (*(f"tests/test_{t}.py" for t in TESTS), "tests/parity")
+TESTS = ("step", "model", "optim", "train")
+TESTS = (*(f"tests/test_{t}.py" for t in TESTS), "tests/augment", "tests/parity")
 RECIPES = ("20ep", "100ep", "300ep")
 TINY = ("width=32", "depth=1", "mlp_dim=128", "patch_size=8", "num_heads=4")
 

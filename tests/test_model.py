@@ -1,4 +1,4 @@
-"""The model's variants: shapes, parameter counts, starting weights, stochastic parts, FLOPs."""
+"""The model's variants: shapes, parameter counts, initial weights, stochastic parts, FLOPs."""
 
 import pathlib
 
@@ -33,7 +33,7 @@ def count(params):
     return sum(p.size for p in jax.tree.leaves(params))
 
 
-def test_notebook_model_has_its_parameters_and_flops():
+def test_notebook_model_has_the_expected_parameter_count_and_flops():
     model = make_model(config.from_file(ROOT / "configs" / "cifar10_vit.py").model, num_classes=10)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), (32, 32, 3)))
     assert count(params) == 4_771_082
@@ -69,55 +69,56 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
     ],
     ids=lambda v: "-".join(map(str, v.values())) or "notebook",
 )
-def test_variants_give_float32_logits_and_gradients_everywhere(variant):
+def test_variants_return_float32_logits_and_nonzero_gradients_for_all_parameters(variant):
     model = VisionTransformer(**SMALL | variant)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
 
-    @jax.jit
     def loss(params, key):
         logits = model.apply({"params": params}, IMAGES, train=True, rngs={"dropout": key})
         return jnp.mean(jax.nn.logsumexp(logits) - logits[:, 0]), logits
 
-    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(params, jax.random.key(1))
+    grad_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, logits), grads = grad_fn(params, jax.random.key(1))
     assert logits.shape == (3, 5) and logits.dtype == jnp.float32
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all() and np.abs(g).max() > 0, jax.tree_util.keystr(path)
 
 
-def test_bfloat16_compute_stays_near_float32():
+def test_bfloat16_logits_are_close_to_float32():
     model = VisionTransformer(**SMALL)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     half = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"))
-    a, b = (m.apply({"params": params}, IMAGES) for m in (model, half))
-    assert 1e-6 < np.abs(a - b).max() < 0.05  # different, and only by rounding
+    a, b = (jax.jit(m.apply)({"params": params}, IMAGES) for m in (model, half))
+    assert 1e-6 < np.abs(a - b).max() < 0.05  # they differ, but only by rounding
 
 
-def test_without_position_embedding_patches_are_a_set():
-    """Shuffling the patches of an image changes nothing until positions are told apart."""
+def test_patch_order_matters_only_with_a_position_embedding():
     model = VisionTransformer(**SMALL)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     rolled = np.roll(IMAGES, 4, axis=1)
-    a, b = (model.apply({"params": params}, x) for x in (IMAGES, rolled))
+    apply = jax.jit(model.apply)
+    a, b = (apply({"params": params}, x) for x in (IMAGES, rolled))
     np.testing.assert_allclose(a, b, atol=1e-5)
     params["pos_embed"] = jax.random.normal(jax.random.key(1), params["pos_embed"].shape)
-    a, b = (model.apply({"params": params}, x) for x in (IMAGES, rolled))
+    a, b = (apply({"params": params}, x) for x in (IMAGES, rolled))
     assert np.abs(a - b).max() > 1e-3
 
 
-def test_attention_is_sown_and_its_rows_sum_to_one():
+def test_attention_maps_are_sown_and_their_rows_sum_to_one():
     model = VisionTransformer(**SMALL)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
-    logits, captured = model.apply({"params": params}, IMAGES, mutable="intermediates")
-    np.testing.assert_allclose(logits, model.apply({"params": params}, IMAGES), atol=1e-6)
+    apply = jax.jit(model.apply, static_argnames="mutable")
+    logits, captured = apply({"params": params}, IMAGES, mutable="intermediates")
+    np.testing.assert_allclose(logits, apply({"params": params}, IMAGES), atol=1e-6)
     for i in range(2):
         (maps,) = captured["intermediates"][f"block_{i}"]["attn"]["attention"]
         assert maps.shape == (3, 2, 17, 17) and maps.dtype == jnp.float32
         np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 
 
-def test_what_the_class_token_leaves_out_changes_nothing():
-    """Logits and gradients are those of the last block computed whole, as for attention maps."""
+def test_skipping_unread_tokens_of_the_last_block_keeps_logits_and_gradients():
+    """They equal those of the complete last block, which is computed for attention maps."""
     model = VisionTransformer(**SMALL | {"qk_norm": True, "layer_scale": 0.5, "remat": True})
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
@@ -127,28 +128,26 @@ def test_what_the_class_token_leaves_out_changes_nothing():
         return jnp.sum(jnp.sin(out[0] if mutable else out))
 
     grad_fn = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    whole, read = grad_fn(params, "intermediates"), grad_fn(params, False)
-    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(whole), strict=True):
+    complete, skipped = grad_fn(params, "intermediates"), grad_fn(params, False)
+    for a, b in zip(jax.tree.leaves(skipped), jax.tree.leaves(complete), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_drop_path_drops_whole_images_and_keeps_the_mean():
-    model = VisionTransformer(**SMALL | dict(depth=1, drop_path=0.5))
-    # A single block has rate 0 by the linear rule; two blocks give the last one 0.5.
+def test_drop_path_drops_branches_for_entire_images():
+    # The rate is linear in depth: 0 in the first of the two blocks, 0.5 in the last.
     model = VisionTransformer(**SMALL | dict(drop_path=0.5))
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     images = np.repeat(IMAGES[:1], 256, axis=0)
-    logits = model.apply(
-        {"params": params}, images, train=True, rngs={"dropout": jax.random.key(3)}
-    )
-    # Of the last block's two branches each image keeps or drops each: four outcomes in all.
+    apply = jax.jit(model.apply, static_argnames="train")
+    logits = apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(3)})
+    # Each image keeps or drops each of the last block's two branches: four outcomes.
     outcomes, counts = np.unique(np.round(logits, 4), axis=0, return_counts=True)
     assert len(outcomes) == 4 and counts.min() > 256 / 4 - 4 * 7  # 4 sigma of binomial(256, 1/4)
-    same = model.apply({"params": params}, images)
+    same = apply({"params": params}, images)
     np.testing.assert_allclose(same, np.broadcast_to(same[:1], same.shape), atol=1e-6)
 
 
-def test_mimetic_start_has_the_published_products():
+def test_mimetic_initialization_has_the_published_products():
     model = VisionTransformer(**SMALL | dict(width=64, weight_init="mimetic"))
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     D, K = 64, 32
@@ -156,17 +155,17 @@ def test_mimetic_start_has_the_published_products():
         attn = params[f"block_{i}"]["attn"]
         q, k, v = np.split(np.asarray(attn["qkv"]["kernel"]), 3, axis=1)
         value_out = v @ np.asarray(attn["out"]["kernel"])
-        # W_v W_out ~ .4 Z - .4 I: the diagonal is -.4, the rest noise of deviation .4 / sqrt(D).
+        # W_v W_out ~ 0.4 Z - 0.4 I: the diagonal is -0.4, the rest has deviation 0.4 / sqrt(D).
         assert np.diag(value_out).mean() == pytest.approx(-0.4, abs=0.05)
         assert value_out[~np.eye(D, dtype=bool)].std() == pytest.approx(0.4 / 8, rel=0.1)
-        # W_q W_k' of a head is the best rank-K approximation of .7 Z + .7 I.
+        # W_q W_k' of a head is the best rank-K approximation of 0.7 Z + 0.7 I.
         for h in range(2):
             product = q[:, h * K : (h + 1) * K] @ k[:, h * K : (h + 1) * K].T
             assert np.linalg.matrix_rank(product, tol=1e-4) == K
             assert np.diag(product).mean() > 0.3
 
 
-def test_sincos_tells_positions_apart_and_is_known():
+def test_sincos2d_distinguishes_positions_and_equals_its_formula():
     table = sincos2d((4, 4), 16, cls_token=True)
     assert table.shape == (1, 17, 16) and not table[0, 0].any()
     distances = np.linalg.norm(table[0, 1:, None] - table[0, None, 1:], axis=-1)
@@ -177,6 +176,6 @@ def test_sincos_tells_positions_apart_and_is_known():
     np.testing.assert_allclose(table[0, 1 + 1 * 4 + 2], expected, atol=1e-6)
 
 
-def test_patches_must_divide_the_image():
+def test_image_that_patches_do_not_divide_is_rejected():
     with pytest.raises(UserError, match="16x18 pixels do not divide into patches of 4"):
         check_image_shape(VisionTransformer(**SMALL), (16, 18, 3))

@@ -1,4 +1,4 @@
-"""Schedules, the decay mask and every optimizer's first updates."""
+"""Schedules, the decay mask, and the first updates of every optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def optim_config(**changes):
     return c.optim
 
 
-def rates(steps=100, warmup_steps=0, steps_per_epoch=10, **changes):
+def learning_rates(steps=100, warmup_steps=0, steps_per_epoch=10, **changes):
     schedule = make_schedule(
         optim_config(**changes),
         total_steps=steps,
@@ -39,36 +39,40 @@ def rates(steps=100, warmup_steps=0, steps_per_epoch=10, **changes):
     return np.array(jax.vmap(schedule)(jnp.arange(steps)))
 
 
-def test_constant():
-    np.testing.assert_allclose(rates(schedule="constant", peak_lr=3e-4), 3e-4)
+def test_constant_schedule_is_constant():
+    np.testing.assert_allclose(learning_rates(schedule="constant", peak_lr=3e-4), 3e-4)
 
 
-def test_cosine_and_linear_go_from_peak_to_end():
+def test_cosine_and_linear_schedules_fall_from_peak_lr_to_end_lr():
     t = np.arange(100) / 100
     cosine = 0.1 + (1 - 0.1) * (1 + np.cos(np.pi * t)) / 2
-    np.testing.assert_allclose(rates(schedule="cosine", peak_lr=1.0, end_lr=0.1), cosine, 1e-5)
+    np.testing.assert_allclose(
+        learning_rates(schedule="cosine", peak_lr=1.0, end_lr=0.1), cosine, 1e-5
+    )
     linear = 1 - 0.9 * t
-    np.testing.assert_allclose(rates(schedule="linear", peak_lr=1.0, end_lr=0.1), linear, 1e-5)
+    np.testing.assert_allclose(
+        learning_rates(schedule="linear", peak_lr=1.0, end_lr=0.1), linear, 1e-5
+    )
 
 
-def test_cosine_per_epoch_is_torchs_scheduler_stepped_once_an_epoch():
-    got = rates(schedule="cosine", schedule_per="epoch", peak_lr=3e-4)
+def test_cosine_per_epoch_equals_the_torch_scheduler_stepped_once_per_epoch():
+    got = learning_rates(schedule="cosine", schedule_per="epoch", peak_lr=3e-4)
     epochs = np.repeat(np.arange(10), 10)
     np.testing.assert_allclose(got, 3e-4 * (1 + np.cos(np.pi * epochs / 10)) / 2, rtol=1e-5)
 
 
-def test_stepped_once_an_epoch_it_changes_where_epochs_begin_whatever_the_warmup():
-    got = rates(schedule="linear", schedule_per="epoch", peak_lr=1.0, warmup_steps=15)
+def test_schedule_per_epoch_changes_at_epoch_starts_with_any_warmup():
+    got = learning_rates(schedule="linear", schedule_per="epoch", peak_lr=1.0, warmup_steps=15)
     assert list(15 + 1 + np.flatnonzero(np.diff(got[15:]))) == [20, 30, 40, 50, 60, 70, 80, 90]
 
 
-def test_warmup_rises_linearly_and_wastes_no_step():
-    got = rates(schedule="cosine", peak_lr=1.0, warmup_steps=9)
+def test_warmup_rises_linearly_from_the_first_step():
+    got = learning_rates(schedule="cosine", peak_lr=1.0, warmup_steps=9)
     np.testing.assert_allclose(got[:10], np.arange(1, 11) / 10, rtol=1e-5)
     assert (np.diff(got[9:]) <= 0).all() and got[-1] < 0.01
 
 
-def test_decay_mask():
+def test_decay_mask_selects_kernels_or_everything():
     mask = decay_mask("kernels", PARAMS)
     decayed = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(mask) if m}
     assert decayed == {"['block_0']['mlp']['fc1']['kernel']", "['head']['kernel']"}
@@ -76,14 +80,14 @@ def test_decay_mask():
 
 
 @pytest.mark.parametrize("name", FIELDS["optim.name"].choices)
-def test_optimizers_lower_a_quadratic_and_decay_only_kernels(name):
+def test_optimizer_lowers_a_quadratic_and_decays_only_kernels(name):
     o = optim_config(name=name, schedule="constant", peak_lr=0.01, weight_decay=0.1)
     tx = make_optimizer(o, optax.constant_schedule(0.01), muon_schedule=lambda _: 0.01)
     state, params = tx.init(PARAMS), PARAMS
-    # With no gradient only decay moves a weight.
+    # With zero gradients only decay changes a weight.
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
-    moved = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
-    assert moved == decay_mask("kernels", PARAMS)
+    changed = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
+    assert changed == decay_mask("kernels", PARAMS)
 
     def loss(params):
         return sum(jnp.sum((p - 0.5) ** 2) for p in jax.tree.leaves(params))
@@ -98,46 +102,48 @@ def test_optimizers_lower_a_quadratic_and_decay_only_kernels(name):
     assert loss(params) < loss(PARAMS)
 
 
-def test_muon_orthogonalizes_the_hidden_matrices_only():
+def test_muon_orthogonalizes_only_hidden_matrices():
     o = optim_config(name="muon", weight_decay=0.0)
     tx = make_optimizer(o, lambda _: 1e-3, muon_schedule=lambda _: 0.02)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), PARAMS)
     updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
     singular = np.linalg.svd(updates["block_0"]["mlp"]["fc1"]["kernel"], compute_uv=False)
-    assert singular.max() / singular.min() < 2.5  # Newton-Schulz brings them near one value
-    np.testing.assert_allclose(np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3)  # Adam's first
+    assert singular.max() / singular.min() < 2.5  # Newton-Schulz makes them nearly equal
+    np.testing.assert_allclose(
+        np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3
+    )  # Adam's first update
 
 
-def test_the_backbone_takes_a_part_of_the_rate():
+def test_backbone_lr_factor_scales_all_updates_but_the_head():
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     for name in ("sgd", "adamw"):
-        whole, part = (
+        full, quarter = (
             make_optimizer(optim_config(name=name, backbone_lr_factor=f), lambda _: 0.1)
             for f in (1.0, 0.25)
         )
-        whole, _ = whole.update(grads, whole.init(PARAMS), PARAMS)
-        part, _ = jax.jit(part.update)(grads, part.init(PARAMS), PARAMS)
+        full, _ = jax.jit(full.update)(grads, full.init(PARAMS), PARAMS)
+        quarter, _ = jax.jit(quarter.update)(grads, quarter.init(PARAMS), PARAMS)
         expected = {
-            k: v if k == "head" else jax.tree.map(lambda u: u / 4, v) for k, v in whole.items()
+            k: v if k == "head" else jax.tree.map(lambda u: u / 4, v) for k, v in full.items()
         }
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), part, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), quarter, expected)
 
 
-def test_frozen_parameters_neither_move_nor_count_nor_have_state():
+def test_frozen_parameters_have_no_update_no_state_and_no_part_in_the_clipped_norm():
     o = optim_config(name="adamw", freeze="pos_embed, block_?/norm*", grad_clip_norm=1.0)
     tx = make_optimizer(o, lambda _: 0.1)
     state = tx.init(PARAMS)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     updates, _ = jax.jit(tx.update)(grads, state, PARAMS)
-    still = {
+    unchanged = {
         "/".join(k.key for k in p)
         for p, u in jax.tree_util.tree_leaves_with_path(updates)
         if not u.any()
     }
-    assert still == {"pos_embed", "block_0/norm1/scale", "block_0/norm1/bias"}
+    assert unchanged == {"pos_embed", "block_0/norm1/scale", "block_0/norm1/bias"}
     trained = sum(p.size for p in jax.tree.leaves(PARAMS)) - 12 - 8
     assert sum(s.size for s in jax.tree.leaves(state) if s.ndim) == 2 * trained
-    # Clipped by the norm of what is trained alone: the notebook's optimizer on those would agree.
+    # Clipping uses the norm of the trained parameters only.
     sgd = optim_config(
         name="sgd", momentum=0.0, freeze="head/*", grad_clip_norm=1.0, weight_decay=0.0
     )
@@ -147,10 +153,11 @@ def test_frozen_parameters_neither_move_nor_count_nor_have_state():
 
 
 @pytest.mark.parametrize(
-    ("freeze", "says"), [("blocks_0/*", "no parameter matches 'blocks_0"), ("*", "leaves no param")]
+    ("freeze", "message"),
+    [("blocks_0/*", "no parameter matches 'blocks_0"), ("*", "leaves no param.*fewer")],
 )
-def test_freezing_nothing_or_everything_is_an_error(freeze, says):
-    with pytest.raises(UserError, match=says):
+def test_freeze_that_matches_nothing_or_everything_is_rejected(freeze, message):
+    with pytest.raises(UserError, match=message):
         make_optimizer(optim_config(freeze=freeze), lambda _: 0.1).init(PARAMS)
 
 

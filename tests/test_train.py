@@ -33,6 +33,15 @@ def lines(workdir, prefix=""):
     return [p for p in parsed if any(k.startswith(prefix) for k in p)]
 
 
+def test_augmentation_unsuitable_for_the_images_is_rejected_before_the_first_write(
+    tiny_config, tmp_path
+):
+    tiny_config.augment.crop, tiny_config.augment.crop_padding = "pad", 8
+    with pytest.raises(UserError, match="use at most 7"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_learns_and_writes_its_workdir(tiny_config, tmp_path, capsys):
     result = train(tiny_config, tmp_path / "run", command="a command")
     printed = capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm encoder.
 Shapes: B batch, H W pixels, C channels, P patch size, N tokens, D width, h heads, K = D / h.
-Parameters are float32 always; activations are `dtype`; softmax, norms and logits are float32.
+Parameters are always float32 and activations have `dtype`. Softmax, norms, and logits are computed
+in float32.
 """
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from vit_jax.errors import UserError
 
 
 def _linear_init(init, fan_in):
-    """Initializers of a linear layer: torch.nn.Linear's own, or timm's truncated normal of .02."""
+    """Returns a linear layer's initializers: torch.nn.Linear's or timm's truncated normal, 0.02."""
     if init == "pytorch":
         bound = fan_in**-0.5
 
@@ -27,10 +28,10 @@ def _linear_init(init, fan_in):
 
 
 def gelu(x):
-    """x times the standard normal's distribution function by erf, in float32, as torch takes it.
+    """Returns x times the standard normal's distribution function, by erf in float32 as in torch.
 
-    jax.nn.gelu's erfc is exact far into the tail, but branches: on a CPU it takes five times as
-    long, forward and backward (docs/performance.md).
+    jax.nn.gelu's erfc is exact far into the tail, but it branches: on a CPU, forward and backward
+    take five times as long (docs/performance.md).
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
@@ -39,8 +40,8 @@ def gelu(x):
 class Linear(nn.Module):
     """[..., D] -> [..., features]: nn.Dense over a 2-D view.
 
-    The same numbers; on a CPU, XLA takes a sixth less time for forward and backward of a small ViT
-    than with nn.Dense on three axes.
+    The results are the same. On a CPU, XLA takes a sixth less time for the forward and backward
+    pass of a small ViT than with nn.Dense on three axes.
     """
 
     features: int
@@ -60,7 +61,8 @@ class Linear(nn.Module):
 class PatchEmbedding(nn.Module):
     """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
 
-    Equal to a convolution with kernel and stride P; the kernel is stored as one, [P, P, C, D].
+    Equal to a convolution with kernel size and stride P. The kernel is stored as a convolution's,
+    [P, P, C, D].
     """
 
     patch_size: int
@@ -84,7 +86,8 @@ class ConvStem(nn.Module):
     """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
 
     Source: Xiao et al., "Early Convolutions Help Transformers See Better" (arXiv 2106.14881),
-    without batch norm: channel LayerNorm and GELU after each 3x3, channels doubling up to D.
+    without batch norm. LayerNorm over channels and GELU follow each 3x3, and the number of channels
+    doubles up to D.
     """
 
     patch_size: int
@@ -107,9 +110,9 @@ class ConvStem(nn.Module):
 class MultiHeadAttention(nn.Module):
     """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
 
-    The first n tokens ask, all of them by default, and all N answer. `qkv/kernel` is [D, 3 D],
-    ordered q, k, v and head by head within each, as torch's MultiheadAttention keeps it
-    (transposed). The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
+    Queries come from the first n tokens (all by default), keys and values from all N. `qkv/kernel`
+    is [D, 3 D], ordered q, k, v and by head within each: torch's MultiheadAttention, transposed.
+    The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
     """
 
     num_heads: int
@@ -123,16 +126,15 @@ class MultiHeadAttention(nn.Module):
     def __call__(self, x, *, train, n=None):
         B, N, D = x.shape
         K = D // self.num_heads
-        if (
-            self.weight_init == "pytorch"
-        ):  # MultiheadAttention draws Xavier over the fused matrix, bias 0
+        # torch's MultiheadAttention: Xavier over the fused matrix, zero bias
+        if self.weight_init == "pytorch":
             qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
         else:
             qkv_init = _linear_init(self.weight_init, D)
         qkv = Linear(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
         q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
         q = q[:, :, :n]
-        if self.qk_norm:  # arXiv 2302.05442: keeps attention logits from growing
+        if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
         scores = jnp.einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
@@ -148,8 +150,8 @@ class MultiHeadAttention(nn.Module):
 class MlpBlock(nn.Module):
     """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back.
 
-    `gelu` is "exact", as in torch, or "tanh": the approximation that is the default of
-    flax's `nn.gelu`, with which Google trained its ViTs.
+    `gelu` is "exact", as in torch, or "tanh": the approximation that is flax's default and that
+    Google's ViTs were trained with.
     """
 
     mlp_dim: int
@@ -161,9 +163,8 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         D = x.shape[-1]
-        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **_linear_init(self.weight_init, D))(
-            x
-        )
+        init = _linear_init(self.weight_init, D)
+        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **init)(x)
         x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         init = _linear_init(self.weight_init, self.mlp_dim)
@@ -173,7 +174,7 @@ class MlpBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Of the first n tokens, all by default; they attend to all N.
+    Only the first n tokens (all by default) are computed; they attend to all N.
     """
 
     num_heads: int
@@ -194,7 +195,7 @@ class TransformerBlock(nn.Module):
                 scale = nn.initializers.constant(self.layer_scale)
                 y = y * self.param(name, scale, x.shape[-1:]).astype(self.dtype)
             y = nn.Dropout(self.dropout)(y, deterministic=not train)
-            # Stochastic depth (arXiv 1603.09382): a branch is dropped for a whole image.
+            # Stochastic depth (arXiv 1603.09382) drops a branch for an entire image.
             return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
 
         y = layer_norm(self.norm_eps, self.dtype, "norm1")(x)
@@ -216,15 +217,16 @@ class TransformerBlock(nn.Module):
 
 
 def layer_norm(eps, dtype, name):
-    """LayerNorm over D, computed in float32, two passes as torch does it."""
+    """Builds a LayerNorm over D, computed in float32 in two passes as in torch."""
     return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class VisionTransformer(nn.Module):
     """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
 
-    With an `image_size` the images are first resized to that side, bilinearly, antialiased where
-    they shrink: so small images cross to the device, and a model of another resolution takes them.
+    With an `image_size`, images are first resized to that side: bilinear, with antialiasing if they
+    shrink. Thus a model of a higher resolution takes small images, and only those are transferred
+    to the device.
     """
 
     num_classes: int
@@ -261,16 +263,16 @@ class VisionTransformer(nn.Module):
                 self.patch_size, self.width, self.weight_init, self.dtype, name="patch_embed"
             )
         x = embed(images)
-        start = nn.initializers.truncated_normal(0.02)
-        if self.weight_init == "pytorch":  # the notebook starts both embeddings at zero
-            start = nn.initializers.zeros
+        init = nn.initializers.truncated_normal(0.02)
+        if self.weight_init == "pytorch":  # the notebook initializes both embeddings to zero
+            init = nn.initializers.zeros
         grid = (H // self.patch_size, W // self.patch_size)
         if self.pool == "cls":
-            cls_token = self.param("cls_token", start, (1, 1, self.width))
+            cls_token = self.param("cls_token", init, (1, 1, self.width))
             cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
             x = jnp.concatenate([cls_token, x], axis=1)
         if self.posemb == "learned":
-            pos_embed = self.param("pos_embed", start, (1, x.shape[1], self.width))
+            pos_embed = self.param("pos_embed", init, (1, x.shape[1], self.width))
         else:
             pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
         x = x + jnp.asarray(pos_embed, self.dtype)
@@ -285,15 +287,15 @@ class VisionTransformer(nn.Module):
                 self.qk_norm,
                 self.layer_scale,
                 self.dropout,
-                self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as the paper
+                self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as in the paper
                 self.gelu,
                 name=f"block_{i}",
             )
-            # The head reads the class token alone: of the last block the rest is not computed,
-            # unless its attention maps are asked for.
+            # The head reads only the class token, so the last block skips the other outputs unless
+            # attention maps are requested.
             last = i == self.depth - 1 and self.pool == "cls"
             n = 1 if last and not self.is_mutable_collection("intermediates") else None
-            if self.remat:  # only a block's input is kept for the backward pass
+            if self.remat:  # keep only the input of a block for the backward pass
                 x = nn.remat(lambda block, x, n=n: block(x, train=train, n=n))(block, x)
             else:
                 x = block(x, train=train, n=n)
@@ -307,7 +309,10 @@ class VisionTransformer(nn.Module):
 
 
 def sincos2d(grid, width, *, cls_token):
-    """Fixed position embedding, float32[1, N, D]; a class token gets zeros (arXiv 2205.01580)."""
+    """Returns the fixed position embedding float32[1, N, D] (arXiv 2205.01580).
+
+    A class token gets zeros.
+    """
     y, x = np.mgrid[: grid[0], : grid[1]]
     omega = 1.0 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -318,7 +323,7 @@ def sincos2d(grid, width, *, cls_token):
 
 
 def make_model(model_config, *, num_classes):
-    """VisionTransformer from the `model` group of a config."""
+    """Builds a VisionTransformer from the `model` group of a config."""
     fields = dict(model_config) | config_lib.model_shape(model_config)
     del fields["size"]
     fields["dtype"] = jnp.dtype(fields["dtype"])
@@ -326,7 +331,7 @@ def make_model(model_config, *, num_classes):
 
 
 def resolution(model, image_shape):
-    """(H, W, C) that the patches are cut from, for images of (H, W, C)."""
+    """Returns the (H, W, C) that the model cuts into patches, for images of (H, W, C)."""
     H, W, C = image_shape
     return (model.image_size or H, model.image_size or W, C)
 
@@ -342,47 +347,59 @@ def check_image_shape(model, image_shape):
 
 
 def init_params(model, key, image_shape):
-    """The model's starting weights, a nested dict of float32 arrays, for images of (H, W, C)."""
+    """Returns the initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
     params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
     if model.weight_init != "mimetic":
         return params
-    # Trockman & Kolter (arXiv 2305.09828): start attention near the identity, as trained ViTs are.
-    # W_q W_k' ~ .7 Z + .7 I in each head and W_v W_out ~ .4 Z - .4 I, Z of N(0, 1/D), by SVD.
-    D, K = model.width, model.width // model.num_heads
     for i in range(model.depth):
-        keys = jax.random.split(jax.random.fold_in(key, i), model.num_heads + 1)
-        noise = jax.random.normal(keys[0], (D, D)) / D**0.5
-        u, s, vt = jnp.linalg.svd(0.4 * noise - 0.4 * jnp.eye(D))
-        value, out = u * s**0.5, s[:, None] ** 0.5 * vt
-        query, key_ = [], []
-        for head_key in keys[1:]:
-            noise = jax.random.normal(head_key, (D, D)) / D**0.5
-            u, s, vt = jnp.linalg.svd(0.7 * noise + 0.7 * jnp.eye(D))
-            query.append(u[:, :K] * s[:K] ** 0.5)
-            key_.append(vt[:K].T * s[:K] ** 0.5)
         attn = params[f"block_{i}"]["attn"]
-        attn["qkv"]["kernel"] = jnp.concatenate([*query, *key_, value], axis=1)
-        attn["out"]["kernel"] = out
+        attn["qkv"]["kernel"], attn["out"]["kernel"] = _mimetic_attention(
+            jax.random.fold_in(key, i), model.width, model.num_heads
+        )
     return params
 
 
+def _mimetic_attention(key, D, num_heads):
+    """Draws the kernels qkv, float32[D, 3 D], and out, float32[D, D], of one block.
+
+    Source: Trockman & Kolter (arXiv 2305.09828). Attention is near the identity, as in trained
+    ViTs: W_q W_k' ~ 0.7 Z + 0.7 I in each head and W_v W_out ~ 0.4 Z - 0.4 I, with Z ~ N(0, 1/D),
+    factored by SVD.
+    """
+    K = D // num_heads
+    value_out_key, *head_keys = jax.random.split(key, num_heads + 1)
+    noise = jax.random.normal(value_out_key, (D, D)) / D**0.5
+    u, s, vt = jnp.linalg.svd(0.4 * noise - 0.4 * jnp.eye(D))
+    values, out = u * s**0.5, s[:, None] ** 0.5 * vt
+    queries, keys = [], []
+    for head_key in head_keys:
+        noise = jax.random.normal(head_key, (D, D)) / D**0.5
+        u, s, vt = jnp.linalg.svd(0.7 * noise + 0.7 * jnp.eye(D))
+        queries.append(u[:, :K] * s[:K] ** 0.5)
+        keys.append(vt[:K].T * s[:K] ** 0.5)
+    return jnp.concatenate([*queries, *keys, values], axis=1), out
+
+
 def num_tokens(model, image_shape):
-    """N, the class token included, for images of (H, W, C)."""
+    """Returns N, including the class token, for images of (H, W, C)."""
     H, W, _ = resolution(model, image_shape)
     return (H // model.patch_size) * (W // model.patch_size) + (model.pool == "cls")
 
 
 def train_flops_per_image(model, image_shape):
-    """Floating-point operations of one image's forward and backward pass.
+    """Returns the floating-point operations of one image's forward and backward pass.
 
-    Counts the matrix products that are made alone, a multiply-add as two, the backward pass as
-    twice the forward (the convention of the PaLM paper's MFU, arXiv 2204.02311 appendix B). After
-    the keys and values of a last block whose class token alone is read, its one token counts.
+    Counts only matrix products, a multiply-add as two operations, and the backward pass as twice
+    the forward (as for the PaLM paper's MFU, arXiv 2204.02311 appendix B). If the head reads only
+    the class token, the last block counts one token, except for its keys and values.
     """
     N, D = num_tokens(model, image_shape), model.width
     H, W, C = resolution(model, image_shape)
-    read = [N] * (model.depth - 1) + [1 if model.pool == "cls" else N]  # tokens out of each block
-    blocks = sum(6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in read)
+    # Output tokens of each block.
+    outputs = [N] * (model.depth - 1) + [1 if model.pool == "cls" else N]
+    blocks = sum(
+        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in outputs
+    )
     patches = N - (model.pool == "cls")
     embed = 2 * patches * model.patch_size**2 * C * D
     if model.stem == "conv":

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, weight-decay mask and gradient transformation, all of optax."""
+"""Learning-rate schedule, weight-decay mask, and gradient transformation, built from optax."""
 
 import fnmatch
 
@@ -10,11 +10,11 @@ from vit_jax.errors import UserError
 
 
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
-    """The learning rate as a function of the step, float32[].
+    """Builds the learning rate as a function of the step, float32[].
 
-    A linear warm-up over `warmup_steps`, then constant, cosine or linear from `peak_lr` to
-    `end_lr` at `total_steps`. With `schedule_per = "epoch"` the part after the warm-up changes
-    only at the start of an epoch, as a torch scheduler stepped once an epoch does.
+    A linear warmup over `warmup_steps`, then constant, cosine, or linear from `peak_lr` to `end_lr`
+    at `total_steps`. With `schedule_per = "epoch"`, the part after the warmup changes only at the
+    start of an epoch, like a torch scheduler stepped once per epoch.
     """
     peak = o.peak_lr if peak_lr is None else peak_lr
     steps = max(total_steps - warmup_steps, 1)
@@ -26,7 +26,7 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
     if o.schedule_per == "epoch":
         per_step = after
 
-        def after(step):  # counts from the end of the warm-up, epochs from the start of the run
+        def after(step):  # steps count from the end of the warmup, epochs from the start of the run
             epoch_start = (step + warmup_steps) // steps_per_epoch * steps_per_epoch
             return per_step(jnp.maximum(epoch_start - warmup_steps, 0))
 
@@ -37,10 +37,10 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
 
 
 def decay_mask(decay, params):
-    """A tree of bools: what weight decay applies to.
+    """Returns a tree of bools: the parameters that weight decay applies to.
 
-    "all" is every parameter, as torch.optim.AdamW does by default; "kernels" leaves out biases,
-    norms, layer scales, and the position and class embeddings.
+    "all" is every parameter, the default of torch.optim.AdamW. "kernels" excludes biases, norms,
+    layer scales, and the position and class embeddings.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: decay == "all" or path[-1].key == "kernel", params
@@ -48,19 +48,19 @@ def decay_mask(decay, params):
 
 
 def freeze_labels(patterns, params):
-    """A tree of "frozen" and "trained".
+    """Returns a tree that labels each parameter "frozen" or "trained".
 
-    `patterns` are shell patterns with commas between, matched against whole paths such as
-    block_0/attn/qkv/kernel, in which * takes slashes too. Raises UserError for one that matches
-    nothing, and when nothing is left to train.
+    `patterns` are shell patterns separated by commas. A pattern must match a complete path such as
+    block_0/attn/qkv/kernel; * also matches slashes. Raises UserError if a pattern matches nothing
+    or if no parameter is left to train.
     """
     patterns = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     paths = jax.tree_util.tree_map_with_path(lambda p, _: "/".join(k.key for k in p), params)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in jax.tree.leaves(paths)):
             raise UserError(
-                f"config.optim.freeze: no parameter matches {pattern!r}; their paths are as "
-                f"block_0/attn/qkv/kernel, under {', '.join(params)}: 'block_0/*' is all of a block"
+                f"config.optim.freeze: no parameter matches {pattern!r}; use paths such as "
+                f"block_0/attn/qkv/kernel under {', '.join(params)}, or 'block_0/*' for a block"
             )
 
     def label(path):
@@ -69,12 +69,14 @@ def freeze_labels(patterns, params):
 
     labels = jax.tree.map(label, paths)
     if "trained" not in jax.tree.leaves(labels):
-        raise UserError("config.optim.freeze leaves no parameter to train")
+        raise UserError(
+            f"config.optim.freeze={','.join(patterns)} leaves no parameter to train: freeze fewer"
+        )
     return labels
 
 
 def _scale_backbone(factor):
-    """Scales the updates of all but the head, and of a pre-logits layer, which belongs to it."""
+    """Scales all updates except those of the head and its pre-logits layer."""
 
     def scale(path, update):
         return update if path[0].key in ("head", "pre_logits") else factor * update
@@ -83,7 +85,7 @@ def _scale_backbone(factor):
 
 
 def _muon_labels(params):
-    """ "muon" for the hidden matrices, those inside the blocks; "adamw" for all else."""
+    """Labels the matrices inside the blocks "muon" and all other parameters "adamw"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, p: "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw",
         params,
@@ -91,11 +93,11 @@ def _muon_labels(params):
 
 
 def make_optimizer(o, schedule, *, muon_schedule=None):
-    """optax.GradientTransformation from the `optim` group of a config.
+    """Builds an optax.GradientTransformation from the `optim` group of a config.
 
-    Weight decay is decoupled and multiplied by the learning rate in all but sgd, where it is
-    added to the gradient; both are torch's conventions. Frozen parameters have no part in it: not
-    in the norm that is clipped, and with no state.
+    Weight decay is decoupled and multiplied by the learning rate, except in sgd, where it is added
+    to the gradient; both are torch's conventions. Frozen parameters are excluded from the clipped
+    norm and have no optimizer state.
     """
 
     def mask(params):
@@ -113,7 +115,7 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
         ]
     else:  # github.com/KellerJordan/Muon
         muon = optax.contrib.muon(muon_schedule, weight_decay=o.weight_decay)
-        steps = [optax.multi_transform({"muon": muon, "adamw": adamw}, _muon_labels)]
+        steps = [optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
         steps.insert(0, optax.clip_by_global_norm(o.grad_clip_norm))
     if o.backbone_lr_factor != 1:
@@ -121,4 +123,4 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
     if not o.freeze:
         return optax.chain(*steps)
     transforms = {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}
-    return optax.multi_transform(transforms, lambda params: freeze_labels(o.freeze, params))
+    return optax.partition(transforms, lambda params: freeze_labels(o.freeze, params))

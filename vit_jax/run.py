@@ -250,6 +250,7 @@ def setup(config, *, devices=None, fresh=True):
 
     model = make_model(config.model, num_classes=len(train.class_names))
     check_image_shape(model, image_shape)
+    augment.check_image_shape(config.augment, image_shape)
     plan = {
         "total_steps": total_steps,
         "steps_per_epoch": steps_per_epoch,

@@ -1,0 +1,134 @@
+"""mix.py against the distributions of the mixup and cutmix papers, and on batches with gaps."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from augment_helpers import SIGNIFICANCE, as_bytes, batch_of, make, options, small_images
+from scipy import stats
+
+from vit_jax.augment import mix
+
+
+def draw(count, **changes):
+    group = options(**changes)
+    keys = jax.random.split(jax.random.key(10), count)
+    weights, lam = jax.jit(jax.vmap(lambda k: mix.draw_mix(k, group, 16, 16)))(keys)
+    return np.asarray(weights), np.asarray(lam)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_mixup_weights_are_beta_distributed(alpha):
+    """Per image and per batch, as the labels show; the pixels agree with the labels."""
+    count = 2000
+    images, labels = small_images(count, side=2), np.arange(count) % 2
+    fn = jax.jit(make(num_classes=2, mixup_alpha=alpha, mix_per="image"))
+    out, soft = map(np.asarray, fn(jax.random.key(11), batch_of(images, labels), epoch=0))
+    lam = soft[np.arange(count), labels]
+    assert stats.kstest(lam, stats.beta(alpha, alpha).cdf).pvalue > SIGNIFICANCE
+    x = images / 255
+    mixed = lam[:, None, None, None] * x + (1 - lam[:, None, None, None]) * np.roll(x, -1, axis=0)
+    np.testing.assert_allclose(out, mixed, atol=1e-6)
+
+    per_batch, four = make(num_classes=2, mixup_alpha=alpha), batch_of(images[:4], labels[:4])
+    keys = jax.random.split(jax.random.key(12), count)
+    soft = np.asarray(jax.jit(jax.vmap(lambda k: per_batch(k, four, epoch=0)[1]))(keys))
+    lam = soft[:, [0, 1, 2, 3], [0, 1, 0, 1]]
+    np.testing.assert_array_equal(lam, lam[:, :1].repeat(4, axis=1))
+    assert stats.kstest(lam[:, 0], stats.beta(alpha, alpha).cdf).pvalue > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("per", ["batch", "image"])
+def test_cutmix_labels_match_pixels(per):
+    count = 32
+    images = np.broadcast_to(np.arange(count)[:, None, None, None], (count, 16, 16, 3))
+    fn = jax.jit(make(num_classes=count, cutmix_alpha=1.0, mix_per=per))
+    for seed in range(8):
+        batch = batch_of(images.astype(np.uint8), np.arange(count))
+        out, soft = fn(jax.random.key(seed), batch, epoch=0)
+        source = as_bytes(out)[..., 0]
+        shares = []
+        for i in range(count):
+            own, other = source[i] == i, source[i] == (i + 1) % count
+            assert (own | other).all()
+            assert other.sum() == other.any(axis=1).sum() * other.any(axis=0).sum()
+            assert float(soft[i, i]) == own.mean()  # multiples of 1/256 are exact
+            assert float(soft[i, (i + 1) % count]) == other.mean()
+            shares.append(other.sum())
+        assert (len(set(shares)) == 1) == (per == "batch")
+
+
+def test_cutmix_areas_are_distributed_as_in_the_paper():
+    rng = np.random.default_rng(4)
+    expected = []
+    for _ in range(4000):
+        side = math.sqrt(1 - rng.beta(1.0, 1.0))
+        cut, (y, x) = int(16 * side), rng.integers(0, 16, 2)
+        rows = min(16, y - cut // 2 + cut) - max(0, y - cut // 2)
+        columns = min(16, x - cut // 2 + cut) - max(0, x - cut // 2)
+        expected.append(1 - rows * columns / 256)
+    weights, lam = draw(4000, cutmix_alpha=1.0)
+    np.testing.assert_array_equal(lam, weights.mean(axis=(1, 2)))
+    assert stats.ks_2samp(lam, expected).pvalue > SIGNIFICANCE
+
+
+def test_mix_prob_and_mix_switch_prob_are_the_observed_rates():
+    changes = dict(mixup_alpha=1.0, cutmix_alpha=1.0, mix_prob=0.8, mix_switch_prob=0.25)
+    weights, lam = draw(4000, **changes)
+    mixed = (weights != 1).any(axis=(1, 2))
+    # A cutmix box can be empty, but almost never is at 16x16.
+    cut = mixed & ((weights == 0) | (weights == 1)).all(axis=(1, 2))
+    assert abs(mixed.mean() - 0.8) < 0.03
+    assert abs(cut.sum() / mixed.sum() - 0.25) < 0.03
+    assert (lam[~mixed] == 1).all()
+
+
+def test_padding_is_not_mixed_in_and_labels_sum_to_one():
+    images = np.concatenate([np.full((5, 4, 4, 3), 10), np.full((3, 4, 4, 3), 200)])
+    batch = batch_of(images.astype(np.uint8), [1, 2, 3, 4, 5, 9, 9, 9], mask=np.arange(8) < 5)
+    fn = jax.jit(make(mixup_alpha=1.0, cutmix_alpha=1.0, mix_per="image", label_smoothing=0.1))
+    for seed in range(4):
+        out, soft = fn(jax.random.key(seed), batch, epoch=0)
+        np.testing.assert_allclose(np.asarray(out)[:5], 10 / 255, rtol=1e-6)
+        assert np.allclose(np.asarray(soft)[:5, 9], 0.01)  # label smoothing only
+        np.testing.assert_allclose(np.asarray(soft).sum(axis=1), 1, rtol=1e-6)
+        assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),  # rows of the partners of the valid rows
+    [
+        ("11111111", [1, 2, 3, 4, 5, 6, 7, 0]),
+        ("11111000", [1, 2, 3, 4, 0]),
+        ("11011011", [1, 0, 4, 0, 7, 0]),
+        ("01100111", [2, 1, 6, 7, 1]),
+        ("01000000", [1]),
+    ],
+)
+def test_partners_are_valid_rows_whatever_the_mask(mask, expected):
+    mask = np.array([c == "1" for c in mask])
+    rows = np.asarray(jax.jit(mix.partner)(jnp.arange(8), jnp.asarray(mask)))
+    np.testing.assert_array_equal(rows[mask], expected)
+
+
+def test_images_that_a_stream_skipped_are_not_mixed_in():
+    """A skipped image leaves a black row of class 0 anywhere in the batch."""
+    mask = np.array([True, True, False, True, False, True, True, False])
+    images = np.where(mask[:, None, None, None], 200, 0) * np.ones((8, 4, 4, 3))
+    batch = batch_of(images.astype(np.uint8), np.where(mask, 1 + np.arange(8), 0), mask)
+    fn = jax.jit(make(mixup_alpha=1.0, cutmix_alpha=1.0, mix_per="image"))
+    out, labels = map(np.asarray, fn(jax.random.key(0), batch, epoch=0))
+    np.testing.assert_allclose(out[mask], 200 / 255, rtol=1e-6)
+    assert (labels[mask, 0] == 0).all()
+
+
+def test_mixing_can_be_switched_off_by_a_traced_bool():
+    images = small_images(8)
+    fn = jax.jit(make(mixup_alpha=1.0, cutmix_alpha=1.0))
+    plain = jax.jit(make())(jax.random.key(0), batch_of(images), epoch=0)
+    off = fn(jax.random.key(0), batch_of(images), epoch=0, mix=jnp.asarray(False))
+    jax.tree.map(np.testing.assert_array_equal, off, plain)
+    on, _ = fn(jax.random.key(0), batch_of(images), epoch=0, mix=jnp.asarray(True))
+    assert (np.asarray(on) != np.asarray(plain[0])).any()

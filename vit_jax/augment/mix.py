@@ -1,0 +1,66 @@
+"""Mixup and cutmix: each image and its label are blended with another image of the batch."""
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.augment import draws
+from vit_jax.augment.geometric import box_mask
+
+
+def draw_mix(key, augment, height, width):
+    """Draws (float32[H,W], float32[]): an image's own weight at each pixel, and the mean weight.
+
+    With mixup (Zhang et al. 2017) the weight is lam ~ Beta(alpha, alpha) everywhere. With cutmix
+    (Yun et al. 2019) it is 0 in a box of area share 1 - lam with a uniform center, clipped to the
+    image, and 1 elsewhere. A draw mixes with probability `mix_prob`. If both are on, it then uses
+    cutmix with probability `mix_switch_prob` (as in timm).
+    """
+    mixes, switch, *center = jax.random.uniform(jax.random.fold_in(key, 0), (4,))
+    both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
+    cutmix = switch < augment.mix_switch_prob if both else jnp.array(augment.cutmix_alpha > 0)
+    alpha = jnp.where(cutmix, augment.cutmix_alpha, augment.mixup_alpha)
+    lam = jax.random.beta(jax.random.fold_in(key, 1), alpha, alpha)
+    size = jnp.array([height, width])
+    cut = (size * jnp.sqrt(1 - lam)).astype(jnp.int32)
+    low = draws.below(jnp.array(center), size) - cut // 2
+    kept = ~box_mask(*low, *cut, height, width)
+    weights = jnp.where(cutmix, kept, lam)
+    lam = jnp.where(cutmix, jnp.sum(kept) / (height * width), lam)
+    mixes = mixes < augment.mix_prob
+    return jnp.where(mixes, weights, 1.0), jnp.where(mixes, lam, 1.0)
+
+
+def partner(x, mask):
+    """Returns the row that each row of x[B,...] mixes with, for the rows valid in mask, bool[B].
+
+    It is the next row if that is valid, otherwise the first valid row, so valid rows only mix with
+    valid rows. If the mask has no gaps, no image meets itself and no pair is mixed twice. On
+    several devices the shift moves one row between neighbors, and the gather sends one row.
+    """
+    num_rows = len(mask)
+    first = jnp.min(jnp.where(mask, jnp.arange(num_rows), num_rows - 1))
+    next_is_valid = jnp.roll(mask, -1).reshape(-1, *[1] * (x.ndim - 1))
+    # The index is an array: with a scalar, XLA would gather the batch on every device.
+    return jnp.where(next_is_valid, jnp.roll(x, -1, axis=0), x[first[None]])
+
+
+def mix_batch(key, images, labels, mask, augment, *, mix):
+    """Mixes float32[B,H,W,C] and float32[B,classes], or leaves them as they are if mix is false.
+
+    Args:
+      key: of the batch.
+      mask: bool[B], the valid rows.
+      augment: the config group; `mix_per` decides between one draw per image and per batch.
+      mix: bool scalar.
+    """
+    num_images, height, width, _ = images.shape
+    if augment.mix_per == "image":
+        keys = draws.image_keys(key, draws.MIX, num_images)
+    else:
+        keys = jax.random.fold_in(key, draws.MIX_BATCH)[None]
+    weights, lam = jax.vmap(lambda k: draw_mix(k, augment, height, width))(keys)
+    weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)[:, None]
+    return (
+        weights * images + (1 - weights) * partner(images, mask),
+        lam * labels + (1 - lam) * partner(labels, mask),
+    )

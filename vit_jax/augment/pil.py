@@ -1,0 +1,255 @@
+"""PIL's image operations on a batch, each image with its own operation and magnitude.
+
+All equal PIL byte for byte, including the quirks of its float arithmetic, except Rotate, ShearX,
+and ShearY: their float32 matrices pick a neighboring pixel for one or two pixels in about one image
+of a thousand.
+
+Images are uint8[B,H,W,3]. A `lax.switch` under vmap would compute every branch anyway and share
+less: here geometry is one gather, the enhancements are one blend, and the tone curves are one table
+lookup.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+OPS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+)  # fmt: skip
+OP = {name: index for index, name in enumerate(OPS)}
+# The operations from the first to the last of these can have a negative magnitude.
+FIRST_SIGNED, LAST_SIGNED = OP["ShearX"], OP["Sharpness"]
+
+
+def apply_ops(images, op, magnitude):
+    """Applies to each image the operation OPS[op], int32[B], at magnitude float32[B].
+
+    Magnitudes are torchvision's: the slope for ShearX and ShearY; pixels, truncated to integers,
+    for TranslateX and TranslateY; degrees counterclockwise for Rotate; the factor minus 1 for
+    Brightness, Color, Contrast, and Sharpness; the number of bits kept for Posterize; the threshold
+    for Solarize. The other operations ignore it.
+    """
+    op, magnitude = jnp.asarray(op), jnp.asarray(magnitude, jnp.float32)
+    per_image = op[:, None, None, None]
+    # All three read the input, not each other: a chain would be recomputed for every neighbor.
+    return jnp.where(
+        per_image < OP["Brightness"],
+        _warp(images, op, magnitude),
+        jnp.where(
+            per_image <= OP["Sharpness"],
+            enhance(images, op, 1 + magnitude),
+            _tone_curve(images, op, magnitude),
+        ),
+    )
+
+
+def _warp(images, op, magnitude):
+    """Applies the geometric operations, identity for the rest: PIL's nearest affine transform.
+
+    PIL maps an output pixel's center to the input in 16.16 fixed point and takes the pixel it falls
+    in, or black outside the image.
+    """
+    _, height, width, _ = images.shape
+
+    def on(name, value=magnitude):
+        return jnp.where(op == OP[name], value, 0.0)
+
+    angle = on("Rotate") * (math.pi / 180)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    pixels = jnp.trunc(magnitude)
+    x_by_y, y_by_x = on("ShearX") - sin, on("ShearY") + sin
+    # Where the center of output pixel (0, 0) falls: rotations turn about the image's center.
+    x_start = (cos + x_by_y) / 2 - on("TranslateX", pixels)
+    y_start = (cos + y_by_x) / 2 - on("TranslateY", pixels)
+    x_start += (1 - cos) * (width / 2) + sin * (height / 2)
+    y_start += (1 - cos) * (height / 2) - sin * (width / 2)
+
+    def fixed(value):
+        return jnp.floor(value * 65536 + 0.5).astype(jnp.int32)[:, None, None]
+
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
+    x_in = (fixed(x_start) + fixed(cos) * x + fixed(x_by_y) * y) >> 16
+    y_in = (fixed(y_start) + fixed(y_by_x) * x + fixed(cos) * y) >> 16
+    inside = (x_in >= 0) & (x_in < width) & (y_in >= 0) & (y_in < height)
+    y_in, x_in = jnp.where(inside, y_in, 0), jnp.where(inside, x_in, 0)
+    warped = jax.vmap(lambda image, y, x: image[y, x])(images, y_in, x_in)
+    return jnp.where(inside[..., None], warped, jnp.uint8(0))
+
+
+def _gray(images):
+    """Returns int32[B,H,W,1]: PIL's convert("L"), ITU-R 601-2 luma in 16 bits."""
+    weighted = images.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
+    return (weighted.sum(axis=-1, keepdims=True) + 0x8000) >> 16
+
+
+def _smooth(pixels):
+    """Applies PIL's ImageFilter.SMOOTH to int32[B,H,W,3]; border pixels keep their values.
+
+    The kernel is 3x3 ones with a 5 in the middle, divided by 13; the result is rounded.
+    """
+    height, width = pixels.shape[1:3]
+    window = sum(
+        pixels[:, y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3)
+    )
+    smooth = (2 * (window + 4 * pixels[:, 1:-1, 1:-1]) + 13) // 26
+    return pixels.at[:, 1:-1, 1:-1].set(smooth)
+
+
+def enhance(images, op, factor):
+    """Applies PIL's ImageEnhance for the op, int32[B], of each image with factor float32[B].
+
+    It moves an image away from (factor > 1) or toward (factor < 1) a degenerate one: black for
+    Brightness, gray for Color, its mean gray for Contrast, smoothed for Sharpness.
+    """
+    _, height, width, _ = images.shape
+    pixels, gray = images.astype(jnp.int32), _gray(images)
+    count = height * width
+    mean = (2 * gray.sum(axis=(1, 2), keepdims=True) + count) // (2 * count)
+    op = op[:, None, None, None]
+    degenerate = jnp.where(
+        op == OP["Sharpness"],
+        _smooth(pixels),
+        jnp.where(op == OP["Color"], gray, jnp.where(op == OP["Contrast"], mean, 0)),
+    )
+    product = factor[:, None, None, None] * (pixels - degenerate).astype(jnp.float32)
+    # PIL rounds the product, then the sum. A compiler would fuse both into one rounding and
+    # sometimes be off by a level. It cannot see through this maximum, which only changes -0.0.
+    bits = lax.bitcast_convert_type(product, jnp.int32)
+    product = lax.bitcast_convert_type(jnp.maximum(bits, -0x7FFFFFFF), jnp.float32)
+    return jnp.clip(degenerate.astype(jnp.float32) + product, 0, 255).astype(jnp.uint8)
+
+
+def _tone_curve(images, op, magnitude):
+    """Applies Posterize, Solarize, AutoContrast, Equalize, and Invert, identity for the rest.
+
+    As in PIL's ImageOps, each is a table of 256 values per image and channel, looked up once.
+    """
+    batch, _, _, channels = images.shape
+    flat = images.reshape(batch, -1, channels).astype(jnp.int32)
+    value = jnp.arange(256)[:, None]  # tables are [B, 256, C]
+    op, magnitude = op[:, None, None], magnitude[:, None, None]
+    low, high = flat.min(axis=1, keepdims=True), flat.max(axis=1, keepdims=True)
+    dropped = 8 - jnp.round(magnitude).astype(jnp.int32)
+    curves = {
+        "Posterize": (value >> dropped) << dropped,
+        "Solarize": jnp.where(value < magnitude, value, 255 - value),
+        "AutoContrast": _autocontrast_curve(value, low, high),
+        "Equalize": _equalize_curve(value, flat, high),
+        "Invert": 255 - value,
+    }
+    table = jnp.broadcast_to(value, (batch, 256, channels))
+    for name, curve in curves.items():
+        table = jnp.where(op == OP[name], curve, table)
+    looked_up = jnp.take_along_axis(table.astype(jnp.uint8), flat, axis=1)
+    return looked_up.reshape(images.shape)
+
+
+def _autocontrast_curve(value, low, high):
+    """Returns int32[B,256,C]: stretches low .. high, int32[B,1,C], to 0 .. 255."""
+    span = jnp.maximum(high - low, 1)
+    above = jnp.clip(value - low, 0, span)
+    gcd, start, too_low = map(jnp.asarray, _autocontrast_ties())
+    stretched = _divide(255 * above, span)
+    exact = stretched * span == 255 * above  # there PIL's float64 may fall just below
+    tie = start[span] + low * (gcd[span] + 1) + _divide(above * gcd[span], span)
+    return jnp.where(high > low, stretched - (exact & too_low[tie]), value)
+
+
+def _equalize_curve(value, flat, high):
+    """Returns int32[B,256,C] from the histogram of flat, int32[B,HW,C], with maximum `high`."""
+    _, num_pixels, channels = flat.shape
+    # A scatter: on a CPU, 10 to 200 times as fast as sorting or comparing with all 256 values.
+    zeros = jnp.zeros((256, channels), jnp.int32)
+    count = jax.vmap(lambda v: zeros.at[v, jnp.arange(channels)].add(1))(flat)
+    step = (num_pixels - jnp.take_along_axis(count, high, axis=1)) // 255
+    below = jnp.cumsum(count, axis=1) - count
+    curve = jnp.minimum(_divide(step // 2 + below, jnp.maximum(step, 1)), 255)
+    return jnp.where(step > 0, curve, value)
+
+
+def _divide(n, d):
+    """Returns n // d of integers, 0 <= n < 2**22 and 0 < d, in float32, which vectorizes.
+
+    The half keeps an exact quotient from rounding to below itself.
+    """
+    return ((n + 0.5) / d).astype(jnp.int32)
+
+
+@functools.cache
+def _autocontrast_ties():
+    """Tabulates where PIL's `int(value * scale + offset)` in float64 is one below the exact value.
+
+    The exact value, 255 (value - low) / span, is an integer only where value - low is a multiple of
+    span / gcd(span, 255). Returns (gcd[span], start[span], too_low): the entry of `too_low` at
+    start + low (gcd + 1) + multiple is True if PIL's value is one too low.
+    """
+    gcd = np.gcd(np.arange(256), 255)
+    start = np.cumsum((256 - np.arange(256)) * (gcd + 1))
+    start = np.concatenate([[0], start[:-1]])
+    too_low = []
+    for span in range(256):
+        low, multiple = np.arange(256 - span)[:, None], np.arange(gcd[span] + 1)
+        scale = 255.0 / max(span, 1)
+        computed = (low + multiple * (span // gcd[span])) * scale + -low * scale
+        too_low.append((computed.astype(np.int32) < multiple * (255 // gcd[span])).ravel())
+    return gcd.astype(np.int32), start.astype(np.int32), np.concatenate(too_low)
+
+
+def shift_hue(images, shift):
+    """Adds shift, int32[B], modulo 256 to the hue byte of each image in PIL's HSV.
+
+    Equals convert("HSV"), an addition in numpy, and convert("RGB").
+    """
+    red, green, blue = jnp.moveaxis(images.astype(jnp.int32), -1, 0)
+    value = jnp.maximum(red, jnp.maximum(green, blue))
+    chroma = value - jnp.minimum(red, jnp.minimum(green, blue))
+    sixths = jnp.where(
+        value == red,
+        green - blue + jnp.where(green < blue, 6 * chroma, 0),
+        jnp.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green),
+    )  # the hue in units of 1 / (6 chroma), below 6 chroma
+    hue = jnp.asarray(_hue_bytes())[3 * chroma * (chroma - 1) + sixths].astype(jnp.int32)
+    hue = jnp.where(chroma == 0, 0, hue)
+    hue = (hue + shift[:, None, None]) & 255
+    saturation = _divide(255 * chroma, jnp.maximum(value, 1))
+
+    sector = lax.div(6 * hue, 255)
+    rest = 6 * hue - 255 * sector
+
+    def darker(share):  # value * (1 - share / 255**2), rounded; never half-way
+        return lax.div(2 * value * (65025 - share) + 65025, 130050)
+
+    p, q, t = darker(255 * saturation), darker(saturation * rest), darker(saturation * (255 - rest))
+    sector = jnp.where(sector == 6, 0, sector)
+    channels = ((value, q, p, p, t, value), (t, value, value, q, p, p), (p, p, t, value, value, q))
+    return jnp.stack([_choose(sector, c) for c in channels], axis=-1).astype(jnp.uint8)
+
+
+def _choose(index, values):
+    """Returns values[index] elementwise, for index int32[...] and a sequence of arrays [...]."""
+    chosen = values[0]
+    for i, value in enumerate(values[1:], start=1):
+        chosen = jnp.where(index == i, value, chosen)
+    return chosen
+
+
+@functools.cache
+def _hue_bytes():
+    """Tabulates PIL's hue byte for a hue of n / (6 chroma), at index 3 chroma (chroma - 1) + n.
+
+    PIL rounds to float32 on the way, so where 255 n / (6 chroma) is an integer the byte is
+    sometimes one below it. No arithmetic on the device would reproduce that everywhere.
+    """
+    chroma = np.repeat(np.arange(1, 256), 6 * np.arange(1, 256))
+    n = np.arange(len(chroma)) - 3 * chroma * (chroma - 1)
+    primary = 2 * ((n + chroma) // (2 * chroma))  # the nearest of red 0, green 2, blue 4, red 6
+    offset = n - primary * chroma
+    from_primary = ((chroma - np.abs(offset)) / chroma).astype(np.float32)
+    hue = (primary % 6 + np.sign(offset) * (1 - from_primary.astype(np.float64))).astype(np.float32)
+    hue = np.fmod(hue.astype(np.float64) / 6 + 1, 1).astype(np.float32)
+    return (hue.astype(np.float64) * 255).astype(np.uint8)
