@@ -93,6 +93,17 @@ def test_crops_belong_to_the_example_and_the_epoch(cropped):
         np.testing.assert_array_equal(a["image"][8:], b["image"])
 
 
+def test_alternating_flip_is_rejected_with_decoded_crops():
+    """It recognizes an image by its pixels, and these change with every crop."""
+    c = config_lib.defaults()
+    c.data.streaming, c.data.image_size = True, 32
+    c.augment.crop, c.augment.flip = "decoded", "random"
+    config_lib.validate(c)
+    c.augment.flip = "alternating"
+    with pytest.raises(UserError, match=r"flip=alternating .* use flip=random"):
+        config_lib.validate(c)
+
+
 def test_boxes_are_random_resized_crops():
     rng = np.random.default_rng(0)
     areas, aspects = [], []

@@ -213,6 +213,11 @@ def validate(config):
             "config.augment.crop=decoded needs config.data.streaming=true and a "
             "config.data.image_size, which it scales to"
         )
+    if config.augment.crop == "decoded" and config.augment.flip == "alternating":
+        raise UserError(
+            "config.augment.flip=alternating knows an image by its stored pixels, which "
+            "config.augment.crop=decoded replaces: use flip=random"
+        )
     at_least("batch_size", config.batch_size, config.accumulate_steps)
     at_least("seed", config.seed, 0, below=2**31)
     at_least("steps", config.steps, 0)
