@@ -13,6 +13,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import mmap
 import multiprocessing
@@ -34,12 +35,13 @@ import numpy as np
 from vit_jax.errors import UserError
 
 _BLOCK = 256  # images one thread decodes at a time
-_FOLDER_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+_FOLDER_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # Of 8 bits a sample or fewer. Left out: 16 and 32 bits, where a cast would only clip, and LAB, HSV.
 _IMAGE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-MAX_PIXELS = 100_000_000  # of an image: a few bytes of a file can ask for more memory than there is
+# Per image. A few kilobytes can decode to more memory than the machine has.
+MAX_PIXELS = 100_000_000
 _AGAIN = "copy or prepare the data set again"
 _WAYS = (
     "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run where the network is"
@@ -355,46 +357,77 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def _open_folder(root: Path) -> Source:
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: give a folder that holds class folders")
-
-    def subfolders(folder):
-        return [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-
-    folders = {p.name: p for p in subfolders(root) if p.name in _FOLDER_SPLITS and subfolders(p)}
-    folders = dict(sorted(folders.items())) or {"train": root}
-    class_names = sorted({p.name for folder in folders.values() for p in subfolders(folder)})
+    folders = _split_folders(root)
+    class_folders = {split: _subfolders(folder) for split, folder in folders.items()}
+    class_names = sorted({printable(p.name) for ps in class_folders.values() for p in ps})
     if not class_names:
         raise UserError(f"folder {root} holds no class folders: put each class in one of its own")
     files = {}  # split -> [(path relative to root, label)]
-    for split, folder in folders.items():
-        files[split] = []
-        for class_folder in subfolders(folder):
-            found = [
-                p.relative_to(root)
-                for p in class_folder.rglob("*")
-                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-            ]
-            if not found:
-                suffixes = " ".join(IMAGE_SUFFIXES)
-                raise UserError(
-                    f"{class_folder} holds no images ({suffixes}): add some or remove it"
-                )
-            files[split] += [(p, class_names.index(class_folder.name)) for p in found]
+    for split, paths in class_folders.items():
+        files[split] = [
+            (path.relative_to(root), class_names.index(printable(class_folder.name)))
+            for class_folder in paths
+            for path in _image_files(class_folder)
+        ]
         # By a hash of the path: the same everywhere, and any slice holds all classes.
-        files[split].sort(key=lambda item: hashlib.sha256(item[0].as_posix().encode()).digest())
+        files[split].sort(key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
 
     def read(split, start, stop):
         for path, label in files[split][start:stop]:
-            where = str(root / path)
-            yield where, functools.partial(read_image, where), label
+            where = printable(root / path)
+            yield where, functools.partial(read_image, root / path, where), label
 
     return Source(
-        title=f"folder {root}",
+        title=f"folder {printable(root)}",
         class_names=tuple(class_names),
         shard_lengths={split: [len(items)] for split, items in files.items()},
-        cache_dirs=[_user_cache(f"folder-{root.name}", root)],
+        cache_dirs=[_user_cache(f"folder-{printable(root.name)}", root)],
         fingerprint=lambda split: _fingerprint(root, [p for p, _ in files[split]], class_names),
         open=lambda split: functools.partial(read, split),
     )
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """{split: its folder of class folders}; a root without split folders is the split "train"."""
+    subfolders = _subfolders(root)
+    splits = [p for p in subfolders if p.name.lower() in _FOLDER_SPLITS and _subfolders(p)]
+    others = [printable(p.name) for p in subfolders if p not in splits]
+    if splits and others:
+        raise UserError(
+            f"folder {printable(root)} mixes the splits {', '.join(p.name for p in splits)} with"
+            f" other folders ({', '.join(others[:5])}): move those out of it; or, if all are"
+            " classes, put them in a folder called train"
+        )
+    return {p.name: p for p in splits} or {"train": root}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, none of them hidden."""
+
+    def stop(error):
+        raise UserError(f"{printable(folder)} cannot be read ({_one_line(error)}): {_AGAIN}")
+
+    found = []
+    for parent, subfolders, names in os.walk(folder, onerror=stop):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    if not found:
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        raise UserError(f"{printable(folder)} holds no images ({suffixes}): add some or remove it")
+    return found
+
+
+def printable(path) -> str:
+    """A path as text that any stream takes: bytes that are not UTF-8 become escapes, as \\xe9."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def read_image(file, where=None) -> np.ndarray:
@@ -405,15 +438,11 @@ def read_image(file, where=None) -> np.ndarray:
     Raises UserError, which names it, for a file that is damaged, of another format than those of
     `_IMAGE_FORMATS`, of samples that have no 8-bit meaning, or of more than MAX_PIXELS.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     where = where or file
     try:
-        # Only these formats: Pillow would start Ghostscript for an EPS that is called .png.
-        with Image.open(file, formats=_IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+        with _open_image(file) as image:
             if image.mode not in _IMAGE_MODES:
                 raise ValueError(f"samples of mode {image.mode}, not 8 bits each")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -422,6 +451,22 @@ def read_image(file, where=None) -> np.ndarray:
             f"{where} is no image to train on ({_one_line(error)}): mend or remove it;"
             " training leaves such images out with --config.data.on_bad_image=skip"
         ) from error
+
+
+def _open_image(file):
+    """A Pillow image of which only the header is read. Raises for more than MAX_PIXELS."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Only these formats: Pillow would start Ghostscript for an EPS that is called .png.
+        image = Image.open(file, formats=_IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not a file of {', '.join(_IMAGE_FORMATS)}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+    return image
 
 
 # TensorFlow Datasets.
@@ -496,9 +541,9 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
 
 def _decode_image(encoded: bytes, channels: int, where: str) -> np.ndarray:
     """uint8[H, W, channels]; as TFDS does, without turning by EXIF orientation."""
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))  # cv2 reads it once
     import cv2
 
+    _guarded(where, _open_image, io.BytesIO(encoded))  # cv2's own limit is fixed at its import
     flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}
     flag = flags[channels] | cv2.IMREAD_IGNORE_ORIENTATION if channels in flags else -1
     image = _guarded(where, cv2.imdecode, np.frombuffer(encoded, np.uint8), flag)
@@ -654,7 +699,7 @@ def _reachable(url: str) -> bool:
 
 def _user_cache(name: str, path: Path | None = None) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax"
-    digest = "-" + hashlib.sha256(str(path).encode()).hexdigest()[:12] if path else ""
+    digest = "-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:12] if path else ""
     return root / (name + digest)
 
 
