@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--name", default="cifar10", help="the data set: cifar10, shapes10, ...")
     parser.add_argument("--data-dir", help="default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     args = parser.parse_args()
-    split = data.load_split(args.name, "test", data_dir=args.data_dir)
+    split = data.open_split(args.name, "test", data_dir=args.data_dir)
     # The first of each class, as many as there is room for.
     first = np.unique(np.asarray(split.labels), return_index=True)[1][:NUM_IMAGES]
     page = draw(np.asarray(split.images)[first])

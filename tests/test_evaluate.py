@@ -61,13 +61,13 @@ def test_streamed_run_decodes_only_the_split_and_caches_nothing(streamed, monkey
         decoded.append(str(file))
         return read_image(file, *args)
 
-    monkeypatch.setattr(data, "read_image", counted)
+    monkeypatch.setattr(data.folder, "read_image", counted)
     examples, _ = evaluate.load_examples(streamed, split="train[90%:]")
     logits, labels, indices = evaluate.classify_examples(streamed, examples)
     assert len(logits) == len(labels) == 9 and len(set(decoded)) == 9
     assert not (tmp_path / "cache").exists()
     images, again = examples.examples(indices[:2])
-    resident = data.load_split(streamed.config.data.name, "train[90%:]")
+    resident = data.open_split(streamed.config.data.name, "train[90%:]")
     np.testing.assert_array_equal(images, resident.images[:2])
     np.testing.assert_array_equal(labels, resident.labels)
     np.testing.assert_array_equal(labels[:2], again)
@@ -79,7 +79,7 @@ def test_streamed_evaluation_skips_bad_images_if_the_run_did(streamed, tiny_fold
     for name in ("0.png", "3.png"):
         (tmp_path / "test" / "red" / name).write_bytes(b"no image")
     examples, _ = evaluate.load_examples(streamed, str(tmp_path))
-    with pytest.raises(UserError, match="is no image"):
+    with pytest.raises(UserError, match="is not a usable image"):
         evaluate.classify_examples(streamed, examples)
     streamed.config.data.on_bad_image = "skip"
     examples, _ = evaluate.load_examples(streamed, str(tmp_path))

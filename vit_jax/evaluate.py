@@ -13,7 +13,7 @@ import pathlib
 import jax
 import numpy as np
 
-from vit_jax import data, mesh, step, stream
+from vit_jax import data, mesh, step
 from vit_jax.classify import make_classify
 from vit_jax.errors import UserError, run_command
 from vit_jax.loading import load
@@ -50,7 +50,7 @@ def make_evaluate(eval_step, the_mesh, *, num_seeds=1):
 
 def batch_order(num_examples, batch_size, the_mesh):
     """int32[steps, B]: every index once, in order; B is the batch size rounded up to the mesh."""
-    return data.eval_indices(num_examples, batch_size + -batch_size % the_mesh.size)
+    return data.eval_order(num_examples, batch_size + -batch_size % the_mesh.size)
 
 
 def resident_batches(split_data, order, the_mesh):
@@ -61,7 +61,7 @@ def resident_batches(split_data, order, the_mesh):
 
 
 def load_examples(loaded, name=None, split=None):
-    """Returns the split a model is evaluated on, as (data.Dataset or stream.Stream, split name).
+    """Returns the split a model is evaluated on, as (data.Dataset or data.Stream, split name).
 
     A run that streamed its data is evaluated on a Stream: only the images of the split are
     decoded, as they are classified, and nothing is cached.
@@ -86,13 +86,13 @@ def load_examples(loaded, name=None, split=None):
         if folder.is_dir():
             name = f"folder:{folder}"
             split = split or ("test" if (folder / "test").is_dir() else "train")
-    read = stream.open_stream if config.data.streaming else data.load_split
-    examples = read(
+    examples = data.open_split(
         name,
         split or "test",
         data_dir=config.data.dir or None,
         image_size=image_size or None,
         skip_bad=config.data.on_bad_image == "skip",
+        streaming=config.data.streaming,
     )
     strangers = set(examples.class_names) - set(loaded.class_names)
     if strangers:
@@ -120,7 +120,7 @@ def classify_examples(loaded, examples):
     """
     config = loaded.config
     classify = make_classify(loaded, batch_size=config.eval_batch_size)
-    order = data.eval_indices(examples.num_examples, config.eval_batch_size)
+    order = data.eval_order(examples.num_examples, config.eval_batch_size)
     logits, labels, indices = [], [], []
     for rows, batch in zip(order, _batches(examples, order, config), strict=True):
         valid = batch["mask"]
@@ -136,10 +136,10 @@ def classify_examples(loaded, examples):
 
 def _batches(examples, order, config):
     """Yields {"image", "label", "mask"} on the host for each row of `order`."""
-    if isinstance(examples, stream.Stream):
+    if isinstance(examples, data.Stream):
         threads, rows = config.data.streaming_threads, np.arange(order.shape[1])
         steps = range(len(order))
-        yield from stream.batches(examples, order.__getitem__, steps, rows=rows, threads=threads)
+        yield from examples.batches(order.__getitem__, steps, rows=rows, threads=threads)
         return
     for indices in order:
         images, labels = examples.examples(indices)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from vit_jax import shapes10
+from vit_jax.data import shapes10
 
 # SHA-256 of the images of each split in draw_split's order; a new value is a new data set version.
 SHA256 = {
@@ -109,7 +109,7 @@ def offline(*args, **kwargs):
     raise AssertionError("network used")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = offline
 import tensorflow_datasets as tfds
-from vit_jax import shapes10
+from vit_jax.data import shapes10
 shapes10.SPLIT_SIZES = {{"train": 20, "test": 10}}
 builder = tfds.builder("shapes10", data_dir={str(tmp_path)!r}, file_format="array_record")
 builder.download_and_prepare()
