@@ -9,7 +9,7 @@ import pytest
 
 from vit_jax.data import shapes10
 
-# SHA-256 of the images of each split in draw_split's order; a new value is a new data set version.
+# SHA-256 of the images of each split in draw_split's order; a new value is a new dataset version.
 SHA256 = {
     "train": "75bdf7b6709a280e50d9d3bea4daf7a6f6dd586b63308c7a0c29e2828ff0ba37",
     "test": "6bfa1bc7a03ad6a66598ab862c64b55ff7261a32ed3cd18b515b2020efd8bc55",
