@@ -135,7 +135,7 @@ def main():
         help="dataset directory (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
     )
     args = parser.parse_args()
-    split = data.load_split(args.name, "test", data_dir=args.data_dir)
+    split = data.open_split(args.name, "test", data_dir=args.data_dir)
     # The first image of each class, up to NUM_IMAGES.
     first = np.unique(np.asarray(split.labels), return_index=True)[1][:NUM_IMAGES]
     page = draw(np.asarray(split.images)[first])

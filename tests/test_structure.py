@@ -11,10 +11,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
-    0: {"errors", "shapes10", "scores", "attention", "notebook_torch", "peaks"},
+    0: {"errors", "scores", "attention", "notebook_torch", "peaks"},
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
     | {"distributed", "stopping", "figures"},
-    2: {"config", "stream", "classify"},
+    2: {"config", "classify"},
     3: {"step", "loading", "weights"},
     4: {"evaluate", "export", "predict", "demo"},
     5: {"run", "sweep"},

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import augment, checkpoint, data
+from vit_jax import augment, checkpoint
 from vit_jax import config as config_lib
 from vit_jax import train as train_lib
+from vit_jax.data.tfds import TFRecordFile
 from vit_jax.errors import UserError
 from vit_jax.run import header, setup
 from vit_jax.train import train
@@ -431,7 +432,7 @@ def events(workdir):
 
     found = {}
     for path in workdir.glob("events.out.tfevents.*"):
-        records = data._TFRecordFile(str(path))
+        records = TFRecordFile(str(path))
         for event in map(Event.FromString, records.__getitems__(range(len(records)))):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value))

@@ -95,7 +95,7 @@ def main():
         sys.exit(f"torch {torch.__version__} does not see the GPU that jax trains on")
     torch.manual_seed(spec["seed"])
     where = {k: spec["data"][k] or None for k in ("data_dir", "image_size")}
-    split = data.load_split(spec["data"]["name"], spec["data"]["split"], **where)
+    split = data.open_split(spec["data"]["name"], spec["data"]["split"], **where)
     steps = (written if spec["variant"] == "written" else best)(split, spec, device)
     about = f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
     print(json.dumps({"about": about}), flush=True)

@@ -19,7 +19,7 @@ def prepare(image, image_shape):
     H, W, C = image_shape
     if C not in (1, 3):
         raise UserError(f"the model takes images of {C} channels, an image file has 3")
-    image = data.fit(image, H, W)
+    image = data.center_crop_resize(image, H, W)
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if C == 1 else image
 
 

@@ -342,6 +342,11 @@ def validate(config: ConfigDict) -> None:
             "config.augment.crop=decoded needs config.data.streaming=true and "
             "config.data.image_size, the size it resizes to"
         )
+    if a.crop == "decoded" and a.flip == "alternating":
+        raise UserError(
+            "config.augment.flip=alternating identifies an image by its stored pixels, which "
+            "config.augment.crop=decoded replaces: use flip=random"
+        )
     if (a.mixup_alpha or a.cutmix_alpha) and c.batch_size < 2:
         raise UserError(
             "config.augment mixes pairs of images, but config.batch_size is 1: raise it, or set "

@@ -254,7 +254,7 @@ def add_curves(page, runs):
             page.figure(name, title, figures.curves(series, ylabel=ylabel, log=log), caption)
 
 
-def add_evaluation(page, loaded, examples, labels, logits, result, split):
+def add_evaluation(page, loaded, images_at, labels, logits, result, split):
     """Confusions, classes, calibration and the most confident mistakes."""
     names = loaded.class_names
     low, high = result["accuracy_interval"]
@@ -303,7 +303,7 @@ def add_evaluation(page, loaded, examples, labels, logits, result, split):
         page.figure(
             "mistakes",
             "Most confident mistakes",
-            figures.pictures([examples.images[i] for i in worst], captions),
+            figures.pictures(list(images_at(worst)), captions),
             "What the model said and how sure it was; beneath, the label.",
         )
 
@@ -582,15 +582,18 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
             said.append(f"Nothing to look into: {e}.")
         else:
             try:
-                examples, labels, shown_split = evaluate.load_examples(loaded, name, split)
+                examples, shown_split = evaluate.load_examples(loaded, name, split)
+                logits, labels, indices = evaluate.classify_examples(loaded, examples)
             except UserError as e:
                 said.append(f"Not evaluated, the data cannot be read: {e}.")
                 add_weights(page, loaded)
             else:
-                classify = make_classify(loaded, batch_size=loaded.config.eval_batch_size)
-                logits = classify(examples.images)
+
+                def images_at(rows):
+                    return examples.examples(indices[rows])[0]
+
                 result = scores.score(logits, labels, loaded.class_names)
-                add_evaluation(page, loaded, examples, labels, logits, result, shown_split)
+                add_evaluation(page, loaded, images_at, labels, logits, result, shown_split)
                 # The first image of each class, then others, in the split's order.
                 first = np.sort(np.unique(labels, return_index=True)[1])
                 order = np.r_[first, np.setdiff1d(np.arange(min(32, len(labels))), first)][:64]
@@ -598,10 +601,10 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
                 captions = [
                     (names[labels[i]], f"seen as {names[logits[i].argmax()]}") for i in order
                 ]
-                add_attention(page, loaded, examples.images[order], captions)
+                add_attention(page, loaded, images_at(order), captions)
                 add_weights(page, loaded)
                 some = slice(NUM_GRADIENT_IMAGES)
-                add_gradients(page, loaded, examples.images[some], labels[some])
+                add_gradients(page, loaded, images_at(some), labels[some])
         add_identity(page, records)
     page.end()
     path = folder / "index.html"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import augment, data, optim, stream
+from vit_jax import augment, data, optim
 from vit_jax import config as config_lib
 from vit_jax import mesh as mesh_lib
 from vit_jax import weights as weights_lib
@@ -42,9 +42,9 @@ class Run:
     config: Any
     mesh: jax.sharding.Mesh
     model: VisionTransformer
-    train: data.Dataset | stream.Stream
-    val: data.Dataset | stream.Stream | None
-    test: data.Dataset | stream.Stream | None
+    train: data.Dataset | data.Stream
+    val: data.Dataset | data.Stream | None
+    test: data.Dataset | data.Stream | None
     steps_per_epoch: int
     total_steps: int
     durations: dict[str, int]  # log_every, eval_every, ... in steps; 0: never
@@ -106,7 +106,7 @@ class Run:
         B is the batch size, rounded up to what the mesh and the parts of a batch divide.
         """
         n, batch_size = self.train.num_examples, self.config.batch_size
-        order = [data.epoch_indices(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
+        order = [data.epoch_order(n, batch_size, seed=int(s), epoch=epoch) for s in self.seeds]
         return self.put(self._padded(np.stack(order)))
 
     def _padded(self, order):
@@ -131,9 +131,9 @@ class Run:
         @functools.lru_cache(maxsize=2)  # at an epoch's end batches of the next are read already
         def order(epoch):
             n, c = self.train.num_examples, self.config
-            return self._padded(data.epoch_indices(n, c.batch_size, seed=c.seed, epoch=epoch))
+            return self._padded(data.epoch_order(n, c.batch_size, seed=c.seed, epoch=epoch))
 
-        crop = stream.make_crop(
+        crop = data.make_crop(
             self.config.augment,
             size=self.config.data.image_size,
             seed=self.config.seed,
@@ -148,7 +148,7 @@ class Run:
         sharding, num_rows = mesh_lib.batch_sharding(self.mesh), len(order(steps[0]))
         rows = mesh_lib.local_rows(sharding, num_rows)
         ahead, threads = collections.deque(), self.config.data.streaming_threads
-        for batch in stream.batches(split, order, steps, rows=rows, threads=threads, crop=crop):
+        for batch in split.batches(order, steps, rows=rows, threads=threads, crop=crop):
             ahead.append(mesh_lib.put_rows(batch, rows, num_rows, sharding))
             if len(ahead) > 2:
                 yield ahead.popleft()
@@ -183,7 +183,7 @@ class Run:
         """
         epoch, i = divmod(step - 1, self.steps_per_epoch)
         n, seed = self.train.num_examples, int(self.seeds[replica])
-        index = data.epoch_indices(n, self.config.batch_size, seed=seed, epoch=epoch)[i]
+        index = data.epoch_order(n, self.config.batch_size, seed=seed, epoch=epoch)[i]
         index = index[index >= 0]
         images, labels = self.train.examples(index)
         return {"image": images, "label": labels, "index": index}
@@ -209,14 +209,14 @@ def setup(config, *, devices=None, fresh=True):
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    read = stream.open_stream if config.data.streaming else data.load_split
     train, val, test = (
-        read(
+        data.open_split(
             config.data.name,
             split,
             data_dir=config.data.dir or None,
             image_size=config.data.image_size or None,
             skip_bad=config.data.on_bad_image == "skip",
+            streaming=config.data.streaming,
         )
         if split
         else None

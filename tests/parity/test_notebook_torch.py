@@ -240,7 +240,7 @@ def test_partial_last_batch(reference, make_reference, small, split):
 
 
 def test_epoch_is_782_steps_with_every_example_once():
-    indices = data.epoch_indices(50_000, 64, seed=0, epoch=0)
+    indices = data.epoch_order(50_000, 64, seed=0, epoch=0)
     assert indices.shape == (782, 64)
     assert (indices[:-1] >= 0).all()
     assert (indices[-1] >= 0).tolist() == [True] * 16 + [False] * 48
@@ -257,7 +257,7 @@ def test_evaluation_counts(torch, reference, make_reference, small, split):
     correct = (torch.max(logits, 1)[1] == targets).sum().item()
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     params = notebook_to_params(vit.state_dict())
-    ours = small.evaluate(params, data.eval_indices(208, 64))
+    ours = small.evaluate(params, data.eval_order(208, 64))
     assert (ours["correct"], ours["count"]) == (correct, 208)
     assert 0 < correct < 208
     assert abs(ours["loss"] - loss) / loss < 1e-5

@@ -1,15 +1,16 @@
-"""shapes10: a drawn data set of ten shapes, 32x32 RGB, that needs neither download nor TensorFlow.
+"""shapes10: a generated dataset of ten shapes, 32x32 RGB. It needs no download and no TensorFlow.
 
-Importing this module registers the TFDS builder `shapes10`. Each image holds one shape of random
-place, size, tilt (up to 31 degrees) and colour over a shaded background with thin lines, small
-dots and noise. It may be brighter or darker than the background, and its colour tells nothing about
-the class: the best linear classifier gets about 38% of the test split right, a small ViT over 97%.
+Importing this module registers the TFDS builder `shapes10`. Each image contains one shape with a
+random position, size, tilt (up to 31 degrees), and color over a shaded background with thin lines,
+small dots, and noise. The shape may be brighter or darker than the background, and its color is
+independent of the class: the best linear classifier reaches about 38% on the test split, a small
+ViT over 97%.
 
-    images, labels = draw_split("test")                                  # numpy alone
+    images, labels = draw_split("test")                                  # NumPy only
     Shapes10(data_dir=..., file_format="array_record").download_and_prepare()
 
-Every number comes from Philox, + - * / and sqrt in float64, which IEEE 754 rounds alike
-everywhere: the same bits on every machine. No sin, no exp, no matrix product is used for drawing.
+Every number comes from Philox, + - * /, and sqrt in float64, whose rounding IEEE 754 defines, so
+every machine draws the same bits. Drawing uses no sin, no exp, and no matrix product.
 """
 
 import io
@@ -21,7 +22,7 @@ import tensorflow_datasets as tfds
 SIDE = 32
 NAMES = ("bar", "crescent", "cross", "disc", "ell", "heart", "ring", "square", "star", "triangle")
 SPLIT_SIZES = {"train": 20_000, "test": 2_000}
-CHUNK = 500  # images drawn at once; another value draws other images
+CHUNK = 500  # images per call of the generator; another value draws other images
 
 # (cos, sin) of the outward normals of regular polygons; the first points along +y.
 TRIANGLE = ((0.0, 1.0), (-0.866025, -0.5), (0.866025, -0.5))
@@ -35,14 +36,14 @@ PENTAGON = (
 
 
 def draw_split(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draws "train" or "test": images uint8 [N, 32, 32, 3] and labels int64 [N] (0..9 in turn)."""
+    """Draws "train" or "test": images uint8[N, 32, 32, 3] and labels int64[N], 0 to 9 repeated."""
     rng = np.random.Generator(np.random.Philox(key=list(SPLIT_SIZES).index(split)))
     labels = np.arange(SPLIT_SIZES[split]) % len(NAMES)
     return draw(labels, rng), labels
 
 
 def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws one image for each label: int [N] in 0..9 -> uint8 [N, 32, 32, 3], RGB."""
+    """Draws one image per label: int[N] in 0..9 -> uint8[N, 32, 32, 3], RGB."""
     labels = np.asarray(labels)
     images = np.empty((len(labels), SIDE, SIDE, 3), np.uint8)
     for start in range(0, len(labels), CHUNK):
@@ -52,21 +53,21 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_chunk(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """int [n] -> uint8 [n, 32, 32, 3]."""
+    """Draws one image per label: int[n] -> uint8[n, 32, 32, 3]."""
     n = len(labels)
 
     def uniform(low, high, *shape):
-        """float64 [n, *shape] in [low, high)."""
+        """Returns float64[n, *shape] in [low, high)."""
         return low + (high - low) * rng.random((n, *shape))
 
-    x, y = np.meshgrid(np.arange(SIDE) - 15.5, np.arange(SIDE) - 15.5)  # pixel centres, [32, 32]
+    x, y = np.meshgrid(np.arange(SIDE) - 15.5, np.arange(SIDE) - 15.5)  # pixel centers, [32, 32]
 
     dark = uniform(0.05, 0.45, 1, 1, 3)
     light = dark + uniform(0.3, 0.5, 1, 1, 3)
     swap = uniform(0, 1, 1, 1, 1) < 0.4
     front, back = np.where(swap, dark, light), np.where(swap, light, dark)
 
-    # Background: a slope in each channel, then two thin lines and two dots in pale colours.
+    # Background: a gradient per channel, then two thin lines and two dots in pale colors.
     slope_x, slope_y = uniform(-0.005, 0.005, 2, 1, 1, 3).transpose(1, 0, 2, 3, 4)
     image = back + slope_x * x[..., None] + slope_y * y[..., None]
     for _ in range(2):
@@ -78,7 +79,7 @@ def _draw_chunk(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         dot = np.sqrt(dx * dx + dy * dy) - uniform(1, 2, 1, 1)
         image = _paint(image, dot, back + uniform(-0.25, 0.25, 1, 1, 3))
 
-    # The shape, in its own frame: moved, turned and scaled.
+    # The shape, in its own coordinates: translated, rotated, and scaled.
     radius = uniform(9, 12.5, 1, 1)
     c, s = _unit(1.0, uniform(-0.6, 0.6, 1, 1))
     dx, dy = x - uniform(-3, 3, 1, 1), y - uniform(-3, 3, 1, 1)
@@ -94,25 +95,25 @@ def _draw_chunk(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _unit(c: np.ndarray | float, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The unit vector along (c, s): the cosine and sine of its angle, each [n, 1, 1]."""
+    """Returns the unit vector along (c, s): the cosine and sine of its angle, each [n, 1, 1]."""
     length = np.sqrt(c * c + s * s)
     return c / length, s / length
 
 
-def _paint(image: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Paints `colour` [n, 1, 1, 3] where `distance` [n, 32, 32] (in pixels) is below zero.
+def _paint(image: np.ndarray, distance: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """Paints `color` [n, 1, 1, 3] where `distance` [n, 32, 32] (in pixels) is below zero.
 
     The edge is a smoothstep 1.5 pixels wide.
     """
     t = np.clip(0.5 - distance / 1.5, 0.0, 1.0)
     cover = (t * t * (3.0 - 2.0 * t))[..., None]
-    return image + cover * (colour - image)
+    return image + cover * (color - image)
 
 
 def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape that about fills the unit disc: below zero inside it.
+    """Returns the signed distance to a shape that roughly fills the unit disc; negative inside.
 
-    Exact on the outline and of slope 1 beside its edges, which is all that `_paint` needs.
+    It is exact on the outline and has slope 1 near the edges, which is all that `_paint` needs.
     """
     if name == "bar":
         return _box(x, y, 0.95, 0.28)
@@ -140,24 +141,24 @@ def _distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _disc(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the disc around 0."""
+    """Returns the signed distance to the disc around 0."""
     return np.sqrt(x * x + y * y) - radius
 
 
 def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    """Signed distance to the upright box around 0 (by its four sides: sharp corners outside)."""
+    """Returns the signed distance to the upright box around 0, by its four sides."""
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
 class Shapes10(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of `draw_split`: {"image": uint8 [32, 32, 3], "label": 0..9}."""
+    """The TFDS builder of `draw_split`: {"image": uint8[32, 32, 3], "label": 0..9}."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Drawn 32x32 images of ten shapes; colour tells nothing about the class.",
+            description="Generated 32x32 images of ten shapes; color is independent of the class.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIDE, SIDE, 3)),
@@ -171,7 +172,7 @@ class Shapes10(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLIT_SIZES}
 
     def _generate_examples(self, split: str):
-        """Yields (index, example). The image is PNG bytes: TFDS encodes arrays with TensorFlow."""
+        """Yields (index, example). Images are PNG: TFDS would encode arrays with TensorFlow."""
         for index, (image, label) in enumerate(zip(*draw_split(split), strict=True)):
             png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
             yield index, {"image": io.BytesIO(png), "label": int(label)}

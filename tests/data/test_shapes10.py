@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from vit_jax import shapes10
+from vit_jax.data import shapes10
 
-# SHA-256 of the images of each split in draw_split's order; a new value is a new data set version.
+# SHA-256 of the images of each split in draw_split's order; a new value is a new dataset version.
 SHA256 = {
     "train": "75bdf7b6709a280e50d9d3bea4daf7a6f6dd586b63308c7a0c29e2828ff0ba37",
     "test": "6bfa1bc7a03ad6a66598ab862c64b55ff7261a32ed3cd18b515b2020efd8bc55",
@@ -109,7 +109,7 @@ def offline(*args, **kwargs):
     raise AssertionError("network used")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = offline
 import tensorflow_datasets as tfds
-from vit_jax import shapes10
+from vit_jax.data import shapes10
 shapes10.SPLIT_SIZES = {{"train": 20, "test": 10}}
 builder = tfds.builder("shapes10", data_dir={str(tmp_path)!r}, file_format="array_record")
 builder.download_and_prepare()

@@ -1,4 +1,4 @@
-"""Streamed data: the batches of resident data, read ahead; images of mixed sizes; damage told."""
+"""Streamed splits: the batches of resident data, images of mixed sizes, and bad images."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vit_jax import config as config_lib
-from vit_jax import data, stream
+from vit_jax.data import epoch_order, make_crop, open_split, stream
 from vit_jax.errors import UserError
 from vit_jax.run import setup
 from vit_jax.train import train
@@ -34,9 +34,9 @@ def losses(workdir):
 
 
 @pytest.mark.parametrize("split", ["train", "train[10:40]", "test[5:]+train[:20]"])
-def test_examples_are_those_of_the_resident_split(tiny_folder, split):
-    resident = data.load_split(f"folder:{tiny_folder}", split)
-    streamed = stream.open_stream(f"folder:{tiny_folder}", split)
+def test_examples_equal_the_resident_split(tiny_folder, split):
+    resident = open_split(f"folder:{tiny_folder}", split)
+    streamed = open_split(f"folder:{tiny_folder}", split, streaming=True)
     assert streamed.num_examples == resident.num_examples
     assert streamed.image_shape == resident.image_shape == (8, 8, 3)
     for i in range(streamed.num_examples):
@@ -45,7 +45,19 @@ def test_examples_are_those_of_the_resident_split(tiny_folder, split):
         assert label == resident.labels[i]
 
 
-def test_streamed_training_is_resident_training(tiny_config, tmp_path, capsys):
+@pytest.mark.parametrize("files", ["tiny", "tiny_tfrecord"])
+def test_stream_reads_the_same_in_any_order(files, request):
+    directory = request.getfixturevalue(files)
+    whole = open_split("tiny", "train", data_dir=directory)
+    streamed = open_split("tiny", "train[100:]", data_dir=directory, streaming=True)
+    assert streamed.num_examples == 500 and streamed.class_names == whole.class_names
+    for i in (499, 0, 155, 156, 157, 499):  # across blocks of 256 and shards
+        image, label = streamed.example(i)
+        np.testing.assert_array_equal(image, whole.images[100 + i])
+        assert label == whole.labels[100 + i]
+
+
+def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsys):
     c = tiny_config
     c.steps, c.log_every = 20, "1 step"  # epochs of six batches, the last of 10
     c.save_every = "8 steps"
@@ -67,14 +79,13 @@ def cropped(photos):
     """batches(rows, start): 24 photos in batches of 16, cropped at random, up to the sixth step."""
     c = config_lib.defaults()
     c.augment.crop = "decoded"
-    crop = stream.make_crop(c.augment, size=32, seed=3, steps_per_epoch=2)
-    split = stream.open_stream(f"folder:{photos}", "train", image_size=32)
-    order = [data.epoch_indices(24, 16, seed=3, epoch=step // 2)[step % 2] for step in range(6)]
+    crop = make_crop(c.augment, size=32, seed=3, steps_per_epoch=2)
+    split = open_split(f"folder:{photos}", "train", image_size=32, streaming=True)
+    order = [epoch_order(24, 16, seed=3, epoch=step // 2)[step % 2] for step in range(6)]
 
     def batches(rows, start):
         steps = range(start, 6)
-        found = stream.batches(split, order.__getitem__, steps, rows=rows, threads=2, crop=crop)
-        return list(found)
+        return list(split.batches(order.__getitem__, steps, rows=rows, threads=2, crop=crop))
 
     return batches
 
@@ -82,18 +93,29 @@ def cropped(photos):
 def test_crops_belong_to_the_example_and_the_epoch(cropped):
     whole, part = cropped(np.arange(16), 0), cropped(np.arange(16), 3)
     assert len(whole) == 6 and len(part) == 3
-    for a, b in zip(whole[3:], part, strict=True):  # as a continued run reads them
+    for a, b in zip(whole[3:], part, strict=True):  # as a resumed run reads them
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
     assert whole[0]["image"].shape == (16, 32, 32, 3) and whole[0]["image"].dtype == np.uint8
     assert whole[1]["mask"].tolist() == [True] * 8 + [False] * 8  # 24 examples: 16 and 8
     assert (whole[0]["image"] != whole[2]["image"]).any()
-    # A second host's share are its rows of the one batch.
+    # A second host reads its rows of the same batch.
     for a, b in zip(whole, cropped(np.arange(8, 16), 0), strict=True):
         np.testing.assert_array_equal(a["image"][8:], b["image"])
 
 
-def test_boxes_are_random_resized_crops():
+def test_alternating_flip_is_rejected_with_decoded_crops():
+    """It recognizes an image by its pixels, and these change with every crop."""
+    c = config_lib.defaults()
+    c.data.streaming, c.data.image_size = True, 32
+    c.augment.crop, c.augment.flip = "decoded", "random"
+    config_lib.validate(c)
+    c.augment.flip = "alternating"
+    with pytest.raises(UserError, match=r"flip=alternating .* use flip=random"):
+        config_lib.validate(c)
+
+
+def test_boxes_match_random_resized_crop():
     rng = np.random.default_rng(0)
     areas, aspects = [], []
     for _ in range(2000):
@@ -105,7 +127,7 @@ def test_boxes_are_random_resized_crops():
         aspects.append(columns / rows)
     assert min(areas) < 0.1 and max(areas) > 0.8
     assert 0.74 < min(aspects) < 0.76 and 1.3 < max(aspects) < 1.35
-    # None of ten trials fits: the centre, as wide as it may be.
+    # None of the ten candidates fits: the center crop, as wide as allowed.
     box = stream.random_box(np.full(40, 0.999), 10, 400, (0.08, 1), (3 / 4, 4 / 3))
     assert box == (0, 193, 10, 13)
 
@@ -119,8 +141,8 @@ def test_mixed_sizes_train(photos, tiny_config, tmp_path):
 
 
 @pytest.fixture
-def damaged(tiny_config, tmp_path):
-    """The config of a run on eight streamed images, one of which is none."""
+def one_bad(tiny_config, tmp_path):
+    """The config of a run on eight streamed files, one of which is not an image."""
     folder = tmp_path / "data" / "a"
     folder.mkdir(parents=True)
     for i in range(8):
@@ -132,14 +154,14 @@ def damaged(tiny_config, tmp_path):
     return c
 
 
-def test_a_damaged_image_is_named(damaged):
-    with pytest.raises(UserError, match=r"3.png is no image"):
-        list(setup(damaged).inputs(0))
+def test_bad_image_is_named(one_bad):
+    with pytest.raises(UserError, match=r"3.png is not a usable image"):
+        list(setup(one_bad).inputs(0))
 
 
-def test_damaged_images_are_left_out_and_counted(damaged, tmp_path, capsys):
-    damaged.data.on_bad_image = "skip"
-    masks = [batch["mask"] for (batch,) in setup(damaged).inputs(0)]
+def test_bad_images_are_skipped_and_counted(one_bad, tmp_path, capsys):
+    one_bad.data.on_bad_image = "skip"
+    masks = [batch["mask"] for (batch,) in setup(one_bad).inputs(0)]
     assert sum(int(mask.sum()) for mask in masks) == 2 * 7
-    train(damaged, tmp_path / "run")
+    train(one_bad, tmp_path / "run")
     assert "1 images left out so far, as" in capsys.readouterr().out
