@@ -1,5 +1,6 @@
 """Weights from other programs' files: names, shapes, logits, refusals, and another grid or head."""
 
+import json
 import pathlib
 import pickle
 import shutil
@@ -252,6 +253,42 @@ def test_heads_are_told_where_a_file_does_not_record_them(tmp_path):
         vit_jax.load_weights(path, num_heads=5)
     save(path, layouts.from_params(random_model(width=192)[1], layouts.TIMM, num_heads=3))
     assert vit_jax.load_weights(path).model["num_heads"] == 3  # ViT-Ti
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "allowed"),
+    [
+        ("config", "image_size", "16", "a positive integer or two"),
+        ("config", "image_size", [12, 12, 3], "a positive integer or two"),
+        ("config", "hidden_act", ["gelu"], "one of gelu, "),
+        ("config", "num_attention_heads", "2", "a positive integer"),
+        ("config", "layer_norm_eps", None, "a positive number"),
+        ("config", "id2label", {"a": "cat"}, "an object from class numbers to names"),
+        ("config", "id2label", ["cat"], "an object from class numbers to names"),
+        ("preprocessor_config", "image_mean", 0.5, "a list of numbers"),
+    ],
+)
+def test_hugging_face_config_value_of_the_wrong_type_is_one_line(
+    tmp_path, name, field, value, allowed
+):
+    tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)
+    save(tmp_path / "model.safetensors", tensors)
+    fields = {"model_type": "vit", "num_attention_heads": 3, "image_size": 12}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    assert vit_jax.load_weights(tmp_path).preprocessing["mean"] == [0.5] * 3
+    changed = (fields if name == "config" else pixels) | {field: value}
+    (tmp_path / f"{name}.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"/{name}\.json: {field} must be {allowed}") as refusal:
+        vit_jax.load_weights(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_home_directory_is_expanded(google_file, monkeypatch):
+    path, params = google_file()
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert same_bits(vit_jax.load_weights(f"~/{path.name}").params, params)
 
 
 # --------------------------------------------------------------------- another grid, another head

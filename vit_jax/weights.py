@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -180,39 +181,85 @@ def _kind(arrays, path):
 
 
 def _beside(path):
-    """What the config.json and preprocessor_config.json beside a Hugging Face file tell."""
+    """Reads the config.json and preprocessor_config.json next to a Hugging Face file.
+
+    Returns the model fields and preprocessing that they specify. Raises UserError for a value of
+    the wrong type.
+    """
     told = {}
-    saved = _read_json(path.with_name("config.json"))
-    if saved.get("model_type", "vit") != "vit":
-        raise UserError(f"{path} is of model_type {saved['model_type']}, and only vit is read")
+    saved, read = _read_json(path.with_name("config.json"))
+    if (kind := saved.get("model_type", "vit")) != "vit":
+        raise UserError(f"{path} has model_type {reprlib.repr(kind)}, but only vit can be read")
     if "model_type" in saved:
-        if (activation := saved.get("hidden_act", "gelu")) not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise UserError(f"{path}: its config.json has hidden_act {activation}, not {known}")
-        size = saved.get("image_size", 224)
+        known = ", ".join(_ACTIVATIONS)
+        is_known = lambda v: isinstance(v, str) and v in _ACTIVATIONS  # noqa: E731
+        size = read("image_size", 224, _is_size, "a positive integer or two")
         told = {
-            "num_heads": saved.get("num_attention_heads", 12),
-            "norm_eps": saved.get("layer_norm_eps", 1e-12),
-            "gelu": _ACTIVATIONS[activation],
+            "num_heads": read("num_attention_heads", 12, _is_count, "a positive integer"),
+            "norm_eps": read("layer_norm_eps", 1e-12, _is_positive, "a positive number"),
+            "gelu": _ACTIVATIONS[read("hidden_act", "gelu", is_known, f"one of {known}")],
             "image_size": tuple(size) if isinstance(size, list) else (size, size),
         }
-        if names := saved.get("id2label"):
-            told["class_names"] = [names[i] for i in sorted(names, key=int)]
-    saved = _read_json(path.with_name("preprocessor_config.json"))
+        labels = read("id2label", None, _is_id2label, "an object from class numbers to names")
+        if labels:
+            told["class_names"] = [labels[i] for i in sorted(labels, key=int)]
+    saved, read = _read_json(path.with_name("preprocessor_config.json"))
     if "image_mean" in saved and "image_std" in saved:
-        mean, std = saved["image_mean"], saved["image_std"]
-        told["preprocessing"] = {"divide_by": 255, "mean": mean, "std": std}
+        told["preprocessing"] = {
+            "divide_by": 255,
+            "mean": read("image_mean", None, _is_numbers, "a list of numbers"),
+            "std": read("image_std", None, _is_numbers, "a list of numbers"),
+        }
     return told
 
 
 def _read_json(path):
-    if not path.is_file():
-        return {}
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    return saved if isinstance(saved, dict) else {}
+    """(dict, read) of a JSON file that may be absent; see `read`."""
+    saved = {}
+    if path.is_file():
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"cannot read {path}: {e}") from e
+    saved = saved if isinstance(saved, dict) else {}
+
+    def read(name, default, is_valid, allowed):
+        """The value of a name, or the default if it is absent; UserError if it is not valid."""
+        value = saved.get(name, default)
+        if not is_valid(value):
+            raise UserError(
+                f"{path}: {name} must be {allowed}, got {reprlib.repr(value)}: correct the file"
+            )
+        return value
+
+    return saved, read
+
+
+def _is_count(value):
+    return type(value) is int and value > 0
+
+
+def _is_positive(value):
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_size(value):
+    both = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(_is_count(side) for side in both)
+
+
+def _is_id2label(value):
+    return value is None or (
+        isinstance(value, dict)
+        and all(re.fullmatch("[0-9]{1,9}", number) for number in value)
+        and all(isinstance(name, str) for name in value.values())
+    )
+
+
+def _is_numbers(value):
+    return isinstance(value, list) and all(
+        type(v) in (int, float) and abs(v) < math.inf for v in value
+    )
 
 
 def _own_run(path):
@@ -234,7 +281,7 @@ def _own_file(path, arrays, metadata):
         saved = json.loads(metadata)
         fields = dict(config.from_dict({"model": saved["model"]}).model)
         return _own(layouts.unflatten(arrays), {**saved, "model": fields}, path)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not what vit_jax writes ({e})") from e
 
 

@@ -38,6 +38,17 @@ with watched:
     from vit_jax.interop import layouts
     from vit_jax.model import init_params, make_model
 
+# The fields that load_weights reads from config.json and preprocessor_config.json.
+HUGGING_FACE = {
+    "model_type": "vit",
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "image_size": 8,
+    "id2label": {"0": "a", "1": "b"},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 SECONDS = 20  # an input that takes longer hangs
 
 
@@ -92,12 +103,16 @@ class Targets:
         )
         fields = list(config.field_names(c))
         settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
+        (folder / "in" / "huggingface").mkdir()
+        hugging = layouts.from_params(params, layouts.HUGGINGFACE, num_heads=2)
+        (folder / "in" / "huggingface" / "model.safetensors").write_bytes(save(hugging))
         self.seeds = {
             "override": settings,
             "recipe_json": [json.dumps(c.to_dict()).encode()],
             "image": images,
             "npz": [npz.getvalue()],
             "safetensors": [save(flat), save(flat, {"vit_jax": json.dumps(saved)})],
+            "huggingface": [json.dumps(HUGGING_FACE).encode()],
             "checkpoint": [self.saved.read_bytes()],
             "metrics": [lines.encode()],
         }
@@ -125,6 +140,12 @@ class Targets:
         path = self.folder / "in" / "weights.safetensors"
         path.write_bytes(given)
         weights.load_weights(path, num_heads=2)
+
+    def huggingface(self, given):
+        folder = self.folder / "in" / "huggingface"
+        for name in ("config.json", "preprocessor_config.json"):
+            (folder / name).write_bytes(given)
+        weights.load_weights(folder)
 
     def checkpoint(self, given):
         self.saved.write_bytes(given)
@@ -215,13 +236,25 @@ def texts_of(names):
     return st.tuples(names, values).map(lambda t: "=".join(t).encode(errors="replace"))
 
 
+def values_in(names):
+    """A strategy for JSON values of any type; objects have some of these names, or others."""
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    return st.recursive(
+        scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
+    )
+
+
+def hugging_face_jsons():
+    """A strategy for a Hugging Face config: up to three valid fields get values of any type."""
+    fields = st.sampled_from(list(HUGGING_FACE))
+    changes = st.dictionaries(fields, values_in(st.integers().map(str)), max_size=3)
+    return changes.map(lambda changes: json.dumps(HUGGING_FACE | changes).encode())
+
+
 def jsons():
     """A strategy for the JSON of a config: fields with values of any kind, and any other JSON."""
     names = st.sampled_from(list(config.field_names(config.defaults()))) | st.text(max_size=9)
-    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    value = st.recursive(
-        scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
-    )
+    value = values_in(names)
 
     def nested(flat):
         tree = {}
@@ -244,6 +277,8 @@ def strategy(targets, name):
         given |= texts_of(list(config.field_names(config.defaults())))
     if name == "recipe_json":
         given |= jsons()
+    if name == "huggingface":
+        given |= hugging_face_jsons()
     return given
 
 
