@@ -347,6 +347,12 @@ def resolution(model, image_shape):
     return (model.image_size or H, model.image_size or W, C)
 
 
+def patch_grid(model, image_shape):
+    """(rows, columns) of patches, for images of (H, W, C)."""
+    H, W, _ = resolution(model, image_shape)
+    return H // model.patch_size, W // model.patch_size
+
+
 def check_image_shape(model, image_shape):
     """Raises UserError if images of (H, W, C) do not divide into the model's patches."""
     H, W, _ = resolution(model, image_shape)
@@ -384,8 +390,8 @@ def init_params(model, key, image_shape):
 
 def num_tokens(model, image_shape):
     """N, the class token included, for images of (H, W, C)."""
-    H, W, _ = resolution(model, image_shape)
-    return (H // model.patch_size) * (W // model.patch_size) + (model.pool == "cls")
+    rows, columns = patch_grid(model, image_shape)
+    return rows * columns + (model.pool == "cls")
 
 
 def train_flops_per_image(model, image_shape):

@@ -35,8 +35,8 @@ with watched:
 
     from vit_jax import checkpoint, config, data, loading, main, metrics, weights
     from vit_jax.errors import UserError
-    from vit_jax.interop import layouts
     from vit_jax.model import init_params, make_model
+    from vit_jax.weights import layouts
 
 # The fields that load_weights reads from config.json and preprocessor_config.json.
 HUGGING_FACE = {
