@@ -22,6 +22,7 @@ import time
 
 import hypothesis
 import numpy as np
+from flax.traverse_util import flatten_dict
 from hypothesis import strategies as st
 
 if "--atheris" in sys.argv:
@@ -106,16 +107,23 @@ class Targets:
         (folder / "in" / "huggingface").mkdir()
         hugging = layouts.from_params(params, layouts.HUGGINGFACE, num_heads=2)
         (folder / "in" / "huggingface" / "model.safetensors").write_bytes(save(hugging))
+        self.own = {**{k: v for k, v in saved.items() if k != "config"}, "model": dict(c.model)}
+        self.own_tensors = flatten_dict(params, sep="/")
         self.seeds = {
             "override": settings,
             "recipe_json": [json.dumps(c.to_dict()).encode()],
             "image": images,
             "npz": [npz.getvalue()],
-            "safetensors": [save(flat), save(flat, {"vit_jax": json.dumps(saved)})],
+            "safetensors": [save(flat), self.own_file(self.own)],
             "huggingface": [json.dumps(HUGGING_FACE).encode()],
             "checkpoint": [self.saved.read_bytes()],
             "metrics": [lines.encode()],
         }
+
+    def own_file(self, metadata):
+        from safetensors.numpy import save
+
+        return save(self.own_tensors, {"vit_jax": json.dumps(metadata)})
 
     def override(self, given):
         main.parse([f"--config.{given.decode(errors='replace')}"])
@@ -244,11 +252,11 @@ def values_in(names):
     )
 
 
-def hugging_face_jsons():
-    """A strategy for a Hugging Face config: up to three valid fields get values of any type."""
-    fields = st.sampled_from(list(HUGGING_FACE))
-    changes = st.dictionaries(fields, values_in(st.integers().map(str)), max_size=3)
-    return changes.map(lambda changes: json.dumps(HUGGING_FACE | changes).encode())
+def changed(valid):
+    """A strategy for a dict in which up to three fields have values of any JSON type."""
+    values = values_in(st.sampled_from(list(valid)) | st.integers().map(str))
+    changes = st.dictionaries(st.sampled_from(list(valid)), values, max_size=3)
+    return changes.map(lambda changes: valid | changes)
 
 
 def jsons():
@@ -278,7 +286,10 @@ def strategy(targets, name):
     if name == "recipe_json":
         given |= jsons()
     if name == "huggingface":
-        given |= hugging_face_jsons()
+        given |= changed(HUGGING_FACE).map(lambda fields: json.dumps(fields).encode())
+    if name == "safetensors":
+        models = changed(targets.own["model"]).map(lambda model: targets.own | {"model": model})
+        given |= (changed(targets.own) | models).map(targets.own_file)
     return given
 
 

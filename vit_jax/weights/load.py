@@ -177,6 +177,9 @@ def _load_run(path):
 def _load_our_file(path, arrays, metadata):
     try:
         saved = json.loads(metadata)
+        H, W, C = saved["image_shape"]
+        if not all(type(size) is int and size > 0 for size in (H, W, C)):
+            raise ValueError(f"image_shape {(H, W, C)}")
         fields = dict(config.from_dict({"model": saved["model"]}).model)
         return _our_weights(arrays, {**saved, "model": fields}, path)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
