@@ -53,6 +53,15 @@ def test_hugging_face_config_value_of_the_wrong_type_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_recorded_num_heads_must_divide_the_width(tmp_path):
+    tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    fields = {"model_type": "vit", "num_attention_heads": 5, "image_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"width 24, which its config\.json divides into 5 heads"):
+        vit_jax.load_weights(tmp_path)
+
+
 def test_home_directory_is_expanded(tmp_path, monkeypatch):
     _, params = random_model(**GOOGLE)
     tensors = layouts.from_params(params, layouts.GOOGLE, num_heads=3)

@@ -106,17 +106,10 @@ def _load_layout(path, arrays, num_heads):
         recorded = huggingface.read_configs(path)
     layout, width = layouts.LAYOUTS[kind], sizes["D"]
     known = sizes["h"] or recorded.get("num_heads")
-    heads = known or num_heads or layout.num_heads or _HEADS.get(width)
-    if not heads or width % heads:
-        raise UserError(
-            f"{path} of width {width} does not record its number of heads"
-            + (f", which cannot be {heads}" if heads else "")
-            + ": pass num_heads, or set config.model.num_heads if it is config.init_from"
-        )
     fields = {
         "width": width,
         "depth": sum(name.startswith("block_") for name in params),
-        "num_heads": heads,
+        "num_heads": known or num_heads or layout.num_heads or _HEADS.get(width),
         "mlp_dim": len(params["block_0"]["mlp"]["fc1"]["bias"]),
         "patch_size": sizes["P"],
         "pool": "cls" if "cls_token" in params else "gap",
@@ -128,6 +121,7 @@ def _load_layout(path, arrays, num_heads):
         "qk_norm": False,
         "layer_scale": 1.0 if "layer_scale1" in params["block_0"] else 0.0,
     }
+    _check_heads(path, width, fields["num_heads"], known)
     names = recorded.get("class_names")
     return Weights(
         params=params,
@@ -138,6 +132,21 @@ def _load_layout(path, arrays, num_heads):
         path=str(path),
         class_names=names if names and len(names) == sizes["L"] else None,
         preprocessing=recorded.get("preprocessing"),
+    )
+
+
+def _check_heads(path, width, heads, recorded):
+    if heads and width % heads == 0:
+        return
+    if recorded:
+        raise UserError(
+            f"{path} has width {width}, which its config.json divides into {heads} heads: correct "
+            "the file"
+        )
+    raise UserError(
+        f"{path} of width {width} does not record its number of heads"
+        + (f", which cannot be {heads}" if heads else "")
+        + ": pass num_heads, or set config.model.num_heads if it is config.init_from"
     )
 
 
