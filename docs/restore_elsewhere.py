@@ -1,11 +1,11 @@
-"""A checkpoint of vit_jax, used with orbax, jax and numpy alone: no vit_jax, no target tree.
+"""A vit_jax checkpoint restored with only orbax, jax, and numpy: no vit_jax, no target tree.
 
     python restore_elsewhere.py WORKDIR/checkpoints/STEP
 
-`restore` is the whole of reading one, on any number of devices, whatever mesh the weights were
-trained on. `predict` is the plain model, to show what every array is for: patches, a learned
-position embedding, blocks, a class token or the mean of all tokens. The variants `layer_scale`,
-`qk_norm`, `pre_logits`, `stem = "conv"` and `posemb = "sincos2d"` stand in vit_jax/model.py alone.
+`restore` reads a checkpoint, on any number of devices, whatever mesh the weights were trained on.
+`predict` is the plain model and shows what every array is for: patches, a learned position
+embedding, blocks, a class token or the mean of all tokens. The variants `layer_scale`, `qk_norm`,
+`pre_logits`, `stem = "conv"`, and `posemb = "sincos2d"` are only in vit_jax/model.py.
 """
 
 import json
@@ -19,20 +19,22 @@ import orbax.checkpoint as ocp
 
 
 def restore(step_folder):
-    """(params, saved): a nested dict of float32 numpy arrays, and the JSON kept beside them."""
+    """Returns (params, saved): a nested dict of float32 numpy arrays, and the checkpoint's JSON."""
     folder = pathlib.Path(step_folder).absolute()
-    item = "ema_params" if (folder / "ema_params").is_dir() else "params"  # what was evaluated
+    item = (
+        "ema_params" if (folder / "ema_params").is_dir() else "params"
+    )  # the weights that were evaluated
     params = ocp.StandardCheckpointer().restore(folder / item)
     return params, json.loads((folder / "config" / "metadata").read_text())
 
 
 # The forward pass: 40 lines.
 def predict(params, saved, images):
-    """uint8[B, H, W, C] -> float32[B, num_classes] probabilities."""
+    """Maps uint8[B, H, W, C] to float32[B, num_classes] probabilities."""
     model, pixels = saved["config"]["model"], saved["preprocessing"]
     mean, std = np.float32(pixels["mean"]), np.float32(pixels["std"])
     x = (jnp.asarray(images, jnp.float32) / pixels["divide_by"] - mean) / std
-    if size := model.get("image_size"):  # the model's own resolution, where it has one
+    if size := model.get("image_size"):  # the model's own resolution, if it has one
         x = jax.image.resize(x, (len(x), size, size, x.shape[3]), "bilinear")
 
     def linear(x, p):

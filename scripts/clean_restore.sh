@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains two steps on 8 (virtual) devices, then restores the weights and predicts on 1 and on 3 in a
-# fresh environment that holds jax, orbax and numpy alone (from the package index):
+# fresh environment that contains only jax, orbax, and numpy (from the package index):
 #
 #     ./launch.sh scripts/clean_restore.sh [EXISTING_CLEAN_PYTHON]
 #
-# Exits 0 when all three probabilities agree to 4 digits. On the CPU, wherever it runs.
+# Exits 0 if the probabilities on 1 and on 3 devices equal ours to 4 digits. Always uses the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu
@@ -18,7 +18,7 @@ if [ $# -eq 0 ]; then
         "jax==$(python -c 'import jax; print(jax.__version__)')" \
         "orbax-checkpoint==$(python -c 'from importlib import metadata as m; print(m.version("orbax-checkpoint"))')"
 fi
-! "$clean" -c 'import flax' 2>/dev/null || { echo "error: $clean holds flax" >&2; exit 2; }
+! "$clean" -c 'import flax' 2>/dev/null || { echo "error: $clean contains flax" >&2; exit 2; }
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m vit_jax.main \
     --config configs/shapes10_vit.py --workdir "$folder/run" --config.steps=2 --config.optim.warmup= \

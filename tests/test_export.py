@@ -1,141 +1,19 @@
-"""A run written for other programs, and read back: bit for bit, whole or not at all."""
+"""The export command: formats, suffixes, and its output."""
 
 import json
-import os
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
-from test_weights import random_model, same_bits
+from small_models import same_bits
 
 import vit_jax
-from vit_jax import config
-from vit_jax.augment import normalize
 from vit_jax.errors import UserError
-from vit_jax.export import export, parse_format
-from vit_jax.loading import Loaded
+from vit_jax.export import parse_format
 from vit_jax.train import train
 
-GOOGLE = {"gelu": "tanh", "norm_eps": 1e-6}
-VARIANTS = [
-    {},
-    {"pool": "gap", "posemb": "sincos2d", "qk_norm": True},
-    {"layer_scale": 0.1, "stem": "conv", "image_size": 16},
-    {"pre_logits": 8, **GOOGLE},
-]
 
-
-def make_loaded(image_shape=(12, 12, 3), **fields):
-    """What vit_jax.load would give of a small run, with random weights."""
-    c = config.defaults()
-    sizes = {"width": 24, "depth": 2, "num_heads": 3, "mlp_dim": 96, "patch_size": 4}
-    c.model.update(sizes | fields)
-    _, params = random_model(image_shape=image_shape, **sizes | fields)
-    vit, _ = random_model(image_shape=image_shape, **sizes | fields)
-    pixels = {"divide_by": 255, "mean": list(c.data.mean), "std": list(c.data.std)}
-    saved = {"class_names": list("abcde"), "preprocessing": pixels}
-    return Loaded(vit, params, c, step=3, saved=saved | {"image_shape": list(image_shape)})
-
-
-def probabilities(loaded, images):
-    x = normalize(images, loaded.config.data.mean, loaded.config.data.std)
-    logits = jax.jit(loaded.model.apply)({"params": loaded.params}, x)
-    return np.asarray(jax.nn.softmax(logits))
-
-
-def images(count, shape=(12, 12, 3)):
-    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("fields", VARIANTS)
-def test_our_safetensors_keep_any_variant(tmp_path, fields):
-    loaded = make_loaded(**fields)
-    export(loaded, tmp_path / "vit.safetensors", "safetensors")
-    got = vit_jax.load_weights(tmp_path / "vit.safetensors")
-    assert same_bits(got.params, loaded.params) and got.kind == "vit_jax"
-    assert got.class_names == list("abcde") and got.preprocessing == loaded.preprocessing
-    assert got.make_model() == loaded.model
-
-
-@pytest.mark.parametrize(
-    ("form", "to", "fields"),
-    [
-        ("google", "vit.npz", GOOGLE),
-        ("google", "vit.npz", {"pre_logits": 8, "pool": "gap", **GOOGLE}),
-        ("timm", "vit.safetensors", {"norm_eps": 1e-6, "layer_scale": 0.1}),
-        ("huggingface", "folder", {}),
-        ("huggingface", "folder", {"gelu": "tanh", "norm_eps": 1e-7}),
-    ],
-)
-def test_theirs_come_back_bit_for_bit(tmp_path, form, to, fields):
-    loaded = make_loaded(**fields)
-    export(loaded, tmp_path / to, form)
-    got = vit_jax.load_weights(tmp_path / to, num_heads=3)
-    assert same_bits(got.params, loaded.params)
-    vit = got.make_model()
-    for name in ("num_heads", "mlp_dim", "norm_eps", "gelu", "pool", "pre_logits"):
-        assert getattr(vit, name) == getattr(loaded.model, name)
-    assert os.listdir(tmp_path) == [to]  # nothing temporary stays
-
-
-def test_sine_positions_are_written_out(tmp_path):
-    loaded = make_loaded(posemb="sincos2d")
-    export(loaded, tmp_path / "folder", "huggingface")
-    got = vit_jax.load_weights(tmp_path / "folder")
-    x = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
-    expected = loaded.model.apply({"params": loaded.params}, x)
-    logits = got.make_model().apply({"params": got.params}, x)
-    np.testing.assert_allclose(logits, expected, atol=1e-6)
-
-
-def test_the_function_runs_on_its_own(tmp_path):
-    np.save(tmp_path / "images.npy", images(7))
-    variants = [make_loaded(**fields) for fields in VARIANTS]
-    for i, loaded in enumerate(variants):
-        export(loaded, tmp_path / f"{i}.jax", "jax")
-    code = (
-        "import sys, jax.export, numpy as np\n"
-        "sys.modules.update(dict.fromkeys(['vit_jax', 'flax', 'orbax']))\n"
-        "images = np.load('images.npy')\n"
-        "for i in range(4):\n"
-        "    data = bytearray(open(f'{i}.jax', 'rb').read())\n"
-        "    predict = jax.export.deserialize(data).call\n"
-        "    np.save(f'{i}.npy', predict(images))\n"
-        "print(predict(images[:1]).shape, predict(images[:3]).shape)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout == "(1, 5) (3, 5)\n", done.stderr
-    for i, loaded in enumerate(variants):
-        expected = probabilities(loaded, images(7))
-        np.testing.assert_allclose(np.load(tmp_path / f"{i}.npy"), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("form", "fields", "says"),
-    [
-        ("huggingface", {"pool": "gap"}, "has pool=cls, this model gap"),
-        ("huggingface", {"qk_norm": True}, "has qk_norm=False, this model True"),
-        ("huggingface", {"layer_scale": 0.1}, "has layer_scale=0.0"),
-        ("huggingface", {"stem": "conv"}, "it has no place for conv_stem/conv_0/kernel"),
-        ("google", {}, "has norm_eps=1e-06, this model 1e-05"),
-        ("google", GOOGLE | {"qk_norm": True}, "no place for block_0/attn/k_norm/scale"),
-        ("timm", {"norm_eps": 1e-6, "stem": "conv"}, "it needs patch_embed/bias"),
-        ("timm", GOOGLE, "has gelu=exact, this model tanh"),
-        ("notebook", {"norm_eps": 1e-6}, "has norm_eps=1e-05"),
-        ("notebook", {"mlp_dim": 40}, "mlp_dim 4 x width"),
-    ],
-)
-def test_what_a_format_cannot_express_is_refused(tmp_path, form, fields, says):
-    with pytest.raises(UserError, match=says) as refusal:
-        export(make_loaded(**fields), tmp_path / "to", form)
-    assert "\n" not in str(refusal.value) and not os.listdir(tmp_path)
-
-
-def test_formats_and_suffixes():
+def test_format_and_suffix_must_agree():
     assert parse_format("a/vit.pt", None) == "notebook"
     assert (
         parse_format("vit.pt", "timm") == "timm" and parse_format("folder", None) == "huggingface"
@@ -146,7 +24,7 @@ def test_formats_and_suffixes():
         parse_format("vit.pt", "google")
 
 
-def test_the_command(tiny_config, tmp_path):
+def test_export_command(tiny_config, tmp_path):
     tiny_config.steps = 2
     train(tiny_config, tmp_path / "run")
 
@@ -155,10 +33,10 @@ def test_the_command(tiny_config, tmp_path):
     done = subprocess.run([*base, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder}: step 2 of {tmp_path / 'run'}, as huggingface\n"
-    told = json.loads((folder / "config.json").read_text())
-    assert told["id2label"] == {"0": "blue", "1": "green", "2": "red"}
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert same_bits(vit_jax.load_weights(folder).params, vit_jax.load(tmp_path / "run").params)
-    # Started again it refuses what is there, and changes nothing.
+    # A second run does not overwrite it.
     done = subprocess.run([*base, str(folder)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {folder} exists: name another, or remove it\n"
+    assert done.stderr == f"error: {folder} exists: give another name, or delete it\n"

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
     0: {"errors", "scores", "attention", "notebook_torch", "peaks"},
-    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
+    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics"}
     | {"distributed", "stopping", "figures"},
     2: {"config", "classify"},
     3: {"step", "loading", "weights"},

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import augment, data, mesh
+from vit_jax import model as model_lib
 from vit_jax.errors import UserError
-from vit_jax.model import resolution
 
 
 def prepare(image, image_shape):
@@ -61,5 +61,4 @@ def make_classify(loaded, *, batch_size=64, attention=False):
 
 def patch_grid(loaded):
     """(rows, columns) of the model's patches."""
-    H, W, _ = resolution(loaded.model, loaded.image_shape)
-    return H // loaded.model.patch_size, W // loaded.model.patch_size
+    return model_lib.patch_grid(loaded.model, loaded.image_shape)

@@ -336,6 +336,12 @@ def resolution(model, image_shape):
     return (model.image_size or H, model.image_size or W, C)
 
 
+def patch_grid(model, image_shape):
+    """(rows, columns) of patches, for images of (H, W, C)."""
+    H, W, _ = resolution(model, image_shape)
+    return H // model.patch_size, W // model.patch_size
+
+
 def check_image_shape(model, image_shape):
     """Raises UserError if images of (H, W, C) do not divide into the model's patches."""
     H, W, _ = resolution(model, image_shape)
@@ -382,8 +388,8 @@ def _mimetic_attention(key, D, num_heads):
 
 def num_tokens(model, image_shape):
     """Returns N, including the class token, for images of (H, W, C)."""
-    H, W, _ = resolution(model, image_shape)
-    return (H // model.patch_size) * (W // model.patch_size) + (model.pool == "cls")
+    rows, columns = patch_grid(model, image_shape)
+    return rows * columns + (model.pool == "cls")
 
 
 def train_flops_per_image(model, image_shape):

@@ -13,7 +13,6 @@ import numpy as np
 from vit_jax import augment, data, optim
 from vit_jax import config as config_lib
 from vit_jax import mesh as mesh_lib
-from vit_jax import weights as weights_lib
 from vit_jax.durations import in_steps
 from vit_jax.errors import UserError
 from vit_jax.evaluate import batch_order, make_evaluate, resident_batches
@@ -33,6 +32,7 @@ from vit_jax.step import (
     over_seeds,
     seen,
 )
+from vit_jax.weights import load_weights, start_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +280,8 @@ def setup(config, *, devices=None, fresh=True):
 
     params, start = None, ()
     if config.init_from and fresh:
-        weights = weights_lib.load_weights(config.init_from, num_heads=model.num_heads)
-        params, notes = weights_lib.start_from(weights, model, image_shape, train.class_names)
+        weights = load_weights(config.init_from, num_heads=model.num_heads)
+        params, notes = start_from(weights, model, image_shape, train.class_names)
         start = (f"{config.init_from} ({weights.kind})", *notes)
 
     def init(seed, params):

@@ -22,6 +22,7 @@ import time
 
 import hypothesis
 import numpy as np
+from flax.traverse_util import flatten_dict
 from hypothesis import strategies as st
 
 if "--atheris" in sys.argv:
@@ -35,9 +36,20 @@ with watched:
 
     from vit_jax import checkpoint, config, data, loading, main, metrics, weights
     from vit_jax.errors import UserError
-    from vit_jax.interop import layouts
     from vit_jax.model import init_params, make_model
+    from vit_jax.weights import layouts
 
+# The fields that load_weights reads from config.json and preprocessor_config.json.
+HUGGING_FACE = {
+    "model_type": "vit",
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "image_size": 8,
+    "id2label": {"0": "a", "1": "b"},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 SECONDS = 20  # an input that takes longer hangs
 
 
@@ -92,15 +104,26 @@ class Targets:
         )
         fields = list(config.FIELDS)
         settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
+        (folder / "in" / "huggingface").mkdir()
+        hugging = layouts.from_params(params, layouts.HUGGINGFACE, num_heads=2)
+        (folder / "in" / "huggingface" / "model.safetensors").write_bytes(save(hugging))
+        self.own = {**{k: v for k, v in saved.items() if k != "config"}, "model": dict(c.model)}
+        self.own_tensors = flatten_dict(params, sep="/")
         self.seeds = {
             "override": settings,
             "recipe_json": [json.dumps(c.to_dict()).encode()],
             "image": images,
             "npz": [npz.getvalue()],
-            "safetensors": [save(flat), save(flat, {"vit_jax": json.dumps(saved)})],
+            "safetensors": [save(flat), self.own_file(self.own)],
+            "huggingface": [json.dumps(HUGGING_FACE).encode()],
             "checkpoint": [self.saved.read_bytes()],
             "metrics": [lines.encode()],
         }
+
+    def own_file(self, metadata):
+        from safetensors.numpy import save
+
+        return save(self.own_tensors, {"vit_jax": json.dumps(metadata)})
 
     def override(self, given):
         main.parse([f"--config.{given.decode(errors='replace')}"])
@@ -125,6 +148,12 @@ class Targets:
         path = self.folder / "in" / "weights.safetensors"
         path.write_bytes(given)
         weights.load_weights(path, num_heads=2)
+
+    def huggingface(self, given):
+        folder = self.folder / "in" / "huggingface"
+        for name in ("config.json", "preprocessor_config.json"):
+            (folder / name).write_bytes(given)
+        weights.load_weights(folder)
 
     def checkpoint(self, given):
         self.saved.write_bytes(given)
@@ -215,13 +244,25 @@ def texts_of(names):
     return st.tuples(names, values).map(lambda t: "=".join(t).encode(errors="replace"))
 
 
+def values_in(names):
+    """A strategy for JSON values of any type; objects have some of these names, or others."""
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    return st.recursive(
+        scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
+    )
+
+
+def changed(valid):
+    """A strategy for a dict in which up to three fields have values of any JSON type."""
+    values = values_in(st.sampled_from(list(valid)) | st.integers().map(str))
+    changes = st.dictionaries(st.sampled_from(list(valid)), values, max_size=3)
+    return changes.map(lambda changes: valid | changes)
+
+
 def jsons():
     """A strategy for the JSON of a config: fields with values of any kind, and any other JSON."""
     names = st.sampled_from(list(config.FIELDS)) | st.text(max_size=9)
-    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    value = st.recursive(
-        scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
-    )
+    value = values_in(names)
 
     def nested(flat):
         tree = {}
@@ -244,6 +285,11 @@ def strategy(targets, name):
         given |= texts_of(list(config.FIELDS))
     if name == "recipe_json":
         given |= jsons()
+    if name == "huggingface":
+        given |= changed(HUGGING_FACE).map(lambda fields: json.dumps(fields).encode())
+    if name == "safetensors":
+        models = changed(targets.own["model"]).map(lambda model: targets.own | {"model": model})
+        given |= (changed(targets.own) | models).map(targets.own_file)
     return given
 
 

@@ -25,7 +25,7 @@ def torch(require):
 
 @pytest.fixture(scope="session")
 def transformers(torch, require):
-    """The transformers module; tests/test_weights.py checks its layout by hand without it."""
+    """The transformers module; tests/weights checks its layout by hand without it."""
     there = importlib.util.find_spec("transformers") is not None
     require("torch", there, "transformers is not installed: pip install 'vit-jax[parity]'")
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -19,9 +19,9 @@ from ours import (
 from scipy import stats
 
 from vit_jax import augment, optim
-from vit_jax.interop import notebook_to_params
-from vit_jax.interop.notebook import params_to_notebook_arrays
 from vit_jax.model import init_params, make_model
+from vit_jax.weights import from_params, notebook_to_params
+from vit_jax.weights.layouts import NOTEBOOK
 
 PATH = Path(__file__).with_name("golden.npz")
 SIZES = sizes(width=32, depth=2, num_heads=4, patch_size=4)
@@ -77,7 +77,7 @@ def test_loss_and_every_gradient_of_a_padded_batch(golden, params, trainer):
     losses, grads, _ = trainer.train(params, [_padded(0)])
     assert abs(losses[0] - golden["loss"]) < 1e-5
     theirs = _group(golden, "gradients")
-    assert_all_below(relative_differences(params_to_notebook_arrays(grads), theirs), 1e-4)
+    assert_all_below(relative_differences(from_params(grads, NOTEBOOK), theirs), 1e-4)
 
 
 def test_50_adamw_steps(golden, params, trainer):
@@ -105,7 +105,7 @@ def test_initial_weights(golden):
     """Kolmogorov-Smirnov at the file's 99 quantiles, pooled over seeds, Bonferroni-corrected."""
     vit = make_model(notebook_config(**SIZES).model, num_classes=NUM_CLASSES)
     init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (16, 16, 3)))
-    seeds = [params_to_notebook_arrays(jax.device_get(init(i))) for i in range(INIT_SEEDS)]
+    seeds = [from_params(jax.device_get(init(i)), NOTEBOOK) for i in range(INIT_SEEDS)]
     theirs = _group(golden, "init")
     p_values = {}
     for name, quantiles in theirs.items():

@@ -6,8 +6,9 @@ import pytest
 from ours import NUM_CLASSES, is_constant, notebook_config
 from scipy import stats
 
-from vit_jax.interop.notebook import params_to_notebook_arrays
 from vit_jax.model import init_params, make_model
+from vit_jax.weights import from_params
+from vit_jax.weights.layouts import NOTEBOOK
 
 SEEDS = 4
 FAMILY_SIGNIFICANCE = 1e-3  # of one false alarm among all tensors, by Bonferroni
@@ -19,7 +20,7 @@ def ours():
     """[{notebook name: array}], one for each seed, at the notebook's own sizes."""
     vit = make_model(notebook_config().model, num_classes=NUM_CLASSES)
     init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (32, 32, 3)))
-    return [params_to_notebook_arrays(jax.device_get(init(seed))) for seed in range(SEEDS)]
+    return [from_params(jax.device_get(init(seed)), NOTEBOOK) for seed in range(SEEDS)]
 
 
 def test_initial_weights_are_drawn_as_torch_draws_them(torch, reference, ours):

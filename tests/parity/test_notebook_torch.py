@@ -22,8 +22,8 @@ from ours import (
 )
 
 from vit_jax import augment, data, model, optim
-from vit_jax.interop import notebook_to_params, params_to_notebook
-from vit_jax.interop.notebook import params_to_notebook_arrays
+from vit_jax.weights import from_params, notebook_to_params, params_to_notebook
+from vit_jax.weights.layouts import NOTEBOOK
 
 FULL = sizes(width=256, depth=6, num_heads=8, patch_size=4)
 SMALL = sizes(width=64, depth=2, num_heads=4, patch_size=8)
@@ -81,7 +81,7 @@ def test_loss_gradients_and_steps_at_full_size(reference, make_reference, full, 
     ours_loss, grads, _ = full.train(weights, [range(8)])
     assert abs(ours_loss[0] - loss) < 1e-5
     assert min(np.abs(g).max() for g in theirs.values()) > 1e-4  # so that relative means something
-    assert_all_below(relative_differences(params_to_notebook_arrays(grads), theirs), 1e-4)
+    assert_all_below(relative_differences(from_params(grads, NOTEBOOK), theirs), 1e-4)
 
     batches = [range(8 * i, 8 * i + 8) for i in range(3)]
     optimizer = reference.make_optimizer(vit)
@@ -196,7 +196,7 @@ def test_adamw_decays_every_parameter(torch, make_reference):
     weights = notebook_to_params(vit.state_dict())
     grads = jax.tree.map(np.zeros_like, weights)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(weights), weights)
-    ours = params_to_notebook_arrays(optax.apply_updates(weights, updates))
+    ours = from_params(optax.apply_updates(weights, updates), NOTEBOOK)
     reference = torch.optim.AdamW(vit.parameters(), lr=3.0, weight_decay=1e-4)
     for p in vit.parameters():
         p.grad = torch.zeros_like(p)
@@ -219,7 +219,7 @@ def test_50_adamw_steps_track(reference, make_reference, small, split):
     epoch_mean = float(state.sums["loss"]) / STEPS_PER_EPOCH
     assert abs(epoch_mean - sum(losses[STEPS_PER_EPOCH:]) / STEPS_PER_EPOCH) < 1e-4
     # The bias of the keys cancels in the softmax: its gradient is rounding, its path is not.
-    ours = params_to_notebook_arrays(state.params)
+    ours = from_params(state.params, NOTEBOOK)
     for name, p in vit.state_dict().items():
         ours[name], p = ours[name], p.numpy()
         if name.endswith("in_proj_bias"):
@@ -236,7 +236,7 @@ def test_partial_last_batch(reference, make_reference, small, split):
     loss, theirs = reference.gradients(vit, images[rows], labels[rows])
     ours_loss, grads, _ = small.train(params, [np.r_[rows, np.full(48, -1)]])
     assert abs(ours_loss[0] - loss) < 1e-6
-    assert_all_below(relative_differences(params_to_notebook_arrays(grads), theirs), 1e-4)
+    assert_all_below(relative_differences(from_params(grads, NOTEBOOK), theirs), 1e-4)
 
 
 def test_epoch_is_782_steps_with_every_example_once():

@@ -1,4 +1,4 @@
-"""Weights of PyTorch's ViTs: transformers' own, timm's by its key layout, the notebook's."""
+"""Weights of PyTorch's ViTs: transformers itself, timm by its names, and the notebook."""
 
 import json
 import pathlib
@@ -6,11 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
-from test_weights import random_model, same_bits
+from small_models import random_model, same_bits
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.interop import layouts, params_to_notebook, resize_positions
+from vit_jax.weights import layouts, params_to_notebook, resize_positions
 
 IMAGES = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
 
@@ -21,7 +21,7 @@ def logits_of(weights, images=IMAGES):
 
 @pytest.fixture
 def hugging(torch, transformers):
-    """A ViTForImageClassification of transformers with random weights, and its logits."""
+    """Builds a ViTForImageClassification of transformers with random weights."""
 
     def make(**options):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def hugging_logits(torch, model, images=IMAGES):
 
 
 @pytest.mark.parametrize("gelu", ["gelu", "gelu_pytorch_tanh"])
-def test_a_hugging_face_folder(torch, hugging, tmp_path, gelu):
+def test_hugging_face_folder(torch, hugging, tmp_path, gelu):
     theirs = hugging(hidden_act=gelu, layer_norm_eps=1e-6, id2label=dict(enumerate("abcde")))
     theirs.save_pretrained(tmp_path)
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -61,7 +61,7 @@ def test_hugging_face_files_and_both_generations_of_names(torch, hugging, tmp_pa
     theirs.save_pretrained(tmp_path / "folder")
     lone = tmp_path / "lone.safetensors"
     (tmp_path / "folder" / "model.safetensors").rename(lone)
-    torch.save(theirs.state_dict(), tmp_path / "memory.pt")  # named as transformers 5 does
+    torch.save(theirs.state_dict(), tmp_path / "memory.pt")  # with the names of transformers 5
     expected = hugging_logits(torch, theirs)
     for path in (lone, tmp_path / "memory.pt"):
         got = vit_jax.load_weights(path, num_heads=3)
@@ -73,7 +73,7 @@ def test_hugging_face_files_and_both_generations_of_names(torch, hugging, tmp_pa
     }
 
 
-def test_a_hugging_face_model_of_images_that_are_not_square(torch, hugging, tmp_path):
+def test_hugging_face_model_for_images_that_are_not_square(torch, hugging, tmp_path):
     theirs = hugging(image_size=[8, 24])
     theirs.save_pretrained(tmp_path)
     images = np.random.default_rng(0).normal(size=(2, 8, 24, 3)).astype(np.float32)
@@ -84,7 +84,7 @@ def test_a_hugging_face_model_of_images_that_are_not_square(torch, hugging, tmp_
     )
 
 
-def test_a_hugging_face_backbone_has_no_head(hugging, tmp_path):
+def test_hugging_face_backbone_has_no_head(hugging, tmp_path):
     hugging().vit.save_pretrained(tmp_path)
     got = vit_jax.load_weights(tmp_path)
     assert got.num_classes == 0 and "head" not in got.params
@@ -93,7 +93,7 @@ def test_a_hugging_face_backbone_has_no_head(hugging, tmp_path):
 
 
 def timm_logits(torch, tensors, images):
-    """timm's VisionTransformer, by its names, as a function: torch's own operations."""
+    """The forward pass of timm's VisionTransformer, by its names, in torch's own operations."""
     F = torch.nn.functional
     t = {name: torch.as_tensor(array) for name, array in tensors.items()}
 
@@ -125,7 +125,7 @@ def timm_logits(torch, tensors, images):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("fields", [{}, {"pool": "gap"}, {"layer_scale": 1.0}, {"pre_logits": 8}])
-def test_timms_layout(torch, tmp_path, fields, suffix):
+def test_timm_layout(torch, tmp_path, fields, suffix):
     from safetensors.numpy import save_file
 
     _, params = random_model(image_shape=(16, 16, 3), norm_eps=1e-6, **fields)
@@ -156,7 +156,7 @@ def test_half_precision_becomes_float32(torch, tmp_path):
             assert got["head"]["kernel"].dtype == np.float32
 
 
-def test_the_notebooks_file(torch, reference, tmp_path):
+def test_notebook_file(torch, reference, tmp_path):
     torch.manual_seed(0)
     theirs = reference.VisionTransformer().eval()
     with torch.no_grad():
@@ -180,39 +180,39 @@ class Payload:
         return (pathlib.Path.touch, (pathlib.Path("executed"),))
 
 
-def test_torch_files_that_are_damaged_or_more_than_weights(torch, tmp_path, monkeypatch):
+def test_torch_files_that_are_corrupted_or_contain_code_are_rejected(torch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = pathlib.Path("f.pt")
 
-    def refused():
-        with pytest.raises(UserError, match=r"f\.pt") as refusal:
+    def rejection():
+        with pytest.raises(UserError, match=r"f\.pt") as error:
             vit_jax.load_weights(path)
-        assert "\n" not in str(refusal.value)
-        return str(refusal.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
     torch.save({"weight": torch.zeros(3)}, path)
-    assert "its names are weight" in refused()
+    assert "its names are weight" in rejection()
     whole = path.read_bytes()
     for content in (b"", b"nonsense", whole[: len(whole) // 2], pickle.dumps(Payload())):
         path.write_bytes(content)
-        assert "is damaged, or holds more than tensors" in refused()
+        assert "is corrupted, or contains more than tensors" in rejection()
     for thing in ({"model": Payload()}, Payload(), torch.nn.Linear(2, 2)):
         torch.save(thing, path)
-        assert "pickled code is never run" in refused()
+        assert "pickled code is never run" in rejection()
     assert not pathlib.Path("executed").exists()
     torch.save([torch.zeros(3)], path)
-    assert "holds a list" in refused()
+    assert "contains a list" in rejection()
     torch.save({"weight": torch.zeros(3), "epoch": 3}, path)
-    assert "epoch is no tensor" in refused()
+    assert "epoch is not a tensor" in rejection()
     torch.save({"weight": torch.zeros(3, dtype=torch.int64)}, path)
-    assert "weight is of type int64" in refused()
+    assert "weight has type int64" in rejection()
 
 
 @pytest.mark.parametrize("method", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
     ("grid", "new"), [((14, 14), (24, 24)), ((4, 7), (9, 3)), ((8, 8), (3, 5)), ((1, 4), (3, 1))]
 )
-def test_positions_are_resized_as_torch_does(torch, method, grid, new):
+def test_positions_are_resized_as_in_torch(torch, method, grid, new):
     table = np.random.default_rng(0).normal(size=(1, 1 + grid[0] * grid[1], 6)).astype(np.float32)
     got = resize_positions(table, grid, new, method=method, class_token=True)
     square = torch.tensor(table[:, 1:]).reshape(1, *grid, 6).permute(0, 3, 1, 2)
@@ -224,7 +224,7 @@ def test_positions_are_resized_as_torch_does(torch, method, grid, new):
     assert (got[:, :1] == table[:, :1]).all()
 
 
-def test_positions_are_resized_as_transformers_does(torch, hugging, tmp_path):
+def test_positions_are_resized_as_in_transformers(torch, hugging, tmp_path):
     theirs = hugging()
     theirs.save_pretrained(tmp_path)
     got = vit_jax.load_weights(tmp_path)

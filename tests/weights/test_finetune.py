@@ -1,4 +1,4 @@
-"""Training that starts from weights: the head, the grid, freezing, continuing, refusals."""
+"""Fine-tuning: the head, the grid, freezing, resuming, and weights that do not fit."""
 
 import json
 import pathlib
@@ -9,17 +9,70 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_weights import same_bits
+from small_models import GOOGLE, random_model, same_bits
 
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-from vit_jax.interop import layouts
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.run import header, setup
 from vit_jax.train import train
+from vit_jax.weights import layouts, start_from
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def small_google_file(tmp_path):
+    """A .npz with Google's names, and the parameters in it with ours."""
+
+    def make(**fields):
+        _, params = random_model(**GOOGLE, **fields)
+        path = tmp_path / "google.npz"
+        np.savez(path, **layouts.from_params(params, layouts.GOOGLE, num_heads=3))
+        return path, params
+
+    return make
+
+
+def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
+    path, params = small_google_file(pre_logits=16)
+    vit, _ = random_model(num_classes=3, **GOOGLE)
+    loaded = vit_jax.load_weights(path)
+    got, notes = start_from(loaded, vit, (16, 24, 3), ["a", "b", "c"])
+    assert not got["head"]["kernel"].any() and got["head"]["kernel"].shape == (24, 3)
+    assert "pre_logits" not in got and got["pos_embed"].shape == (1, 25, 24)
+    assert same_bits(got["block_1"], params["block_1"])
+    assert notes == [
+        "a new head, zeros, for 3 classes (it has 5 classes)",
+        "positions of 3x3 patches resized to 4x6 (zoom)",
+    ]
+    vit, _ = random_model(num_classes=3, pre_logits=16, **GOOGLE)  # keeps that layer
+    got, _ = start_from(loaded, vit, (12, 12, 3), ["a", "b", "c"])
+    assert same_bits(got["pre_logits"], params["pre_logits"])
+    vit, _ = random_model(pre_logits=16, **GOOGLE)
+    assert start_from(loaded, vit, (12, 12, 3), list("abcde"))[1] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 48}, r"block_0/attn/qkv/kernel has shape \(24, 72\), expected \(48, 144\)"),
+        ({"width": 48}, "set --config.model.width=24"),
+        ({"depth": 1}, "unused block_1/.*--config.model.depth=2"),
+        ({"depth": 3}, "missing block_2/.*--config.model.depth=2"),
+        ({"gelu": "exact"}, "set --config.model.gelu=tanh"),
+        ({"norm_eps": 1e-5, "num_heads": 4}, "num_heads=3 --config.model.norm_eps=1e-06"),
+        ({"pool": "gap"}, "unused cls_token.*--config.model.pool=cls"),
+        ({"layer_scale": 0.1}, "missing block_0/layer_scale1"),
+    ],
+)
+def test_another_architecture_is_rejected_with_advice(small_google_file, fields, message):
+    path, _ = small_google_file()
+    vit, _ = random_model(**GOOGLE | fields)
+    with pytest.raises(UserError, match=message) as error:
+        start_from(vit_jax.load_weights(path), vit, (12, 12, 3), list("abcde"))
+    assert str(path) in str(error.value)
 
 
 @pytest.fixture
@@ -43,11 +96,11 @@ def google_file(tiny_config, tmp_path):
 
 
 def first(run):
-    """The parameters a run starts from, on the host."""
+    """The initial parameters of a run, on the host."""
     return jax.tree.map(lambda p: np.asarray(p[0]), run.init(run.seeds).params)
 
 
-def test_the_same_classes_keep_the_head(tiny_config, pretrained):
+def test_same_classes_keep_the_head(tiny_config, pretrained):
     tiny_config.init_from = str(pretrained)
     run = setup(tiny_config)
     assert same_bits(first(run), vit_jax.load(pretrained).params)
@@ -68,7 +121,7 @@ def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrain
     assert not params["head"]["kernel"].any() and same_bits(params["block_1"], old["block_1"])
 
 
-def test_a_run_from_googles_file(tiny_config, google_file, tmp_path, capsys):
+def test_run_from_a_google_file(tiny_config, google_file, tmp_path, capsys):
     c = tiny_config
     c.init_from, c.model.image_size, c.steps = str(google_file), 16, 6
     c.save_every = "3 steps"
@@ -84,7 +137,7 @@ def test_a_run_from_googles_file(tiny_config, google_file, tmp_path, capsys):
     for name in params:
         assert same_bits(params[name], started[name]) == (name in ("patch_embed", "block_0"))
 
-    # Killed after step 3, it continues bit for bit, and no longer needs the file.
+    # Killed after step 3, it resumes bit for bit and no longer needs the file.
     google_file.unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "result.json").unlink()
@@ -101,7 +154,7 @@ def test_several_seeds_start_from_the_same_weights(tiny_config, google_file):
         np.testing.assert_array_equal(leaf[0], leaf[1])
 
 
-def test_several_seeds_continue_without_the_weights_they_started_from(
+def test_several_seeds_resume_without_the_initial_weights(
     tiny_config, google_file, tmp_path, capsys
 ):
     c = tiny_config
@@ -118,28 +171,29 @@ def test_several_seeds_continue_without_the_weights_they_started_from(
     assert again["test_loss_of_each_seed"] == whole["test_loss_of_each_seed"]
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(
-    tiny_config, google_file, tmp_path
-):
+def test_weights_that_do_not_fit_are_rejected_before_any_write(tiny_config, google_file, tmp_path):
     wrong = {
         "no.npz": ("init_from", "no.npz does not exist"),
-        "exact": ("model.gelu", "google.npz is of another model.*set --config.model.gelu=tanh"),
+        "exact": (
+            "model.gelu",
+            "google.npz does not fit.*set --config.model.gelu=tanh",
+        ),
         "24": (
             "model.width",
-            r"google.npz.*qkv/kernel is \(16, 48\) and \(24, 72\).*width=16",
+            r"google.npz.*qkv/kernel has shape \(16, 48\), expected \(24, 72\).*width=16",
         ),
         "nothing": ("optim.freeze", "no parameter matches 'nothing'"),
     }
     tiny_config.init_from = str(google_file)
-    for value, (field, says) in wrong.items():
+    for value, (field, message) in wrong.items():
         c = config_lib.from_dict(tiny_config.to_dict())
         config_lib.set_field(c, field, value)
-        with pytest.raises(UserError, match=says) as refusal:
+        with pytest.raises(UserError, match=message) as error:
             train(c, tmp_path / "run")
-        assert "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_a_model_of_another_resolution_resizes_on_the_device(tiny_config):
+def test_model_of_another_resolution_resizes_images(tiny_config):
     images = np.random.default_rng(0).normal(size=(2, 8, 6, 3)).astype(np.float32)
     tiny_config.model.image_size = 16
     vit = make_model(tiny_config.model, num_classes=3)
@@ -152,7 +206,7 @@ def test_a_model_of_another_resolution_resizes_on_the_device(tiny_config):
         check_image_shape(vit.clone(image_size=18), (8, 8, 3))
 
 
-def test_the_config_of_a_run_tells_where_it_started(tiny_config, google_file, tmp_path):
+def test_config_of_a_run_records_init_from(tiny_config, google_file, tmp_path):
     tiny_config.init_from, tiny_config.steps = str(google_file), 1
     train(tiny_config, tmp_path / "run")
     told = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -162,14 +216,14 @@ def test_the_config_of_a_run_tells_where_it_started(tiny_config, google_file, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("gone.npz", None, "gone.npz does not exist"),
         ("torn.npz", b"PK\x03\x04 and no more", "torn.npz"),
         ("words.safetensors", b"these are no weights", "words.safetensors"),
     ],
 )
-def test_the_command_refuses_bad_weights(tiny_folder, tmp_path, name, content, says):
+def test_train_command_rejects_bad_weights(tiny_folder, tmp_path, name, content, message):
     if content:
         (tmp_path / name).write_bytes(content)
     command = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
@@ -177,5 +231,5 @@ def test_the_command_refuses_bad_weights(tiny_folder, tmp_path, name, content, s
     command += [f"--config.init_from={tmp_path / name}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and says in line
+    assert done.returncode == 2 and line.startswith("error: ") and message in line
     assert not (tmp_path / "w").exists()

@@ -1,20 +1,21 @@
-"""Learned position embeddings for another grid of patches, each source's own way.
+"""Learned position embeddings resized to another grid of patches, as each source does it.
 
-zoom      corners to corners, linear: scipy.ndimage.zoom(order=1), as google-research's
-          vision_transformer and big_vision do; for Google's .npz
-bicubic   torch.nn.functional.interpolate(mode="bicubic", align_corners=False), no antialiasing,
-          as transformers does; for Hugging Face, and for timm (which antialiases, its only
-          difference here)
-bilinear  the same of mode="bilinear"; for our own weights and the notebook's
+zoom      Corners map to corners, linear: scipy.ndimage.zoom(order=1), as in google-research's
+          vision_transformer and big_vision. For Google's .npz.
+bicubic   torch.nn.functional.interpolate(mode="bicubic", align_corners=False), without
+          antialiasing, as in transformers. For Hugging Face, and for timm (which antialiases; the
+          only difference here).
+bilinear  The same with mode="bilinear". For vit_jax's own weights and the notebook's.
 """
 
 import numpy as np
 
 
 def resize_positions(pos_embed, grid, new_grid, *, method, class_token):
-    """float32[1, N, D] for a grid (rows, columns) -> float32[1, N', D] for `new_grid`.
+    """Resizes float32[1, N, D] from a grid (rows, columns) to float32[1, N', D] for `new_grid`.
 
-    With `class_token` the first token is kept as it is. Computed in float64.
+    With `class_token`, the first token is kept as is. `method` is one of the module's. Computes in
+    float64.
     """
     first = int(class_token)
     kept, patches = pos_embed[:, :first], np.asarray(pos_embed[0, first:], np.float64)
@@ -29,17 +30,17 @@ def resize_positions(pos_embed, grid, new_grid, *, method, class_token):
 
 
 def _matrix(old, new, method):
-    """float64[new, old]: what each new sample takes of each old one, along one axis."""
+    """float64[new, old]: the weight of each old sample in each new one, along one axis."""
     i = np.arange(new, dtype=np.float64)
-    if method == "zoom":  # corner samples on corner samples
+    if method == "zoom":  # corners map to corners
         at = i * ((old - 1) / max(new - 1, 1))
-    elif method == "bilinear":  # edges on edges, as in bicubic
+    elif method == "bilinear":  # edges map to edges, as in bicubic
         at = np.maximum((i + 0.5) * (old / new) - 0.5, 0)
     else:
         at = (i + 0.5) * (old / new) - 0.5
     base = np.floor(at).astype(int)
     t = at - base
-    if method == "bicubic":  # Keys' kernel with a = -0.75, as torch
+    if method == "bicubic":  # Keys' kernel with a = -0.75, as in torch
         weights = {offset: _keys(np.abs(t - offset)) for offset in (-1, 0, 1, 2)}
     else:
         weights = {0: 1 - t, 1: t}

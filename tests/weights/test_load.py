@@ -1,0 +1,85 @@
+"""What a source records of its model besides the tensors, and runs of vit_jax as a source."""
+
+import json
+import shutil
+
+import pytest
+from small_models import GOOGLE, random_model, same_bits, save_tensors
+
+import vit_jax
+from vit_jax.errors import UserError
+from vit_jax.train import train
+from vit_jax.weights import layouts
+
+
+def test_unrecorded_num_heads_is_an_argument_or_the_published_number(tmp_path):
+    path = tmp_path / "timm.safetensors"
+    save_tensors(path, layouts.from_params(random_model()[1], layouts.TIMM, num_heads=3))
+    with pytest.raises(UserError, match="does not record its number of heads: pass num_heads"):
+        vit_jax.load_weights(path)
+    with pytest.raises(UserError, match="cannot be 5"):
+        vit_jax.load_weights(path, num_heads=5)
+    save_tensors(path, layouts.from_params(random_model(width=192)[1], layouts.TIMM, num_heads=3))
+    assert vit_jax.load_weights(path).model["num_heads"] == 3  # ViT-Ti
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "allowed"),
+    [
+        ("config", "image_size", "16", "a positive integer or two"),
+        ("config", "image_size", [12, 12, 3], "a positive integer or two"),
+        ("config", "hidden_act", ["gelu"], "one of gelu, "),
+        ("config", "num_attention_heads", "2", "a positive integer"),
+        ("config", "layer_norm_eps", None, "a positive number"),
+        ("config", "id2label", {"a": "cat"}, "an object from class numbers to names"),
+        ("config", "id2label", ["cat"], "an object from class numbers to names"),
+        ("preprocessor_config", "image_mean", 0.5, "a list of numbers"),
+    ],
+)
+def test_hugging_face_config_value_of_the_wrong_type_is_one_line(
+    tmp_path, name, field, value, allowed
+):
+    tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    fields = {"model_type": "vit", "num_attention_heads": 3, "image_size": 12}
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    assert vit_jax.load_weights(tmp_path).preprocessing["mean"] == [0.5] * 3
+    changed = (fields if name == "config" else pixels) | {field: value}
+    (tmp_path / f"{name}.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"/{name}\.json: {field} must be {allowed}") as error:
+        vit_jax.load_weights(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_recorded_num_heads_must_divide_the_width(tmp_path):
+    tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    fields = {"model_type": "vit", "num_attention_heads": 5, "image_size": 12}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"width 24, which its config\.json divides into 5 heads"):
+        vit_jax.load_weights(tmp_path)
+
+
+def test_home_directory_is_expanded(tmp_path, monkeypatch):
+    _, params = random_model(**GOOGLE)
+    tensors = layouts.from_params(params, layouts.GOOGLE, num_heads=3)
+    save_tensors(tmp_path / "google.npz", tensors)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same_bits(vit_jax.load_weights("~/google.npz").params, params)
+
+
+def test_runs_and_checkpoints_are_sources(tiny_config, tmp_path):
+    tiny_config.steps, tiny_config.model.pool, tiny_config.model.stem = 2, "gap", "conv"
+    train(tiny_config, tmp_path / "run")
+    model, params, _ = vit_jax.load(tmp_path / "run")
+    for path in ("run", "run/checkpoints/2"):
+        got = vit_jax.load_weights(tmp_path / path)
+        assert same_bits(got.params, params)
+        assert got.make_model() == model.clone(weight_init="trunc_normal")
+        assert (got.class_names, got.grid) == (["blue", "green", "red"], (2, 2))
+    kept = tmp_path / "run" / "checkpoints" / "2"
+    shutil.rmtree(kept / "params" / "d")
+    with pytest.raises(UserError, match=r"checkpoints/2 is corrupted: .* is missing"):
+        vit_jax.load_weights(tmp_path / "run")
