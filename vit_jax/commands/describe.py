@@ -1,13 +1,20 @@
-"""What a run will cost, read from its compiled program: `--dry_run`, and the tests of the traffic.
+"""vit-jax describe: what a run costs, read from its compiled program. Nothing is trained.
 
-The compiler says what a device computes, holds and sends; nothing is run.
+`transfers` reads the text of any compiled program.
 """
 
+import argparse
 import collections
 import math
+import pathlib
 import re
+import sys
 
-from vit_jax.run import header
+import jax
+
+from vit_jax import config as config_lib
+from vit_jax.errors import run_command
+from vit_jax.experiment import describe, make_experiment
 
 _COLLECTIVES = (
     "all-reduce",
@@ -43,33 +50,14 @@ def _transferred(kind, shapes, rest):
     return shapes
 
 
-def traffic(program):
-    """{kind: (messages, bytes)} that a device sends to others or to the host in one call.
+def transfers(program):
+    """Returns {kind: (messages, bytes)} that a device sends to others or to the host in one call.
 
     `program` is the text of a compiled program (`compiled.as_text()`). A collective counts with
     the bytes of its result: an all-gather with the whole array, a reduce-scatter with its part.
     Operations in a loop count once per iteration, or once if the trip count is unknown.
     """
-    computations, calls, name = collections.defaultdict(list), [], None
-    for line in program.splitlines():
-        if start := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            name = start[2]
-            entry = name if start[1] else None
-            calls += [(None, entry, 1)] if entry else []
-        elif (found := _INSTRUCTION.match(line)) and name:
-            shapes, kind, rest = found.groups()
-            times = 1
-            if kind == "while" and (known := re.search(r'known_trip_count.{1,8}"n":"(\d+)"', rest)):
-                times = int(known[1])
-            for called in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)", rest):
-                calls.append((name, called, times))
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
-                calls += [(name, b.strip().lstrip("%"), 1) for b in branches.split(",")]
-            if kind == "custom-call" and "MoveTo" in rest:
-                computations[name].append(("host copy", _num_bytes(shapes)))
-            elif kind in _TRANSFERS:
-                num_bytes = _num_bytes(_transferred(kind, shapes, rest))
-                computations[name].append((kind.removesuffix("-done"), num_bytes))
+    computations, calls = _parse(program)
 
     def times_called(name):
         return sum(
@@ -79,39 +67,93 @@ def traffic(program):
         )
 
     result = {}
-    for name, found in computations.items():
+    for name, operations in computations.items():
         times = times_called(name)
-        for kind, num_bytes in found:
+        for kind, num_bytes in operations:
             messages, total = result.get(kind, (0, 0))
             result[kind] = (messages + times, total + times * num_bytes)
     return result
 
 
-def compile_step(run):
-    """The compiled training step of a Run, for its mesh; no array is made."""
-    return run.step.lower(run.shapes, *run.input_shapes()).compile()
+def _parse(program):
+    """({computation: [(kind, bytes)]}, [(caller, called, times)]) of a program's transfers."""
+    computations, calls, name = collections.defaultdict(list), [], None
+    for line in program.splitlines():
+        if start := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = start[2]
+            calls += [(None, name, 1)] if start[1] else []
+        elif (instruction := _INSTRUCTION.match(line)) and name:
+            shapes, kind, rest = instruction.groups()
+            calls += [(name, called, times) for called, times in _called(kind, rest)]
+            if kind == "custom-call" and "MoveTo" in rest:
+                computations[name].append(("host copy", _num_bytes(shapes)))
+            elif kind in _TRANSFERS:
+                num_bytes = _num_bytes(_transferred(kind, shapes, rest))
+                computations[name].append((kind.removesuffix("-done"), num_bytes))
+    return computations, calls
 
 
-def explain(run, workdir):
-    """The lines that explain a run without starting it: its header, work, memory and traffic."""
-    compiled = compile_step(run)
-    images = run.config.batch_size * run.config.num_seeds
-    lines = header(run, workdir)
-    lines.append(
-        f"work: {run.flops_per_image * images / 1e9:,.2f} GFLOP a step, "
-        f"{run.flops_per_image * images * run.total_steps / 1e15:,.3f} PFLOP in all; "
-        f"by the compiler {compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP a step and device"
-    )
+def _called(kind, rest):
+    """Yields (computation, times) for each computation that an instruction calls."""
+    times = 1
+    if kind == "while" and (known := re.search(r'known_trip_count.{1,8}"n":"(\d+)"', rest)):
+        times = int(known[1])
+    for called in re.findall(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)", rest):
+        yield called, times
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", rest):
+        for branch in branches.split(","):
+            yield branch.strip().lstrip("%"), 1
+
+
+def compile_step(experiment):
+    """The compiled training step of an Experiment, for its mesh; no array is created."""
+    shapes = experiment.feed.input_shapes()
+    return experiment.train_step.lower(experiment.state_shapes, *shapes).compile()
+
+
+def describe_program(experiment):
+    """The lines that describe the compiled step: compute, memory, and communication."""
+    compiled = compile_step(experiment)
+    images = experiment.config.batch_size * experiment.config.num_seeds
+    flops, steps = experiment.flops_per_image * images, experiment.plan.total_steps
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    lines.append(
-        f"memory of a step, by the compiler: {(held + made) / 1e6:,.1f} MB a device "
-        f"({held / 1e6:,.1f} MB of state and data, {made / 1e6:,.1f} MB while it computes)"
-    )
-    told = [
+    stored = memory.argument_size_in_bytes
+    temporary = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary += memory.temp_size_in_bytes
+    sent = [
         f"{kind} {total / 1e6:,.3f} MB in {messages:,} messages"
-        for kind, (messages, total) in sorted(traffic(compiled.as_text()).items())
+        for kind, (messages, total) in sorted(transfers(compiled.as_text()).items())
     ]
-    lines.append(f"communication of a step: {'; '.join(told) or 'none'}")
-    return lines
+    return [
+        f"compute: {flops / 1e9:,.2f} GFLOP per step, {flops * steps / 1e15:,.3f} PFLOP in total; "
+        f"by the compiler {compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP per step and device",
+        f"memory of a step, by the compiler: {(stored + temporary) / 1e6:,.1f} MB per device "
+        f"({stored / 1e6:,.1f} MB of state and data, {temporary / 1e6:,.1f} MB temporary)",
+        f"communication of a step: {'; '.join(sent) or 'none'}",
+    ]
+
+
+def print_lines(config, workdir):
+    """Prints the description of a config's experiment and of its compiled step."""
+    experiment = make_experiment(config)
+    lines = [*describe(experiment, workdir), *describe_program(experiment)]
+    if jax.process_index() == 0:
+        print(*lines, sep="\n")
+
+
+def main(argv=None):
+    """Describe a run without training: parameters, compute, memory, communication."""
+    return run_command(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv):
+    parser = argparse.ArgumentParser(
+        prog="vit-jax describe", description=main.__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", type=pathlib.Path, default=config_lib.DEFAULT_RECIPE, metavar="RECIPE"
+    )
+    args, rest = parser.parse_known_args(argv)
+    config = config_lib.from_file(args.config)
+    config_lib.override(config, rest, "--config")
+    print_lines(config, pathlib.Path("workdirs") / pathlib.Path(args.config).stem)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: the first asks the run to stop, the second ends it at once."""
+"""SIGTERM and SIGINT during training: the first stops the run at a step, the second ends it."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ from jax.experimental import multihost_utils
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopRequest:
-    """A `with` in which a signal is only noted, for the loop to ask `reached` after each step.
+class StopSignal:
+    """A context in which a signal is only recorded, for the loop to ask `reached` after each step.
 
-    Before and after it, where there is nothing to save, the signals do what they always do. Of
-    several processes one signal stops all after the same step: JAX's pre-emption service carries
-    the word, whose own handler takes SIGTERM from `jax.distributed.initialize` on.
+    Outside it, where there is nothing to save, the signals keep their usual effect. With several
+    processes, a signal to one stops all after the same step: JAX's preemption service notifies
+    them, whose own handler takes SIGTERM from `jax.distributed.initialize` on.
     """
 
     def __init__(self):
@@ -23,38 +23,39 @@ class StopRequest:
         self._several = jax.process_count() > 1
 
     def __enter__(self):
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python lets no other
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
             for number in (signal.SIGINT,) if self._several else _SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._several and self._before:
+        if self._several and self._previous:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def _note(self, number, frame):
+    def _record(self, number, frame):
         self.signal = number
-        for each in _SIGNALS if not self._several else (signal.SIGINT,):
-            signal.signal(each, signal.SIG_DFL)
+        for handled in _SIGNALS if not self._several else (signal.SIGINT,):
+            signal.signal(handled, signal.SIG_DFL)
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        self._say()
+        self._report()
 
-    def _say(self):
-        # Not print: the signal may have come in the middle of one.
+    def _report(self):
+        # print is not reentrant, and the signal may have interrupted one.
         name = signal.Signals(self.signal).name
-        os.write(2, f"{name}: finishing the step and saving; a second one quits at once\n".encode())
+        text = f"{name}: finishing the step and saving; a second signal exits immediately\n"
+        os.write(2, text.encode())
 
     def reached(self, step):
         """Whether to stop after this step: the same answer in every process, asked at each step."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             if self.signal is None:
                 self.signal = signal.SIGTERM
-                self._say()
-            for number in self._before and _SIGNALS:
+                self._report()
+            for number in self._previous and _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             return True
         return not self._several and self.signal is not None

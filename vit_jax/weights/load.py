@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit_jax import checkpoint, config, model
+from vit_jax import config, model, workdir
 from vit_jax.errors import UserError
 from vit_jax.weights import files, huggingface, layouts
 
@@ -176,7 +176,7 @@ def _load_run(path):
                 "WORKDIR/checkpoints/STEP"
             )
         step = int(step)
-    params, saved, step = checkpoint.restore_for_inference(directory, step)
+    params, saved, step = workdir.restore_for_inference(directory, step)
     c = config.from_dict(saved["config"])
     config.validate(c)
     flat = flatten_dict(params, sep="/")

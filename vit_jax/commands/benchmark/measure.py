@@ -206,7 +206,6 @@ def compile_seconds(run):
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
-
     from vit_jax.explain import compile_step
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -261,9 +260,9 @@ def measure(run, *, rounds=5, round_seconds=2.0, rivals=()):
     `rivals` is {name: an object with steps(n) -> seconds}.
     """
     import jax
+    from vit_jax.explain import traffic
 
     from vit_jax import peaks
-    from vit_jax.explain import traffic
 
     compiling, compiled = compile_seconds(run)
     sides = {"vit_jax": Ours(run), **dict(rivals)}
@@ -414,8 +413,9 @@ def main():
     if args.against:  # the memory of a GPU is shared with PyTorch's processes
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-    from vit_jax import mesh, metrics
     from vit_jax.run import setup
+
+    from vit_jax import mesh, metrics
 
     mesh.check_backend()
     start = {}

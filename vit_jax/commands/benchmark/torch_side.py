@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from vit_jax.notebook_torch import TransformerBlock, VisionTransformer
 
 from vit_jax import data
-from vit_jax.notebook_torch import TransformerBlock, VisionTransformer
 
 VARIANTS = ("written", "eager", "compiled")
 

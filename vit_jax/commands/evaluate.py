@@ -1,0 +1,63 @@
+"""vit-jax evaluate: accuracy of a trained model, with intervals, classes, and calibration."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+
+from vit_jax.errors import run_command
+from vit_jax.inference import classify_examples, load, load_examples, score
+from vit_jax.parallel import backend
+
+
+def main(argv=None):
+    """Evaluate a run's weights on a split or an image folder."""
+    return run_command(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv):
+    parser = argparse.ArgumentParser(prog="vit-jax evaluate", description=main.__doc__)
+    parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser.add_argument(
+        "--data",
+        help="an image folder with one subfolder per class, or a TFDS name (default: the run's)",
+    )
+    parser.add_argument("--split", help="a TFDS split (default: the run's test_split)")
+    parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    backend.enable_compilation_cache()
+    backend.check_backend()
+    trained = load(args.workdir, args.step)
+    examples, split = load_examples(trained, args.data, args.split)
+    logits, labels, _ = classify_examples(trained, examples)
+    result = score(logits, labels, trained.class_names)
+    if args.json:
+        print(json.dumps({"split": split, "step": trained.step, **result}))
+    else:
+        print(f"{split} of {examples.source}, step {trained.step}", *_table(result), sep="\n")
+
+
+def _table(result):
+    """The lines of a table of `score`."""
+    low, high = result["accuracy_interval"]
+    yield (
+        f"accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
+        f"loss {result['loss']:.4f}, ECE {result['ece']:.2%}, {result['count']:,} images"
+    )
+    confusion = np.array(result["confusion"])
+    np.fill_diagonal(confusion, 0)
+    width = max(len("class"), *(len(c["class"]) for c in result["classes"]))
+    yield f"\n{'class':{width}}  accuracy  95% interval       images  most taken for"
+    for c, row in zip(result["classes"], confusion, strict=True):
+        if not c["count"]:
+            yield f"{c['class']:{width}}         -                          0"
+            continue
+        low, high = c["interval"]
+        worst = np.argsort(-row, kind="stable")[:2]
+        taken = ", ".join(f"{result['classes'][j]['class']} {row[j]}" for j in worst if row[j])
+        yield (
+            f"{c['class']:{width}}  {c['accuracy']:8.2%}  {low:7.2%} to {high:7.2%}  "
+            f"{c['count']:6,}  {taken}"
+        ).rstrip()

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, several hosts, preemption, peak rates."""

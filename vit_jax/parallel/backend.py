@@ -1,0 +1,54 @@
+"""JAX's backend: the persistent compilation cache, and GPUs that JAX does not use."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+
+import jax
+
+from vit_jax.errors import UserError
+
+
+def enable_compilation_cache():
+    """Keeps compiled programs on disk, so that a command's second start is much shorter."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
+
+
+def check_backend():
+    """Raises UserError if JAX cannot start, or fell back to the CPU despite an NVIDIA GPU.
+
+    JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs. This starts
+    JAX's backend.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as e:  # a platform that JAX_PLATFORMS requires does not start
+        raise UserError(f"JAX cannot start: {_first_line(e)}") from e
+    if backend != "cpu" or jax.config.jax_platforms or hidden:
+        return
+    if gpu := _nvidia_gpu():
+        try:
+            jax.devices("cuda")
+        except RuntimeError as e:
+            raise UserError(
+                f"this machine has {gpu}, but JAX did not start CUDA ({_first_line(e)}): install "
+                "'jax[cuda13]' and a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
+            ) from e
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _nvidia_gpu():
+    """The first NVIDIA GPU, by name if nvidia-smi lists it; None if there is none."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+        for line in listed.stdout.splitlines():
+            if line.startswith("GPU "):
+                return line.split(" (UUID")[0]
+    return "an NVIDIA GPU" if pathlib.Path("/dev/nvidia0").exists() else None

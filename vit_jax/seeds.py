@@ -1,0 +1,229 @@
+"""Several seeds in one compiled program: the only file that knows of their axis.
+
+With one seed there is no axis: functions are not vmapped, arrays are not stacked, and the workdir
+is the run's own. With several, every array of the state and of the metrics leads with [S], and each
+seed has a workdir of its own, `seed_N`.
+"""
+
+import contextlib
+import json
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vit_jax import config as config_lib
+from vit_jax.parallel import mesh as mesh_lib
+from vit_jax.step import TrainState
+from vit_jax.workdir import BadStep, Workdir, newest_intact_step, write_errors, write_json
+
+_SAVED_ARRAYS = ("params", "ema_params", "opt_state")
+
+
+def seeds_of(config):
+    """The seeds of a config as a list of ints."""
+    return [config.seed + i for i in range(config.num_seeds)]
+
+
+def config_of(config, seed):
+    """The config of one seed alone."""
+    config = config_lib.from_dict(config.to_dict())
+    config.seed, config.num_seeds = seed, 1
+    return config
+
+
+def vmap_seeds(fn, num_seeds, in_axes):
+    """`jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
+    return fn if num_seeds == 1 else jax.vmap(fn, in_axes)
+
+
+def stack(trees):
+    """Stacks one tree of host arrays per seed along [S]; the tree itself for one seed."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
+def unstack(tree, num_seeds):
+    """One tree per seed from a tree of arrays that lead with [S]."""
+    if num_seeds == 1:
+        return [tree]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_seeds)]
+
+
+def unstack_shapes(shapes, num_seeds):
+    """One seed's part of a tree of jax.ShapeDtypeStruct."""
+    if num_seeds == 1:
+        return shapes
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+
+
+def state_sharding(mesh, shapes, num_seeds):
+    """`mesh.state_sharding`, with the axis of seeds replicated."""
+    shardings = mesh_lib.state_sharding(mesh, unstack_shapes(shapes, num_seeds))
+    if num_seeds == 1:
+        return shardings
+    return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), shardings)
+
+
+class RunWorkdir:
+    """The workdir of a run, which contains one `Workdir` per seed if there are several.
+
+    Takes and returns what a run of one seed would; arrays are split by seed here.
+    """
+
+    def __init__(self, path, config):
+        self.path, self._config = path, config
+        self._run = Workdir(path, config)
+        self._each = [self._run]
+        if config.num_seeds > 1:
+            self._each = [
+                Workdir(path / f"seed_{seed}", config_of(config, seed)) for seed in seeds_of(config)
+            ]
+        self._corrupted = {}
+
+    @property
+    def seeds(self):
+        """The seeds of the run."""
+        return seeds_of(self._config)
+
+    @property
+    def folders(self):
+        """The path of each seed's workdir."""
+        return [workdir.path for workdir in self._each]
+
+    @property
+    def has_checkpoints(self):
+        """Whether there is anything to resume from, intact or not."""
+        return any(
+            step.name.isdigit() for folder in self.folders for step in folder.glob("checkpoints/*")
+        )
+
+    @contextlib.contextmanager
+    def locked(self):
+        """`Workdir.locked` for the run and every seed, in process 0."""
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                for workdir in dict.fromkeys([self._run, *self._each]):
+                    stack.enter_context(workdir.locked())
+            yield
+
+    def find_resume_step(self):
+        """The newest step that is intact for every seed; 0 if there is none."""
+        directories = [workdir.checkpoint_dir for workdir in self._each]
+        step, self._corrupted = newest_intact_step(directories)
+        return step
+
+    def check_data(self, step, data_identity):
+        """See `Workdir.check_data`."""
+        for workdir in self._each:
+            workdir.check_data(step, data_identity)
+
+    def begin(self, step, command):
+        """The first writes of a run that is certain to train, in process 0."""
+        if jax.process_index() == 0:
+            for workdir in dict.fromkeys([self._run, *self._each]):
+                workdir.begin(step, command=command, corrupted=self._corrupted)
+
+    def open(self, step, *, keep):
+        """See `Workdir.open`."""
+        for workdir in self._each:
+            workdir.open(step, keep=keep)
+
+    def restore(self, step, state_shapes):
+        """(TrainState on the devices, progress) of a saved step."""
+        shapes = unstack_shapes(state_shapes, self._config.num_seeds)
+        items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
+        states = []
+        for workdir, seed in zip(self._each, seeds_of(self._config), strict=True):
+            arrays, progress = workdir.restore(step, items)
+            sums = {k: np.float32(progress["sums"].get(k, 0)) for k in shapes.sums}
+            seed = np.uint32(seed)
+            states.append(TrainState(step=np.int32(step), seed=seed, sums=sums, **arrays))
+        shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
+        return mesh_lib.to_devices(stack(states), shardings), progress
+
+    def save(self, step, state, documents, log):
+        """Starts saving a state, with the progress and validation accuracy of a `TrainLog`.
+
+        Raises BadStep if the weights are not finite.
+        """
+        num_seeds = self._config.num_seeds
+        states = unstack(mesh_lib.to_host(state), num_seeds)
+        finite = [all(np.isfinite(x).all() for x in jax.tree.leaves(s.params)) for s in states]
+        if not all(finite):
+            raise BadStep(step, ~np.array(finite), None, None)
+        accuracies = [None] * num_seeds
+        if log.val_accuracy is not None:
+            accuracies = np.atleast_1d(log.val_accuracy)
+        for workdir, part, accuracy in zip(self._each, states, accuracies, strict=True):
+            sums = {name: float(value) for name, value in part.sums.items()}
+            progress = {"sums": sums, **log.progress}
+            workdir.save(
+                step,
+                {name: getattr(part, name) for name in _SAVED_ARRAYS},
+                documents | {"progress": progress},
+                val_accuracy=accuracy,
+            )
+
+    def is_best(self, val_accuracy):
+        """Whether a validation accuracy is any seed's best so far."""
+        pairs = zip(self._each, np.atleast_1d(val_accuracy), strict=True)
+        return any(workdir.is_best(accuracy) for workdir, accuracy in pairs)
+
+    def write(self, step, scalars):
+        """Writes {name: number, or one per seed}."""
+        for i, workdir in enumerate(self._each):
+            parts = {k: np.broadcast_to(v, len(self._each))[i] for k, v in scalars.items()}
+            workdir.write(step, parts)
+
+    def images(self, step, name, images):
+        """Writes a tree of images per seed; see `Workdir.images`."""
+        for workdir, part in zip(self._each, unstack(images, len(self._each)), strict=True):
+            workdir.images(step, name, part)
+
+    def histograms(self, step, params):
+        """See `Workdir.histograms`."""
+        for workdir, part in zip(self._each, unstack(params, len(self._each)), strict=True):
+            workdir.histograms(step, part)
+
+    def write_results(self, values, shared):
+        """Writes each seed's result.json and the run's, which is returned.
+
+        `values` is {name: number, or one per seed}. With several seeds, the run's result.json has
+        their mean under the name, their standard deviation under NAME_std, and all of them under
+        NAME_of_each_seed.
+        """
+        all_seeds, results = seeds_of(self._config), []
+        for i, (workdir, seed) in enumerate(zip(self._each, all_seeds, strict=True)):
+            own = {k: float(np.broadcast_to(v, len(all_seeds))[i]) for k, v in values.items()}
+            results.append(own | {"seed": seed, **shared})
+            self._write_result(workdir.path, results[-1])
+        if len(results) == 1:
+            return results[0]
+        result = {"seed": all_seeds, **shared}
+        for name in values:
+            each = [own[name] for own in results]
+            result[name] = float(np.mean(each))
+            result[f"{name}_std"] = float(np.std(each, ddof=1))
+            result[f"{name}_of_each_seed"] = each
+        self._write_result(self.path, result)
+        return result
+
+    def _write_result(self, folder, result):
+        if jax.process_index() == 0:
+            with write_errors(folder):
+                write_json(folder / "result.json", result)
+
+    def read_result(self):
+        """The content of the run's result.json, or None."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def wait(self):
+        """Waits for the saves that were started."""
+        for workdir in self._each:
+            workdir.wait()
+
+    def close(self):
+        """See `Workdir.close`."""
+        for workdir in self._each:
+            workdir.close()
