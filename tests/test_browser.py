@@ -129,7 +129,7 @@ def test_the_demo_refuses_politely_and_goes_on(browser, address, tmp_path):
     show(browser, address, width=1280)
     upload(browser, tmp_path / "huge.png", lambda b: "larger than 10 MB" in said(b))
     assert browser.get_log("browser") == []
-    upload(browser, tmp_path / "broken.png", lambda b: "no image file" in said(b))
+    upload(browser, tmp_path / "broken.png", lambda b: "cannot read this file" in said(b))
     # The browser itself notes an answer of status 400.
     assert all("400" in entry["message"] for entry in browser.get_log("browser"))
     assert not browser.find_element(By.ID, "result").is_displayed()

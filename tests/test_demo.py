@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import demo
+from vit_jax import data, demo
 from vit_jax.attention import TILE
 
 
@@ -47,9 +47,10 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no image file"),
-        (b"not an image", "no image file"),
-        (encoded(Image.fromarray(np.zeros((64, 64, 3), np.uint8)))[:60], "damaged"),
+        (b"", "cannot read this file"),
+        (b"not an image", "upload a complete JPEG, PNG, BMP, GIF, WebP, TIFF, or PPM image"),
+        (encoded(Image.fromarray(np.zeros((64, 64, 3), np.uint8)))[:60], "upload a complete"),
+        (encoded(Image.new("RGB", (8, 8)), "ICO"), "cannot read this file"),
     ],
 )
 def test_what_is_no_image_is_refused(client, content, says):
@@ -57,12 +58,21 @@ def test_what_is_no_image_is_refused(client, content, says):
     assert answer.status_code == 400 and says in answer.json["error"]
 
 
+def test_an_upload_is_opened_as_one_of_the_seven_formats_only(client, monkeypatch):
+    """Not even the header of another format, as EPS, is parsed."""
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda f, **k: opened.append(k["formats"]) or real(f, **k))
+    client.post("/classify", data=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert opened and all(set(f) == set(data._IMAGE_FORMATS) for f in opened)
+
+
 def test_too_many_bytes_are_refused(client):
     answer = client.post("/classify", data=b"x" * (demo.MAX_BYTES + 1))
     assert answer.status_code == 413 and "larger than 10 MB" in answer.json["error"]
 
 
-@pytest.mark.parametrize("side", [7_000, 60_000])
+@pytest.mark.parametrize("side", [10_001, 60_000])
 def test_too_many_pixels_are_refused_before_they_are_decoded(client, side):
     # A few bytes that say so many pixels.
     content = bytearray(encoded(Image.new("1", (1, 1))))
@@ -70,7 +80,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client, side):
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     answer = client.post("/classify", data=bytes(content))
     assert answer.status_code == 400
-    assert "more than 40,000,000 pixels" in answer.json["error"]
+    assert "at most 100 million pixels" in answer.json["error"]
 
 
 def test_other_sites_are_refused(client):
@@ -79,3 +89,21 @@ def test_other_sites_are_refused(client):
     assert evil.status_code == 403
     # Another name for this address: DNS rebinding.
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("::1", "[::1]"), ("0:0:0:0:0:0:0:1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("Box", "box")],
+)
+def test_the_demo_answers_to_the_host_that_it_listens_on(tiny_run, host, url):
+    client = demo.make_app(vit_jax.load(tiny_run), demo.trusted_hosts(host)).test_client()
+    assert demo.url_host(host) == url
+    for name in (url, f"{url}:8000", "localhost:8000"):
+        assert client.get("/", headers={"Host": name}).status_code == 200, name
+    for name in ("evil.example", f"{url}.evil.example", "[::2]:8000", ""):
+        assert client.get("/", headers={"Host": name}).status_code == 400, name
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_on_every_address_the_demo_answers_to_any_name(host):
+    assert demo.trusted_hosts(host) is None

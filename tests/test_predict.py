@@ -74,10 +74,73 @@ def test_attention_is_a_picture_an_image(tiny_run, pictures, monkeypatch, capsys
     arguments = ("--workdir", tiny_run, "--json", "--attention", tmp_path / "looks", pictures)
     lines, _ = run(monkeypatch, capsys, *arguments)
     paths = [json.loads(line)["attention"] for line in lines]
-    assert len(set(paths)) == 4
+    assert len(set(paths)) == 4 and "/green-" in paths[0]
     for path in paths:
         with Image.open(path) as picture:  # two layers of two heads, and a row above them
             assert picture.size == (2 * 128 + 4, 3 * 128 + 2 * 4)
+
+
+def test_attention_pictures_of_similar_and_of_long_paths_are_all_kept(
+    tiny_run, pictures, monkeypatch, capsys, tmp_path
+):
+    names = (
+        "a/b.png",
+        "a_b.png",
+        f"{'x' * 250}.png",
+        "/".join(["y" * 200] * 4) + ".png",
+        "é" * 120,
+    )
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((pictures / "red.png").read_bytes())
+    arguments = ("--workdir", tiny_run, "--json", "--attention", tmp_path / "looks", *paths)
+    lines, errors = run(monkeypatch, capsys, *arguments)
+    assert errors == ""
+    written = {json.loads(line)["attention"] for line in lines}
+    assert len(written) == len(paths) and all(pathlib.Path(path).is_file() for path in written)
+
+
+def test_a_file_where_the_attention_folder_should_be_is_an_error(
+    tiny_run, pictures, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "looks").touch()
+    arguments = ("--workdir", tiny_run, "--attention", tmp_path / "looks", pictures)
+    lines, errors = run(monkeypatch, capsys, *arguments)
+    assert lines == [] and f"cannot create the directory {tmp_path / 'looks'}" in errors
+
+
+def test_paths_that_are_not_utf8_come_out_as_they_came_in(tiny_run, pictures, tmp_path):
+    path = os.fsencode(tmp_path) + b"/gr\xfcn.jpg"
+    with open(path, "wb") as file:
+        file.write((pictures / "green.jpg").read_bytes())
+    command = [sys.executable, "-m", "vit_jax.predict", "--workdir", tiny_run, "-", path]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, input=path + b"\n")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [[path, b"green"]] * 2
+
+
+def test_a_user_without_a_home_directory_is_told_to_set_home(tiny_run, pictures):
+    code = (
+        "import os, pwd, sys\n"
+        "def unknown(uid): raise KeyError(uid)\n"  # as getpwuid does for an unknown user
+        "pwd.getpwuid = unknown\n"
+        "from vit_jax import predict\n"
+        "from vit_jax.errors import run_command\n"
+        "run_command(predict.main)"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--workdir", tiny_run, pictures],
+        cwd=ROOT,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: ~/.cache: this user has no home directory; set HOME\n"
 
 
 def test_the_command_ends_wrong_input_with_one_line_and_code_2(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import html
 import json
+import os
 import re
 import shutil
 
@@ -130,8 +131,67 @@ def test_metrics_of_other_lines_or_bytes(tiny_run, tmp_path, damage):
     if damage[0] < 128:
         assert report.read_records(tmp_path / "run")[0].lines == []
     else:
-        with pytest.raises(UserError, match="is not a run's"):
+        with pytest.raises(UserError, match=r"metrics.jsonl is corrupted"):
             report.read_records(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("run.json", "{}", "command in .*run.json must be a text or null; it is missing"),
+        ("run.json", "[]", "run.json must contain a JSON object, not list"),
+        ("run.json", "[" * 100_000, "run.json is corrupted"),
+        ("result.json", '{"seconds": "1"}', "result.json must be a number"),
+        ("result.json", "7", "result.json must contain a JSON object, not int"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "a": "b"}',
+            "a in .*metrics.jsonl must be a number; got 'b'",
+        ),
+        ("metrics.jsonl", f'{{"step": 1, "a": 1{"0" * 400}}}', "metrics.jsonl must be a number"),
+        ("config.json", "{", "config.json is corrupted"),
+    ],
+)
+def test_fields_of_another_type_are_errors(tiny_run, tmp_path, file, content, says):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        report.report(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_where_the_report_folder_should_be_is_an_error(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    (tmp_path / "run" / "report").touch()
+    with pytest.raises(UserError, match=r"cannot create the directory .*report"):
+        report.report(tmp_path / "run")
+
+
+def test_a_folder_where_a_file_should_be_is_an_error(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "result.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*result.json: Is a directory"):
+        report.read_records(tmp_path / "run")
+
+
+def test_seeds_that_lead_in_a_circle_end(tiny_run, tmp_path):
+    for name in ("config.json", "run.json"):
+        content = json.loads((tiny_run / name).read_text())
+        (tmp_path / name).write_text(
+            json.dumps(content | {"num_seeds": 2} if "seed" in content else content)
+        )
+    (tmp_path / "seed_0").symlink_to(tmp_path)
+    assert len(report.read_records(tmp_path)) == 1
+
+
+def test_a_workdir_whose_name_is_not_utf8_has_a_page(tiny_run, tmp_path):
+    workdir = tmp_path / os.fsdecode(b"gr\xfcn")
+    workdir.mkdir()
+    for name in ("config.json", "run.json", "metrics.jsonl"):
+        shutil.copy(tiny_run / name, workdir)
+    page = report.report(workdir, compare=[tiny_run])
+    assert page.read_bytes().isascii() and "gr\\udcfcn" in text(page.read_text())
 
 
 def test_a_run_of_one_epoch_says_so(tiny_config, tmp_path):
@@ -225,7 +285,7 @@ def test_long_series_are_thinned_to_their_means():
 
 
 def test_no_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no run"):
+    with pytest.raises(UserError, match="contains no run"):
         report.report(tmp_path)
 
 
@@ -236,6 +296,8 @@ def test_recipe_of_a_command():
     assert path.name == "gone.py" and recipe is None
     assert report.recipe_of("vit-jax --config cifar10_vit")[1].model.width == 256
     assert report.recipe_of("python -m vit_jax.main")[0].name == "shapes10_vit"
+    for name in ("it's.py", "x" * 5000, "a\0b", "/"):
+        assert report.recipe_of(f"python -m vit_jax.main --config={name}")[1] is None
     assert not config_lib.difference(
         report.recipe_of("vit-jax")[1], report.recipe_of("python -m vit_jax.main")[1]
     )

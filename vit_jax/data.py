@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 _BLOCK = 256  # images one thread decodes at a time
 _FOLDER_SPLITS = ("train", "training", "val", "valid", "validation", "test")
@@ -165,7 +165,7 @@ def open_split(
     import tensorflow_datasets as tfds
 
     if name.startswith("folder:"):
-        source = _open_folder(Path(name.removeprefix("folder:")).expanduser().resolve())
+        source = _open_folder(expand_home(name.removeprefix("folder:")).resolve())
     else:
         source = _open_tfds(name, data_dir)
 
@@ -559,7 +559,7 @@ def _prepared_builder(name: str, data_dir: str | None):
         import vit_jax.shapes10  # noqa: F401  (registers the builder)
 
     place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    places = [Path(place).expanduser().absolute()]
+    places = [expand_home(place).absolute()]
     if not _writable(places[0]):
         places.append(_user_cache("tfds"))
     for place in places:
@@ -653,7 +653,7 @@ def _reachable(url: str) -> bool:
 
 
 def _user_cache(name: str, path: Path | None = None) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax"
+    root = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax"
     digest = "-" + hashlib.sha256(str(path).encode()).hexdigest()[:12] if path else ""
     return root / (name + digest)
 

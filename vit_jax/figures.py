@@ -75,7 +75,7 @@ def save(figure, folder, name):
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that no other figure has
         figure.savefig(file, format="svg", metadata={"Date": None})
-    (folder / f"{name}.svg").write_text(file.getvalue())
+    (folder / f"{name}.svg").write_text(file.getvalue(), encoding="utf-8")
     return inline(file.getvalue(), name)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 # An array of fewer elements is not split: its share would not be worth the message.
 _SMALLEST_SPLIT = 2**12
@@ -18,9 +18,9 @@ _SMALLEST_SPLIT = 2**12
 
 def keep_compiled():
     """Keeps compiled programs from run to run: a command's second start is much shorter."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
+        cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
 
 
 def check_backend():

@@ -7,8 +7,10 @@ model looks, as a whole (attention rollout) and in every head of every layer.
 
 import argparse
 import concurrent.futures
+import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -18,7 +20,7 @@ import numpy as np
 
 from vit_jax import attention, data, mesh
 from vit_jax.classify import make_classify, patch_grid, prepare
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import UserError, make_folder, run_command
 from vit_jax.loading import load
 from vit_jax.scores import log_softmax, top
 
@@ -65,6 +67,16 @@ def batches(paths, image_shape, size):
             ahead = batch, reading
 
 
+def picture_name(path):
+    """A file name for the attention picture of an image, different for every path.
+
+    The start of the image's own name, and a hash of the whole path.
+    """
+    name = re.sub(r"[^\w.-]+", "_", path.stem)[:40].strip("_.")
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return f"{name}-{digest}.png"
+
+
 def main():
     """The command."""
     parser = argparse.ArgumentParser(
@@ -89,7 +101,7 @@ def main():
         loaded, batch_size=args.batch_size, attention=args.attention is not None
     )
     if args.attention:
-        args.attention.mkdir(parents=True, exist_ok=True)
+        make_folder(args.attention)
     grid, told, failed = patch_grid(loaded), 0, 0
     paths = image_paths(args.images, sys.stdin)
     for batch, found in batches(paths, loaded.image_shape, args.batch_size):
@@ -110,9 +122,7 @@ def main():
             row = good.index(i)
             answer = {"image": str(path), "classes": top(logits[row], loaded.class_names, args.top)}
             if maps is not None:
-                # Files of one name in several folders get pictures of several names.
-                name = re.sub(r"[^\w.-]+", "_", str(path)).strip("_.") + ".attention.png"
-                answer["attention"] = str(args.attention / name)
+                answer["attention"] = str(args.attention / picture_name(path))
                 pixels = attention.picture(images[row], maps[row], grid)
                 pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA)
                 if not cv2.imwrite(answer["attention"], pixels):

@@ -9,11 +9,10 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import pathlib
 import shlex
 import string
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ import optax
 from vit_jax import attention, augment, evaluate, mesh, metrics, scores
 from vit_jax import config as config_lib
 from vit_jax.classify import make_classify, patch_grid
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import UserError, expand_home, make_folder, run_command
 from vit_jax.loading import load
 from vit_jax.model import sincos2d
 
@@ -33,7 +32,7 @@ try:
 except ImportError:  # matplotlib is an extra: `report` says so
     figures = None
 
-TEMPLATE = pathlib.Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("report.html")
 
 MANY = 20  # classes that the confusion matrix and the accuracy by class can show
 NUM_GRADIENT_IMAGES = 256
@@ -45,7 +44,7 @@ ALIKE = ("seed", "num_seeds", "tensorboard", "wandb", "data.dir", "mesh.data", "
 class Record:
     """What one seed of a run has written down."""
 
-    workdir: pathlib.Path
+    workdir: Path
     config: Any
     run: dict  # run.json
     lines: list[dict]  # metrics.jsonl
@@ -62,30 +61,109 @@ class Record:
         return max((line["step"] for line in self.lines), default=0)
 
 
+def printable(text):
+    """Returns a text that every font can draw: lone surrogates (bytes of a path) are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def read_records(workdir):
-    """The Records of a run, one a seed. Raises UserError where there is none."""
-    workdir = pathlib.Path(workdir)
+    """Reads a run, one Record per seed.
+
+    Raises UserError if a file is missing or unreadable, or a field is missing or of another type.
+    """
+    workdir = Path(workdir)
+    config = _read_config(workdir)
+    if config.num_seeds == 1:
+        return [_read_record(workdir, config)]
+    folders = sorted(workdir.glob("seed_*"))
+    if not folders:
+        raise UserError(f"{workdir} is a run of {config.num_seeds} seeds but contains no seed_N")
+    records = [_read_record(folder, _read_config(folder)) for folder in folders]
+    return sorted(records, key=lambda record: record.config.seed)
+
+
+def _read_config(workdir):
+    path = workdir / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} contains no run ({path} is missing): train with this --workdir")
     try:
-        config = config_lib.from_dict(json.loads((workdir / "config.json").read_text()))
-        run = json.loads((workdir / "run.json").read_text())
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{workdir} holds no run (no {e.filename}): train with this --workdir first"
-        ) from e
-    except ValueError as e:
-        raise UserError(f"{workdir} is not a run's: {e}") from e
-    if config.num_seeds > 1:
-        found = [read_records(path) for path in sorted(workdir.glob("seed_*"))]
-        if not found:
-            raise UserError(f"{workdir} is of {config.num_seeds} seeds and holds no seed_N")
-        return sorted((r for records in found for r in records), key=lambda r: r.config.seed)
-    path, result = workdir / "metrics.jsonl", workdir / "result.json"
+        return config_lib.from_dict(_read_object(path))
+    except RecursionError as e:
+        raise UserError(f"{path} is nested too deeply") from e
+
+
+def _read_record(workdir, config):
+    run = _read_object(workdir / "run.json")
+    _check_fields(run, _RUN_FIELDS, workdir / "run.json")
+    path, result = workdir / "result.json", None
+    if path.exists():
+        result = _read_object(path)
+        _check_fields({**dict.fromkeys(_OPTIONAL_RESULTS, 0), **result}, _RESULT_FIELDS, path)
+    path, lines = workdir / "metrics.jsonl", []
+    if path.exists():
+        lines = list(_read_metrics(path))
+    return Record(workdir, config, run, lines, result)
+
+
+def _read_object(path):
+    """The object in a JSON file."""
     try:
-        lines = [values for _, values in metrics.read_lines(path)] if path.exists() else []
-        result = json.loads(result.read_text()) if result.exists() else None
+        value = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must contain a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _check_fields(values, fields, path):
+    """Raises UserError unless `values` has each of the fields, with a value of its kind."""
+    for name, (is_valid, kind) in fields.items():
+        if name not in values or not is_valid(values[name]):
+            found = f"got {values[name]!r:.100}" if name in values else "it is missing"
+            raise UserError(f"{name} in {path} must be {kind}; {found}")
+
+
+def _read_metrics(path):
+    """Yields the lines of a metrics.jsonl, every value a number."""
+    try:
+        for _, values in metrics.read_lines(path):
+            _check_fields(values, dict.fromkeys(values, _NUMBER), path)
+            yield values
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e:
-        raise UserError(f"{workdir} is not a run's: {e}") from e
-    return [Record(workdir, config, run, lines, result)]
+        raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+_NUMBER = _is_number, "a number"
+_TEXT = _is_text, "a text"
+_OPTIONAL_TEXT = (lambda v: v is None or _is_text(v)), "a text or null"
+_RUN_FIELDS = {
+    "command": _OPTIONAL_TEXT,
+    "commit": _OPTIONAL_TEXT,
+    "date": _TEXT,
+    "host": _TEXT,
+    "processes": _NUMBER,
+    "versions": (lambda v: isinstance(v, dict) and all(map(_is_text, v.values())), "texts by name"),
+    "devices": (lambda v: isinstance(v, list) and v and all(map(_is_text, v)), "a list of texts"),
+}
+_OPTIONAL_RESULTS = ("test_accuracy", "test_loss", "val_accuracy")  # without such a split: missing
+_RESULT_FIELDS = {
+    **dict.fromkeys((*_OPTIONAL_RESULTS, "train_loss", "seconds", "num_params"), _NUMBER),
+    "images_per_second": (lambda v: v is None or _is_number(v), "a number or null"),
+    "device": _TEXT,
+}
 
 
 def recipe_of(command):
@@ -93,12 +171,15 @@ def recipe_of(command):
 
     A recipe is a program: only our own are run, not what a workdir from elsewhere may name.
     """
-    words = shlex.split(command or "")
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # unbalanced quotes
+        words = command.split()
     named = [b for a, b in itertools.pairwise(words) if a == "--config"]
     named += [w.removeprefix("--config=") for w in words if w.startswith("--config=")]
-    path = pathlib.Path(named[-1] if named else config_lib.DEFAULT_RECIPE)
-    ours = config_lib.CONFIGS / f"{path.stem}.py"
-    return path, config_lib.from_file(ours) if ours.is_file() else None
+    path = Path(named[-1] if named else config_lib.DEFAULT_RECIPE)
+    ours = {p.stem: p for p in config_lib.CONFIGS.glob("*.py")}.get(path.stem)
+    return path, config_lib.from_file(ours) if ours else None
 
 
 def states(records, run="This run"):
@@ -256,7 +337,7 @@ def add_curves(page, runs):
 
 def add_evaluation(page, loaded, examples, labels, logits, result, split):
     """Confusions, classes, calibration and the most confident mistakes."""
-    names = loaded.class_names
+    names = [c["class"] for c in result["classes"]]
     low, high = result["accuracy_interval"]
     page.section(
         "Evaluation",
@@ -558,14 +639,14 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
     """
     if figures is None:
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
-    workdir, *compare = (pathlib.Path(os.path.expanduser(w)) for w in (workdir, *compare))
-    runs = [(w.resolve().name, read_records(w)) for w in (workdir, *compare)]
+    workdir, *compare = map(expand_home, (workdir, *compare))
+    runs = [(printable(w.resolve().name), read_records(w)) for w in (workdir, *compare)]
     records = runs[0][1]
     said, result, shown_split = states(records), None, ""
     for other, others in runs[1:]:
         said += states(others, run=other)
     folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     for path in (folder, *folder.iterdir()):
         if path.is_symlink():  # whoever made the workdir chose where it leads
             raise UserError(f"{path} is a symbolic link, and a report writes there: remove it")
@@ -589,12 +670,12 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
             else:
                 classify = make_classify(loaded, batch_size=loaded.config.eval_batch_size)
                 logits = classify(examples.images)
-                result = scores.score(logits, labels, loaded.class_names)
+                names = [printable(name) for name in loaded.class_names]
+                result = scores.score(logits, labels, names)
                 add_evaluation(page, loaded, examples, labels, logits, result, shown_split)
                 # The first image of each class, then others, in the split's order.
                 first = np.sort(np.unique(labels, return_index=True)[1])
                 order = np.r_[first, np.setdiff1d(np.arange(min(32, len(labels))), first)][:64]
-                names = loaded.class_names
                 captions = [
                     (names[labels[i]], f"seen as {names[logits[i].argmax()]}") for i in order
                 ]
@@ -606,7 +687,9 @@ def report(workdir, *, compare=(), step="last", split=None, name=None):
     page.end()
     path = folder / "index.html"
     cards = headline(records, result, shown_split)
-    metrics.write_json(path, render(runs[0][0], records, cards, said, page))
+    content = render(runs[0][0], records, cards, said, page)
+    # Plain ASCII is right in every locale.
+    metrics.write_json(path, content.encode("ascii", "xmlcharrefreplace").decode())
     return path
 
 

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import hypothesis
 import numpy as np
@@ -33,11 +34,31 @@ else:
 with watched:
     from PIL import Image
 
-    from vit_jax import checkpoint, config, data, loading, main, metrics, weights
+    from vit_jax import checkpoint, config, data, figures, loading, main, metrics, report, weights
     from vit_jax.errors import UserError
     from vit_jax.interop import layouts
     from vit_jax.model import init_params, make_model
 
+RUN = {
+    "command": "python -m vit_jax.main --config configs/cifar10_vit.py",
+    "date": "2026-01-01T00:00:00+00:00",
+    "commit": None,
+    "versions": {"jax": "0.10.2"},
+    "host": "a",
+    "devices": ["cpu"],
+    "processes": 1,
+}
+METRICS = {"step": 1, "val/accuracy": 0.5, "train/loss": 1.0, "train/lr": 0.1}
+RESULT = {
+    "train_loss": 1.0,
+    "test_accuracy": 0.5,
+    "test_loss": 1.0,
+    "val_accuracy": 0.5,
+    "seconds": 1.0,
+    "images_per_second": None,
+    "num_params": 10,
+    "device": "1 x cpu",
+}
 SECONDS = 20  # an input that takes longer hangs
 
 
@@ -87,9 +108,7 @@ class Targets:
         np.savez(npz, **flat)
         from safetensors.numpy import save
 
-        lines = "".join(
-            json.dumps({"step": i, "val/accuracy": 0.5, "train/loss": 1.0}) + "\n" for i in (1, 2)
-        )
+        lines = "".join(json.dumps({**METRICS, "step": step}) + "\n" for step in (1, 2))
         fields = list(config.FIELDS)
         settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
         self.seeds = {
@@ -100,7 +119,14 @@ class Targets:
             "safetensors": [save(flat), save(flat, {"vit_jax": json.dumps(saved)})],
             "checkpoint": [self.saved.read_bytes()],
             "metrics": [lines.encode()],
+            "report_run": [json.dumps(RUN).encode()],
+            "report_result": [json.dumps(RESULT).encode()],
+            "report_metrics": [lines.encode()],
         }
+        self.report = folder / "in" / "report"
+        self.report.mkdir()
+        (self.report / "config.json").write_text(json.dumps(c.to_dict()))
+        self._restore_report()
 
     def override(self, given):
         main.parse([f"--config.{given.decode(errors='replace')}"])
@@ -141,6 +167,35 @@ class Targets:
             loading._best_step(self.workdir)
         finally:
             metrics.keep_lines_until(path, 1)
+
+    def report_run(self, given):
+        self._report("run.json", given)
+
+    def report_result(self, given):
+        self._report("result.json", given)
+
+    def report_metrics(self, given):
+        self._report("metrics.jsonl", given)
+
+    def _report(self, name, given):
+        """All of the page that comes from the run's files; its figures are made, not drawn."""
+        (self.report / name).write_bytes(given)
+        try:
+            records = report.read_records(self.report)
+            page = report.Page(self.report)
+            with unittest.mock.patch.object(figures, "save", lambda *_: ""), figures.style():
+                report.add_comparison(page, [("a", records), ("b", records)])
+                report.add_curves(page, [("a", records)])
+            report.add_identity(page, records)
+            cards = report.headline(records, None, "")
+            report.render("a", records, cards, report.states(records), page)
+        finally:
+            self._restore_report()
+
+    def _restore_report(self):
+        (self.report / "run.json").write_text(json.dumps(RUN))
+        (self.report / "result.json").write_text(json.dumps(RESULT))
+        (self.report / "metrics.jsonl").write_bytes(self.seeds["metrics"][0])
 
     def run(self, name, given):
         """'value' or 'refused'. Raises whatever else happens."""
@@ -238,12 +293,33 @@ def jsons():
     return (config_like | value).map(lambda v: json.dumps(v).encode())
 
 
+def objects(valid):
+    """A strategy for JSON like a valid object, some of its values of any other kind, or missing."""
+    scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    value = st.recursive(
+        scalar | st.sampled_from(['"', "--config '", "\ud800", 10**400]),
+        lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3),
+    )
+    changes = st.dictionaries(st.sampled_from(list(valid)), value, max_size=2)
+    missing = st.lists(st.sampled_from(list(valid)), max_size=1)
+    return st.builds(
+        lambda changes, missing: json.dumps(
+            {name: v for name, v in (valid | changes).items() if name not in missing}
+        ).encode(),
+        changes,
+        missing,
+    )
+
+
 def strategy(targets, name):
     given = st.binary(max_size=200) | mutated(targets.seeds[name])
     if name == "override":
         given |= texts_of(list(config.FIELDS))
     if name == "recipe_json":
         given |= jsons()
+    valid = {"report_run": RUN, "report_result": RESULT, "report_metrics": METRICS}
+    if name in valid:
+        given = objects(valid[name]) | given
     return given
 
 
