@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax import evaluate, scores
-from vit_jax.classify import make_classify
+from vit_jax import evaluate
 from vit_jax.errors import UserError
+from vit_jax.inference import scores
+from vit_jax.inference.classify import make_classify
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
-    0: {"errors", "shapes10", "scores", "attention", "notebook_torch", "peaks"},
+    0: {"errors", "shapes10", "notebook_torch", "peaks"},
     1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics", "interop"}
-    | {"distributed", "stopping", "figures"},
-    2: {"config", "stream", "classify"},
-    3: {"step", "loading", "weights"},
-    4: {"evaluate", "export", "predict", "demo"},
+    | {"distributed", "stopping"},
+    2: {"config", "stream"},
+    3: {"step", "inference", "weights"},
+    4: {"evaluate"},
     5: {"run", "sweep"},
     6: {"train", "explain"},
     7: {"main", "benchmark", "benchmark_torch"},
-    8: {"report"},
+    8: {"commands"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from vit_jax import data, mesh, step
-from vit_jax.classify import make_classify
 from vit_jax.errors import UserError, run_command
-from vit_jax.loading import load
-from vit_jax.scores import score
+from vit_jax.inference.classify import make_classify
+from vit_jax.inference.scores import score
+from vit_jax.inference.trained import load
 
 
 def make_evaluate(eval_step, the_mesh, *, num_seeds=1):

@@ -34,8 +34,12 @@ else:
 with watched:
     from PIL import Image
 
-    from vit_jax import checkpoint, config, data, figures, loading, main, metrics, report, weights
+    from vit_jax import checkpoint, config, data, main, metrics, weights
+    from vit_jax.commands.report import figures, sections
+    from vit_jax.commands.report.page import Page
+    from vit_jax.commands.report.records import read_records
     from vit_jax.errors import UserError
+    from vit_jax.inference import trained
     from vit_jax.interop import layouts
     from vit_jax.model import init_params, make_model
 
@@ -157,14 +161,14 @@ class Targets:
         folder = self.saved.parents[1]
         (folder / checkpoint.SUMS).unlink()
         checkpoint._write_sums(folder)  # whoever made it made the sums fit
-        loading.load(self.workdir)
+        trained.load(self.workdir)
         weights.load_weights(self.workdir)
 
     def metrics(self, given):
         path = self.workdir / "metrics.jsonl"
         path.write_bytes(given)
         try:
-            loading._best_step(self.workdir)
+            trained._best_step(self.workdir)
         finally:
             metrics.keep_lines_until(path, 1)
 
@@ -178,17 +182,17 @@ class Targets:
         self._report("metrics.jsonl", given)
 
     def _report(self, name, given):
-        """All of the page that comes from the run's files; its figures are made, not drawn."""
+        """Builds the parts of the page that come from the run's files, without drawing figures."""
         (self.report / name).write_bytes(given)
         try:
-            records = report.read_records(self.report)
-            page = report.Page(self.report)
+            records = read_records(self.report)
+            page = Page(self.report)
+            sections.add_notices(page, records, "a")
             with unittest.mock.patch.object(figures, "save", lambda *_: ""), figures.style():
-                report.add_comparison(page, [("a", records), ("b", records)])
-                report.add_curves(page, [("a", records)])
-            report.add_identity(page, records)
-            cards = report.headline(records, None, "")
-            report.render("a", records, cards, report.states(records), page)
+                sections.add_comparison(page, [("a", records), ("b", records)])
+                sections.add_curves(page, [("a", records)])
+            sections.add_identity(page, records)
+            page.render("a", "", sections.headline(records, None))
         finally:
             self._restore_report()
 
@@ -294,7 +298,7 @@ def jsons():
 
 
 def objects(valid):
-    """A strategy for JSON like a valid object, some of its values of any other kind, or missing."""
+    """A strategy for the JSON of a valid object with fields changed to any value, or missing."""
     scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     value = st.recursive(
         scalar | st.sampled_from(['"', "--config '", "\ud800", 10**400]),

@@ -10,10 +10,10 @@ from test_weights_torch import hugging_logits, timm_logits
 
 import vit_jax
 from vit_jax.augment import normalize
-from vit_jax.export import export
+from vit_jax.commands.export import export
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))
-from test_export import images, make_loaded
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "commands"))
+from test_export import images, make_trained
 
 
 def ours(loaded, pixels):
@@ -32,7 +32,7 @@ def ours(loaded, pixels):
     ids=["plain", "tanh", "not square", "sincos2d", "gray"],
 )
 def test_transformers_loads_the_folder(torch, transformers, tmp_path, fields, shape):
-    loaded = make_loaded(shape, **fields)
+    loaded = make_trained(shape, **fields)
     export(loaded, tmp_path / "folder", "huggingface")
     theirs, told = transformers.ViTForImageClassification.from_pretrained(
         tmp_path / "folder", output_loading_info=True
@@ -45,7 +45,7 @@ def test_transformers_loads_the_folder(torch, transformers, tmp_path, fields, sh
 
 
 def test_the_preprocessing_in_the_folder_is_ours(torch, transformers, tmp_path):
-    loaded = make_loaded()
+    loaded = make_trained()
     export(loaded, tmp_path / "folder", "huggingface")
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(
@@ -59,7 +59,7 @@ def test_the_preprocessing_in_the_folder_is_ours(torch, transformers, tmp_path):
 
 
 def test_the_notebook_loads_its_pt(torch, reference, tmp_path):
-    loaded = make_loaded((32, 32, 3), width=256, num_heads=8, mlp_dim=1024, depth=6)
+    loaded = make_trained((32, 32, 3), width=256, num_heads=8, mlp_dim=1024, depth=6)
     export(loaded, tmp_path / "vit.pt", "notebook")
     theirs = reference.VisionTransformer(num_classes=5).eval()
     theirs.load_state_dict(torch.load(tmp_path / "vit.pt", weights_only=True), strict=True)
@@ -76,7 +76,7 @@ def test_the_notebook_loads_its_pt(torch, reference, tmp_path):
 def test_timms_files_compute_the_same(torch, tmp_path, suffix):
     from safetensors.numpy import load_file
 
-    loaded = make_loaded(norm_eps=1e-6, layer_scale=0.1)
+    loaded = make_trained(norm_eps=1e-6, layer_scale=0.1)
     path = tmp_path / f"vit{suffix}"
     export(loaded, path, "timm")
     tensors = torch.load(path, weights_only=True) if suffix == ".pt" else load_file(path)

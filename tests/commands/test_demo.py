@@ -1,4 +1,4 @@
-"""The demo's server: what it answers, what it refuses, and whom."""
+"""The demo's server: answers, rejected uploads, and rejected origins."""
 
 import base64
 import io
@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import vit_jax
-from vit_jax import data, demo
-from vit_jax.attention import TILE
+from vit_jax import data
+from vit_jax.commands.demo import server
+from vit_jax.inference.attention import TILE
 
 
 def encoded(image, kind="PNG"):
@@ -21,10 +22,10 @@ def encoded(image, kind="PNG"):
 
 @pytest.fixture(scope="module")
 def client(tiny_run):
-    return demo.make_app(vit_jax.load(tiny_run), ["localhost"]).test_client()
+    return server.make_app(vit_jax.load(tiny_run), ["localhost"]).test_client()
 
 
-def test_an_image_gets_classes_and_a_picture_a_head(client):
+def test_an_image_gets_classes_and_one_picture_per_head(client):
     answer = client.post("/classify", data=encoded(Image.new("RGB", (90, 60), (60, 200, 60))))
     assert answer.status_code == 200
     classes = answer.json["classes"]
@@ -37,9 +38,9 @@ def test_an_image_gets_classes_and_a_picture_a_head(client):
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (TILE, TILE)
 
 
-def test_the_page_may_load_nothing_from_elsewhere(client):
+def test_the_page_loads_nothing_from_elsewhere(client):
     page = client.get("/")
-    assert page.status_code == 200 and f'data-max-bytes="{demo.MAX_BYTES}"' in page.text
+    assert page.status_code == 200 and f'data-max-bytes="{server.MAX_BYTES}"' in page.text
     assert "http" not in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 
@@ -53,13 +54,13 @@ def test_the_page_may_load_nothing_from_elsewhere(client):
         (encoded(Image.new("RGB", (8, 8)), "ICO"), "cannot read this file"),
     ],
 )
-def test_what_is_no_image_is_refused(client, content, says):
+def test_uploads_that_are_not_images_are_rejected(client, content, says):
     answer = client.post("/classify", data=content)
     assert answer.status_code == 400 and says in answer.json["error"]
 
 
-def test_an_upload_is_opened_as_one_of_the_seven_formats_only(client, monkeypatch):
-    """Not even the header of another format, as EPS, is parsed."""
+def test_uploads_are_opened_only_as_the_seven_formats(client, monkeypatch):
+    """Not even the header of another format, such as EPS, is parsed."""
     opened = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda f, **k: opened.append(k["formats"]) or real(f, **k))
@@ -67,14 +68,14 @@ def test_an_upload_is_opened_as_one_of_the_seven_formats_only(client, monkeypatc
     assert opened and all(set(f) == set(data._IMAGE_FORMATS) for f in opened)
 
 
-def test_too_many_bytes_are_refused(client):
-    answer = client.post("/classify", data=b"x" * (demo.MAX_BYTES + 1))
+def test_uploads_with_too_many_bytes_are_rejected(client):
+    answer = client.post("/classify", data=b"x" * (server.MAX_BYTES + 1))
     assert answer.status_code == 413 and "larger than 10 MB" in answer.json["error"]
 
 
 @pytest.mark.parametrize("side", [10_001, 60_000])
-def test_too_many_pixels_are_refused_before_they_are_decoded(client, side):
-    # A few bytes that say so many pixels.
+def test_uploads_with_too_many_pixels_are_rejected_before_decoding(client, side):
+    # A few bytes whose header declares too many pixels.
     content = bytearray(encoded(Image.new("1", (1, 1))))
     content[16:24] = side.to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
@@ -83,11 +84,11 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client, side):
     assert "at most 100 million pixels" in answer.json["error"]
 
 
-def test_other_sites_are_refused(client):
+def test_requests_from_other_sites_are_rejected(client):
     image = encoded(Image.new("RGB", (8, 8)))
     evil = client.post("/classify", data=image, headers={"Sec-Fetch-Site": "cross-site"})
     assert evil.status_code == 403
-    # Another name for this address: DNS rebinding.
+    # Another name that resolves to this address (DNS rebinding).
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
 
 
@@ -95,9 +96,9 @@ def test_other_sites_are_refused(client):
     ("host", "url"),
     [("::1", "[::1]"), ("0:0:0:0:0:0:0:1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("Box", "box")],
 )
-def test_the_demo_answers_to_the_host_that_it_listens_on(tiny_run, host, url):
-    client = demo.make_app(vit_jax.load(tiny_run), demo.trusted_hosts(host)).test_client()
-    assert demo.url_host(host) == url
+def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
+    client = server.make_app(vit_jax.load(tiny_run), server.trusted_hosts(host)).test_client()
+    assert server.url_host(host) == url
     for name in (url, f"{url}:8000", "localhost:8000"):
         assert client.get("/", headers={"Host": name}).status_code == 200, name
     for name in ("evil.example", f"{url}.evil.example", "[::2]:8000", ""):
@@ -105,5 +106,5 @@ def test_the_demo_answers_to_the_host_that_it_listens_on(tiny_run, host, url):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_on_every_address_the_demo_answers_to_any_name(host):
-    assert demo.trusted_hosts(host) is None
+def test_listening_on_all_addresses_accepts_any_host(host):
+    assert server.trusted_hosts(host) is None
