@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name):
     if name == "load":  # imported when first used: importing vit_jax stays light
-        from vit_jax.loading import load
+        from vit_jax.inference.trained import load
 
         return load
     if name == "load_weights":

@@ -1,6 +1,7 @@
 """The exceptions that end a command with a line and a code of its own, and no traceback."""
 
 import errno
+import pathlib
 import sys
 
 
@@ -13,6 +14,22 @@ class Stopped(Exception):
 
     def __init__(self, signal_number):
         self.code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells count
+
+
+def expand_home(path):
+    """`path` with a leading `~` expanded. Raises UserError if no home directory is known."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{path}: this user has no home directory; set HOME") from e
+
+
+def make_folder(path):
+    """Creates a directory and its parents. Raises UserError where that is impossible."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot create the directory {path}: {e.strerror}") from e
 
 
 # What a disk answers that will not take a file.
@@ -34,6 +51,10 @@ def run_command(main, *args):
     An interrupt from the keyboard is exit code 130, a run stopped by a signal has its own. None
     shows a traceback.
     """
+    # Paths need not be UTF-8: their bytes pass through unchanged.
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
     try:
         return main(*args)
     except UserError as e:

@@ -1,14 +1,12 @@
 """The training loop."""
 
 import contextlib
-import os
-import pathlib
 import signal
 
 import jax
 import numpy as np
 
-from vit_jax.errors import Stopped, UserError
+from vit_jax.errors import Stopped, UserError, expand_home
 from vit_jax.experiment import describe, make_experiment
 from vit_jax.parallel import mesh, peaks
 from vit_jax.parallel.preemption import StopSignal
@@ -33,7 +31,7 @@ def train(config, path, *, command=""):
     """
     if config.wandb:
         import_wandb()
-    path = pathlib.Path(os.path.expanduser(path))
+    path = expand_home(path)
     workdir = RunWorkdir(path, config)
     resuming = workdir.has_checkpoints
     with contextlib.ExitStack() as stack:

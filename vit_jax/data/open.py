@@ -1,13 +1,11 @@
 """The entry to this package: the name of a dataset and a split to its examples."""
 
-from pathlib import Path
-
 from vit_jax.data.folder import open_folder
 from vit_jax.data.resident import Dataset, load_resident
 from vit_jax.data.source import Source, one_line
 from vit_jax.data.stream import Stream, open_stream
 from vit_jax.data.tfds import open_tfds
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 
 def open_split(
@@ -40,7 +38,7 @@ def open_split(
         contains labels outside its classes; the disk is full.
     """
     if name.startswith("folder:"):
-        source = open_folder(Path(name.removeprefix("folder:")).expanduser().resolve())
+        source = open_folder(expand_home(name.removeprefix("folder:")).resolve())
     else:
         source = open_tfds(name, data_dir)
     parts = _parts(source, split)

@@ -7,14 +7,14 @@ import subprocess
 
 import jax
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 
 def enable_compilation_cache():
     """Keeps compiled programs on disk, so that a command's second start is much shorter."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache) / "vit_jax" / "xla"))
+        cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
 
 
 def check_backend():

@@ -1,8 +1,7 @@
-"""The report's figures, by matplotlib: arrays in, a Figure out. The one file that imports it.
+"""The report's matplotlib figures: arrays in, a Figure out.
 
-Each figure is drawn once, in the colours of COLOURS, and works in three places: a PNG and an SVG
-for papers, and inside the page, where `inline` puts the page's CSS variables in place of those
-colours, so that one drawing serves light and dark.
+Each figure is drawn once in COLORS and used three times: as PNG and SVG files for papers, and in
+the page, where `_inline` replaces the colors by CSS variables for light and dark mode.
 """
 
 import io
@@ -13,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from vit_jax.scores import wilson
+from vit_jax.inference.scores import wilson
 
-# CSS variable -> the colour it has in files. No colour may be used for two things.
-COLOURS = {
+# CSS variable: its color in files. The colors must all differ.
+COLORS = {
     "ink": "#1b1f24",
     "muted": "#59636e",
     "line": "#d5dae0",
@@ -28,8 +27,8 @@ COLOURS = {
     "c4": "#a8324a",
     "c5": "#7d6608",
 }
-INK, MUTED, LINE, PAPER = (COLOURS[name] for name in ("ink", "muted", "line", "paper"))
-SERIES = [COLOURS[f"c{i}"] for i in range(6)]
+INK, MUTED, LINE, PAPER = (COLORS[name] for name in ("ink", "muted", "line", "paper"))
+SERIES = [COLORS[f"c{i}"] for i in range(6)]
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": LINE,
@@ -53,43 +52,43 @@ STYLE = {
     "legend.labelcolor": INK,
     "lines.linewidth": 1.8,
     "savefig.dpi": 200,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and edited for a paper
+    "svg.fonttype": "none",  # keep text searchable and editable
     "text.color": INK,
-    "text.parse_math": False,  # a class may be called $1
+    "text.parse_math": False,  # a class name may contain $
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
-WIDTH, HEIGHT = 4.6, 3.0  # inches: the page's column, where text keeps its size
+WIDTH, HEIGHT = 4.6, 3.0  # inches: one column of the page
 
 
 def style():
-    """The context in which figures are made."""
+    """Returns the context manager in which all figures must be made and saved."""
     return matplotlib.rc_context(STYLE)
 
 
 def save(figure, folder, name):
-    """Writes folder/NAME.png and .svg; returns the drawing to put into the page."""
+    """Writes folder/NAME.png and NAME.svg. Returns the SVG element for the page."""
     figure.savefig(folder / f"{name}.png")
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that no other figure has
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids unique within the page
         figure.savefig(file, format="svg", metadata={"Date": None})
-    (folder / f"{name}.svg").write_text(file.getvalue())
-    return inline(file.getvalue(), name)
+    (folder / f"{name}.svg").write_text(file.getvalue(), encoding="utf-8")
+    return _inline(file.getvalue(), name)
 
 
-def inline(svg, label):
-    """An SVG file's text -> its element for a page: colours by CSS variable, no size of its own."""
+def _inline(svg, label):
+    """Converts an SVG file to a page element with CSS variables as colors and no fixed size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # matplotlib's own names, the same in each figure
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # matplotlib repeats these in every figure
     svg = re.sub(
         r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{label}">', svg
     )
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # the page's font
-    for name, colour in COLOURS.items():
-        svg = re.sub(f"(fill|stroke): {colour}", rf"\1: var(--{name})", svg)
+    for name, color in COLORS.items():
+        svg = re.sub(f"(fill|stroke): {color}", rf"\1: var(--{name})", svg)
     return svg
 
 
@@ -99,7 +98,7 @@ def _axes(width=WIDTH, height=HEIGHT):
 
 
 def thin(x, y, most=800):
-    """Long series as the means of equal stretches, which a page can hold."""
+    """Averages runs of consecutive points so that at most `most` remain."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     stretch = -(-len(x) // most)
     if stretch < 2:
@@ -110,14 +109,17 @@ def thin(x, y, most=800):
 
 
 def curves(series, *, ylabel, percent=False, log=False):
-    """Lines over training steps.
+    """Draws lines over training steps.
 
-    `series` is a list of (label or None, colour's index, style, steps, values), style one of
-    "thin" (what is logged now and then), "line", "dots" (epochs; a single point is seen too),
-    "dashed" and "star". With `log` the axis is logarithmic where values differ a hundredfold.
+    Args:
+      series: a list of (label or None, color index, style, steps, values); the style is "thin",
+        "line", "dots" (visible even for a single point), "dashed", or "star".
+      ylabel: the label of the y axis.
+      percent: whether values are shown as percentages.
+      log: whether the y axis is logarithmic if values span more than a factor of 100.
     """
     figure, axes = _axes()
-    for label, colour, style, x, y in series:
+    for label, color, style, x, y in series:
         x, y = thin(x, y)
         looks = {
             "thin": {"linewidth": 0.8, "alpha": 0.45},
@@ -126,7 +128,7 @@ def curves(series, *, ylabel, percent=False, log=False):
             "dashed": {"linestyle": (0, (4, 2)), "marker": "o", "markersize": 3},
             "star": {"linestyle": "none", "marker": "*", "markersize": 11},
         }[style]
-        axes.plot(x, y, color=SERIES[colour % len(SERIES)], label=label, **looks)
+        axes.plot(x, y, color=SERIES[color % len(SERIES)], label=label, **looks)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
     axes.set_xlim(left=0)
@@ -146,7 +148,7 @@ def curves(series, *, ylabel, percent=False, log=False):
 
 
 def confusion(matrix, names):
-    """int[true, predicted] as a table of shares of each true class, zeros left out."""
+    """Draws an int[true, predicted] confusion matrix, colored by share of the true class."""
     n = len(names)
     side = max(WIDTH, 1.4 + 0.32 * n)
     figure, axes = _axes(side, side * 0.94)
@@ -158,9 +160,9 @@ def confusion(matrix, names):
             (j - 0.5, i - 0.5), 1, 1, color=SERIES[0], alpha=share**0.6, linewidth=0
         )
         axes.add_patch(square)
-        colour = PAPER if share > 0.42 else INK
+        color = PAPER if share > 0.42 else INK
         text = f"{matrix[i, j]:,}" if matrix.max() < 10_000 else f"{share:.0%}"
-        axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xlim(-0.5, n - 0.5)
     axes.set_ylim(n - 0.5, -0.5)
     axes.set_xticks(range(n), names, rotation=45 if n > 4 else 0, ha="right" if n > 4 else "center")
@@ -174,7 +176,7 @@ def confusion(matrix, names):
 
 
 def class_accuracy(classes, overall):
-    """A dot and its 95% interval for each class of `scores.score`, best first."""
+    """Draws the accuracy and 95% interval of each class from `scores.score`, best on top."""
     classes = sorted(classes, key=lambda c: c["accuracy"])
     figure, axes = _axes(WIDTH, max(HEIGHT, 0.9 + 0.27 * len(classes)))
     accuracy = np.array([c["accuracy"] for c in classes])
@@ -196,7 +198,7 @@ def class_accuracy(classes, overall):
 
 
 def calibration(bins):
-    """`scores.reliability`'s bins: accuracy against confidence, and how many images are in each."""
+    """Draws accuracy and image counts against confidence for bins from `scores.reliability`."""
     figure = Figure(figsize=(WIDTH, WIDTH * 0.94))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     count, confidence, accuracy = bins[bins[:, 0] > 0].T
@@ -218,7 +220,7 @@ def calibration(bins):
 
 
 def pictures(images, captions, columns=4):
-    """uint8[H, W, C] images in a grid, a caption of two lines under each."""
+    """Draws uint8[H, W, C] images in a grid, each above a two-line caption."""
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(WIDTH, rows * (WIDTH / columns + 0.4)))
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -226,7 +228,7 @@ def pictures(images, captions, columns=4):
         axes.set_axis_off()
     for axes, image, lines in zip(grid, images, captions, strict=False):
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="none")
-        for text, colour, below in zip(lines, (SERIES[1], MUTED), (-3, -14), strict=True):
+        for text, color, below in zip(lines, (SERIES[1], MUTED), (-3, -14), strict=True):
             axes.annotate(
                 text,
                 (0.5, 0),
@@ -236,17 +238,17 @@ def pictures(images, captions, columns=4):
                 ha="center",
                 va="top",
                 fontsize=8.5,
-                color=colour,
+                color=color,
             )
     return figure
 
 
-def attention(picture, depth, num_heads, tile, gap):
-    """`attention.picture`'s mosaic with its rows and columns named."""
-    H, W, _ = picture.shape
+def attention(mosaic, depth, num_heads, tile, gap):
+    """Draws the result of `attention.mosaic` with labels for layers and heads."""
+    H, W, _ = mosaic.shape
     width = max(WIDTH, 0.6 * num_heads + 0.6)
     figure, axes = _axes(width, (width - 0.62) * H / W + 0.3)
-    axes.imshow(picture, interpolation="none")
+    axes.imshow(mosaic, interpolation="none")
     height, middle = (H + gap) / (depth + 1), tile / 2
     layers = [f"layer {i + 1}" for i in range(depth)]
     axes.set_yticks([(i + 1) * height + middle for i in range(depth)], layers)
@@ -259,13 +261,13 @@ def attention(picture, depth, num_heads, tile, gap):
 
 
 def by_layer(points, *, ylabel, second=None):
-    """float[L, h] as a dot for each head of each layer, a line through the means.
+    """Draws float[L, h] as one dot per head and a line through the layer means.
 
-    `second` is (label of the first, label of the second, its float[L, h]) for two kinds of dots.
+    `second` adds another float[L, h]: (label of the first, label of the second, values).
     """
     figure, axes = _axes()
     first_label, second_label, more = second or (None, None, None)
-    for shift, colour, label, values in (
+    for shift, color, label, values in (
         (-0.08, 0, first_label, points),
         (0.08, 1, second_label, more),
     ):
@@ -273,9 +275,9 @@ def by_layer(points, *, ylabel, second=None):
             continue
         layers = np.arange(1, len(values) + 1)
         x = np.repeat(layers[:, None] + (shift if second else 0), values.shape[1], axis=1)
-        axes.plot(x.ravel(), values.ravel(), "o", markersize=5, alpha=0.65, color=SERIES[colour])
-        axes.plot(x[:, 0], values.mean(axis=1), color=SERIES[colour], linewidth=1.2, label=label)
-    axes.set_xlabel("layer (a dot a head)")
+        axes.plot(x.ravel(), values.ravel(), "o", markersize=5, alpha=0.65, color=SERIES[color])
+        axes.plot(x[:, 0], values.mean(axis=1), color=SERIES[color], linewidth=1.2, label=label)
+    axes.set_xlabel("layer (one dot per head)")
     axes.set_ylabel(ylabel)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -284,8 +286,8 @@ def by_layer(points, *, ylabel, second=None):
     return figure
 
 
-def tiles(images, columns, *, cmap="viridis", span=(0, 1), colourbar=None):
-    """float[n, h, w] or [n, h, w, 3] small pictures as one mosaic, a thin gap between them."""
+def tiles(images, columns, *, cmap="viridis", span=(0, 1), colorbar=None):
+    """Draws float[n, h, w] or [n, h, w, 3] tiles as one mosaic with thin gaps."""
     n, h, w = images.shape[:3]
     gap = 1 if min(h, w) > 2 else 0
     rows = -(-n // columns)
@@ -298,19 +300,19 @@ def tiles(images, columns, *, cmap="viridis", span=(0, 1), colourbar=None):
     for i, image in enumerate(images):
         top, left = i // columns * (h + gap), i % columns * (w + gap)
         page[top : top + h, left : left + w] = image
-    figure, axes = _axes(WIDTH, WIDTH * page.shape[0] / page.shape[1] * (0.86 if colourbar else 1))
+    figure, axes = _axes(WIDTH, WIDTH * page.shape[0] / page.shape[1] * (0.86 if colorbar else 1))
     axes.imshow(np.clip(page, 0, 1), interpolation="none")
     axes.set_axis_off()
-    if colourbar:
-        colours = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*span), cmap)
-        bar = figure.colorbar(colours, ax=axes, shrink=0.8, aspect=30)
+    if colorbar:
+        colors = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*span), cmap)
+        bar = figure.colorbar(colors, ax=axes, shrink=0.8, aspect=30)
         bar.outline.set_visible(False)
-        bar.set_label(colourbar)
+        bar.set_label(colorbar)
     return figure
 
 
 def bars(names, values, *, xlabel):
-    """Horizontal bars, the first on top."""
+    """Draws horizontal bars, the first on top."""
     figure, axes = _axes(WIDTH, max(HEIGHT, 0.9 + 0.24 * len(names)))
     y = np.arange(len(names))
     axes.barh(y, values, 0.7, color=SERIES[0], alpha=0.85)

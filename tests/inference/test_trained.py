@@ -1,4 +1,4 @@
-"""A run's weights back in Python, and in other code that has orbax, jax and numpy alone."""
+"""Loading a run's weights, with vit_jax and with orbax, jax, and numpy only."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ from vit_jax.augment import normalize
 from vit_jax.errors import UserError
 from vit_jax.train import train
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 ELSEWHERE = ROOT / "docs" / "restore_elsewhere.py"
 
 
@@ -26,8 +26,8 @@ ELSEWHERE = ROOT / "docs" / "restore_elsewhere.py"
 def workdir(tiny_config, tmp_path):
     tiny_config.data.train_split, tiny_config.data.val_split = "train[:60]", "train[60:]"
     tiny_config.log_every = "100 steps"
-    train(tiny_config, tmp_path / "run")  # validated and saved at 4, 8 and 12
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4", ignore_errors=True)  # kept if the best
+    train(tiny_config, tmp_path / "run")  # evaluates and saves at steps 4, 8, and 12
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4", ignore_errors=True)
     return tmp_path / "run"
 
 
@@ -35,22 +35,22 @@ def images(count=5, seed=1):
     return np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
 
 
-def test_load_tells_all_that_a_model_needs(workdir):
-    loaded = vit_jax.load(workdir)
-    model, params, config = loaded
-    assert (loaded.step, loaded.image_shape) == (12, [8, 8, 3])
-    assert loaded.class_names == ["blue", "green", "red"] and model.num_classes == 3
-    assert loaded.preprocessing == {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert config is loaded.config and params is loaded.params
+def test_load_returns_everything_inference_needs(workdir):
+    trained = vit_jax.load(workdir)
+    model, params, config = trained
+    assert (trained.step, trained.image_shape) == (12, [8, 8, 3])
+    assert trained.class_names == ["blue", "green", "red"] and model.num_classes == 3
+    assert trained.preprocessing == {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert config is trained.config and params is trained.params
 
 
-def test_load_takes_a_step_the_best_and_the_last(workdir):
+def test_load_accepts_a_step_best_and_last(workdir):
     def rewrite(accuracies):
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         lines = [{**p, "val/accuracy": accuracies[p["step"]]} for p in lines if "val/loss" in p]
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in lines))
 
-    rewrite({4: 0.9, 8: 0.5, 12: 0.4})  # 4 is better still, but not there
+    rewrite({4: 0.9, 8: 0.5, 12: 0.4})  # step 4 is better but not saved
     assert [vit_jax.load(workdir, step).step for step in ("best", "last", None, 8, "12")] == [
         8,
         12,
@@ -62,10 +62,10 @@ def test_load_takes_a_step_the_best_and_the_last(workdir):
     assert vit_jax.load(workdir, "best").step == 8
     with pytest.raises(UserError, match="it has 8, 12"):
         vit_jax.load(workdir, 4)
-    with pytest.raises(UserError, match="a number, best or last; got 'newest'"):
+    with pytest.raises(UserError, match="a number, best, or last; got 'newest'"):
         vit_jax.load(workdir, "newest")
     (workdir / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"no val/accuracy of a saved step \(8, 12\)"):
+    with pytest.raises(UserError, match=r"no val/accuracy for a saved step \(8, 12\)"):
         vit_jax.load(workdir, "best")
 
 
@@ -74,7 +74,7 @@ def test_load_takes_a_step_the_best_and_the_last(workdir):
     [{}, {"pool": "gap", "gelu": "tanh"}, {"image_size": 16, "norm_eps": 1e-3, "dtype": "float32"}],
     ids=["plain", "gap", "resized"],
 )
-def test_the_forward_pass_in_docs_is_the_models(tiny_config, tmp_path, fields):
+def test_forward_pass_in_docs_matches_the_model(tiny_config, tmp_path, fields):
     tiny_config.model.update(fields)
     tiny_config.steps = 3
     train(tiny_config, tmp_path)
@@ -86,7 +86,7 @@ def test_the_forward_pass_in_docs_is_the_models(tiny_config, tmp_path, fields):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_the_forward_pass_in_docs_is_40_lines_without_us():
+def test_forward_pass_in_docs_has_at_most_40_lines_and_no_vit_jax():
     text = ELSEWHERE.read_text()
     tree = ast.parse(text)
     (predict,) = (n for n in tree.body if getattr(n, "name", "") == "predict")
@@ -95,8 +95,8 @@ def test_the_forward_pass_in_docs_is_40_lines_without_us():
     assert imported <= {"json", "pathlib", "sys", "jax", "jax.numpy", "numpy", "orbax.checkpoint"}
 
 
-def test_saved_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
-    """With nothing of ours importable; scripts/clean_restore.sh does it in a clean environment."""
+def test_checkpoint_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
+    """Without importing vit_jax; scripts/clean_restore.sh does the same in a clean environment."""
     from test_train import command, environment
 
     tiny_config.steps, tiny_config.mesh.fsdp, tiny_config.model.width = 2, 2, 64

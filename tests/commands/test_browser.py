@@ -1,7 +1,6 @@
-"""The report and the demo in a real browser, Chromium without a window.
+"""The report and the demo in headless Chromium.
 
-Skipped where Chromium or its driver is missing; with VIT_JAX_REQUIRE_BROWSER=1, as in CI, that
-fails.
+Skipped if Chromium or its driver is missing; with VIT_JAX_REQUIRE_BROWSER=1, as in CI, it fails.
 """
 
 import json
@@ -17,7 +16,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from werkzeug.serving import make_server
 
 import vit_jax
-from vit_jax import demo, report
+from vit_jax.commands.demo import server as demo
+from vit_jax.commands.report.build import write_report
 
 FLAGS = (
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"),
@@ -35,13 +35,13 @@ def browser(require, tmp_path_factory):
     for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=Service(driver))
-    yield found
-    found.quit()
+    chrome = webdriver.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
 
 
 def requests(browser):
-    """Addresses that the page has asked for since the last call; those in the page left out."""
+    """URLs requested since the last call, without data URLs."""
     entries = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [e["params"] for e in entries if e["method"] == "Network.requestWillBeSent"]
     urls = [e["request"]["url"] for e in sent]
@@ -49,7 +49,7 @@ def requests(browser):
 
 
 def show(browser, url, *, width, dark=False):
-    """Opens an address as on a screen so wide, at day or at night."""
+    """Opens a URL with a given screen width, in light or dark mode."""
     phone = width < 600
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -63,31 +63,31 @@ def show(browser, url, *, width, dark=False):
 def page(tiny_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("page") / "tiny"
     shutil.copytree(tiny_run, workdir)
-    return report.report(workdir)
+    return write_report(workdir)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_report_opens_from_disk_and_asks_for_nothing(browser, page, width):
-    colours = {}
+def test_report_opens_from_disk_without_requests(browser, page, width):
+    colors = {}
     for dark in (False, True):
         show(browser, page.as_uri(), width=width, dark=dark)
         assert requests(browser) == [page.as_uri()]
         assert browser.get_log("browser") == []
         drawings = browser.find_elements(By.CSS_SELECTOR, "figure svg")
         assert len(drawings) > 15 and all(d.size["width"] > 250 for d in drawings)
-        # Nothing is wider than the screen.
+        # No horizontal scrolling.
         overflow = "return document.documentElement.scrollWidth - window.innerWidth"
         assert browser.execute_script(overflow) <= 0
         style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
-        colours[dark] = [
+        colors[dark] = [
             browser.execute_script(style, *part) for part in (("body", "color"), ("text", "fill"))
         ]
-    assert colours[False][0] != colours[True][0] and colours[False][1] != colours[True][1]
+    assert colors[False][0] != colors[True][0] and colors[False][1] != colors[True][1]
 
 
 @pytest.fixture(scope="module")
 def address(tiny_run):
-    """The demo, on a free port of this machine."""
+    """The URL of the demo on a free local port."""
     app = demo.make_app(vit_jax.load(tiny_run), ["127.0.0.1"])
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -98,17 +98,17 @@ def address(tiny_run):
 
 
 def upload(browser, path, until):
-    """Chooses a file on the demo's page, and waits until it shows an element."""
+    """Chooses a file on the demo's page and waits for a condition."""
     browser.find_element(By.ID, "file").send_keys(str(path))
     WebDriverWait(browser, 20).until(lambda b: until(b))
 
 
-def said(browser):
-    return browser.find_element(By.ID, "said").text
+def status(browser):
+    return browser.find_element(By.ID, "status").text
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_demo_classifies_what_is_uploaded(browser, address, tmp_path, width):
+def test_demo_classifies_an_upload(browser, address, tmp_path, width):
     Image.new("RGB", (64, 48), (60, 60, 200)).save(tmp_path / "blue.png")
     show(browser, address, width=width, dark=width < 600)
     upload(browser, tmp_path / "blue.png", lambda b: b.find_element(By.ID, "result").is_displayed())
@@ -117,20 +117,20 @@ def test_the_demo_classifies_what_is_uploaded(browser, address, tmp_path, width)
     heads = browser.find_elements(By.CSS_SELECTOR, "#layers img")
     shown = "return arguments[0].naturalWidth"
     assert [browser.execute_script(shown, head) for head in heads] == [128] * 4
-    assert said(browser) == ""
+    assert status(browser) == ""
     assert browser.get_log("browser") == []
     assert set(requests(browser)) == {address, f"{address}classify"}
 
 
-def test_the_demo_refuses_politely_and_goes_on(browser, address, tmp_path):
+def test_demo_rejects_bad_files_and_continues(browser, address, tmp_path):
     (tmp_path / "huge.png").write_bytes(bytes(demo.MAX_BYTES + 1))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     Image.new("RGB", (64, 48), (200, 60, 60)).save(tmp_path / "red.png")
     show(browser, address, width=1280)
-    upload(browser, tmp_path / "huge.png", lambda b: "larger than 10 MB" in said(b))
+    upload(browser, tmp_path / "huge.png", lambda b: "larger than 10 MB" in status(b))
     assert browser.get_log("browser") == []
-    upload(browser, tmp_path / "broken.png", lambda b: "no image file" in said(b))
-    # The browser itself notes an answer of status 400.
+    upload(browser, tmp_path / "broken.png", lambda b: "cannot read this file" in status(b))
+    # The browser logs responses with status 400 by itself.
     assert all("400" in entry["message"] for entry in browser.get_log("browser"))
     assert not browser.find_element(By.ID, "result").is_displayed()
     upload(browser, tmp_path / "red.png", lambda b: b.find_element(By.ID, "result").is_displayed())

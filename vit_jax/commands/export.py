@@ -1,4 +1,4 @@
-"""Export a run's weights: python -m vit_jax.export --workdir D --to FILE_OR_FOLDER.
+"""vit-jax export: write a run's weights for other libraries.
 
     vit.pt           the notebook's state_dict: load_state_dict(..., strict=True)
     vit.safetensors  our own names, any variant; its metadata defines the model
@@ -11,9 +11,10 @@
 
 import argparse
 import pathlib
+import sys
 
 from vit_jax.errors import UserError, run_command
-from vit_jax.loading import load
+from vit_jax.inference.trained import load
 from vit_jax.weights.save import FORMATS, save_weights
 
 SUFFIXES = {  # formats by suffix, the default first
@@ -37,10 +38,14 @@ def parse_format(path, form):
     return form or SUFFIXES[suffix][0]
 
 
-def main():
-    """Runs the command."""
+def main(argv=None):
+    """Export a run's weights for PyTorch, Google, timm, Hugging Face, or plain JAX."""
+    return run_command(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv):
     parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.export",
+        prog="vit-jax export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -48,7 +53,7 @@ def main():
     parser.add_argument("--to", required=True, help="file or folder to create")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--format", choices=FORMATS, help="default: from the suffix of --to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     form = parse_format(args.to, args.format)
     trained = load(args.workdir, args.step)
     save_weights(trained, args.to, form)
@@ -61,6 +66,3 @@ def main():
             f"{', '.join(trained.class_names)}"
         )
 
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,37 +1,37 @@
-"""Attention maps: caught from the forward pass itself, rolled out and measured by hand."""
+"""Attention maps from the forward pass, rollout, distances, and images of them."""
 
 import jax
 import numpy as np
 import pytest
 
 import vit_jax
-from vit_jax import attention, config
-from vit_jax.classify import make_classify, patch_grid
-from vit_jax.loading import Loaded
+from vit_jax import config
+from vit_jax.inference import attention
+from vit_jax.inference.classify import make_classify, patch_grid
+from vit_jax.inference.trained import TrainedModel
 from vit_jax.model import init_params, make_model
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 
 
 def untrained(**fields):
-    """What `vit_jax.load` gives, of a small model with random weights."""
+    """A small TrainedModel with random weights."""
     c = config.defaults()
     c.model.update(patch_size=2, width=16, depth=2, num_heads=2, mlp_dim=32, **fields)
     model = make_model(c.model, num_classes=3)
-    saved = {"class_names": list("abc"), "preprocessing": {}, "image_shape": [8, 8, 3]}
     shapes = jax.eval_shape(lambda key: init_params(model, key, (8, 8, 3)), jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
-    return Loaded(model, params, c, step=0, saved=saved)
+    return TrainedModel(model, params, c, 0, list("abc"), {}, [8, 8, 3])
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"pool": "gap", "qk_norm": True, "stem": "conv"}, {"remat": True}]
 )
-def test_catching_the_maps_changes_no_logit(fields):
-    loaded = untrained(**fields)
-    fast = make_classify(loaded, batch_size=3)(IMAGES)
-    logits, maps = make_classify(loaded, batch_size=3, attention=True)(IMAGES)
+def test_returning_attention_maps_does_not_change_logits(fields):
+    trained = untrained(**fields)
+    fast = make_classify(trained, batch_size=3)(IMAGES)
+    logits, maps = make_classify(trained, batch_size=3, attention=True)(IMAGES)
     np.testing.assert_allclose(logits, fast, atol=1e-6)
     tokens = 16 + (fields.get("pool") != "gap")
     assert maps.shape == (3, 2, 2, tokens, tokens) and maps.dtype == np.float32
@@ -39,11 +39,11 @@ def test_catching_the_maps_changes_no_logit(fields):
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
 
 
-def test_maps_of_a_trained_run_are_those_that_make_its_logits(tiny_run):
-    """From the caught maps and the weights alone, the last block's output is computed again."""
-    loaded = vit_jax.load(tiny_run)
-    model, params = loaded.model, loaded.params
-    logits, maps = make_classify(loaded, attention=True)(IMAGES)
+def test_attention_maps_reproduce_the_last_block(tiny_run):
+    """Recomputes the last attention block from the maps and the weights."""
+    trained = vit_jax.load(tiny_run)
+    model, params = trained.model, trained.params
+    logits, maps = make_classify(trained, attention=True)(IMAGES)
     x = (IMAGES / 255 - 0.5) / 0.5
     whole = jax.jit(
         lambda x: model.apply(
@@ -62,61 +62,63 @@ def test_maps_of_a_trained_run_are_those_that_make_its_logits(tiny_run):
     out = mixed @ block["attn"]["out"]["kernel"] + block["attn"]["out"]["bias"]
     np.testing.assert_allclose(out, blocks["block_1"]["attn"]["__call__"][0], atol=1e-5)
     np.testing.assert_allclose(logits, blocks["__call__"][0], atol=1e-5)
-    assert patch_grid(loaded) == (2, 2)
+    assert patch_grid(trained) == (2, 2)
 
 
-def test_any_number_of_images_gives_the_same_logits():
+def test_logits_do_not_depend_on_the_number_of_images():
     classify = make_classify(untrained(), batch_size=2)
     logits = classify(IMAGES)
     for count in (1, 2):
         np.testing.assert_array_equal(classify(IMAGES[:count]), logits[:count])
 
 
-def test_rollout_of_a_case_by_hand():
-    # Layer 1: token 0 looks at 1, 1 at itself. Layer 2, head mean: 0 at both, 1 at 0.
+def test_rollout_of_a_hand_computed_case():
+    # Layer 1: token 0 attends to 1, and 1 to itself. Layer 2, head mean: 0 to both, 1 to 0.
     first = np.array([[[0, 1], [0, 1]], [[0, 1], [0, 1]]], float)
     second = np.array([[[1, 0], [1, 0]], [[0, 1], [1, 0]]], float)
-    # (A + I) / 2 of each: [[.5, .5], [0, 1]] and [[.75, .25], [.5, .5]]; second times first.
+    # (A + I) / 2: [[0.5, 0.5], [0, 1]] and [[0.75, 0.25], [0.5, 0.5]]; second times first.
     reach = attention.rollout(np.stack([first, second]))
     np.testing.assert_allclose(reach, [[0.375, 0.625], [0.25, 0.75]])
 
 
-def test_rollout_of_attention_to_itself_is_the_identity():
+def test_rollout_of_identity_attention_is_the_identity():
     np.testing.assert_allclose(attention.rollout(np.tile(np.eye(4), (3, 2, 1, 1))), np.eye(4))
 
 
-def test_what_is_looked_at_comes_from_the_class_token_or_from_all():
+def test_attention_received_is_from_the_class_token_or_the_mean_of_all_patches():
     maps = np.arange(25.0).reshape(5, 5)
-    np.testing.assert_array_equal(attention.looked_at(maps, (2, 2)), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(attention.attention_received(maps, (2, 2)), [[1, 2], [3, 4]])
     maps = np.eye(4)[[2, 2, 2, 0]]
-    np.testing.assert_array_equal(attention.looked_at(maps, (2, 2)), [[0.25, 0], [0.75, 0]])
+    np.testing.assert_array_equal(
+        attention.attention_received(maps, (2, 2)), [[0.25, 0], [0.75, 0]]
+    )
 
 
 def test_distance_is_in_pixels_between_patches():
-    # A row of three patches of 4 pixels; each looks at the last: 8, 4 and 0 pixels away.
+    # Three patches of 4 pixels in a row; all attend to the last: 8, 4, and 0 pixels away.
     maps = np.eye(3)[[2, 2, 2]]
     assert attention.distance(maps, (1, 3), 4) == pytest.approx(4)
-    # With a class token, what goes to and comes from it is left out.
+    # Attention to and from the class token is excluded.
     with_token = np.full((4, 4), 0.5)
     with_token[1:, 1:] = maps / 2
     assert attention.distance(with_token, (1, 3), 4) == pytest.approx(4)
     assert attention.distance(np.eye(3), (1, 3), 4) == 0
 
 
-def test_spread_is_the_distance_from_the_centre_of_attention():
+def test_spread_is_the_mean_distance_from_the_center():
     assert attention.spread(np.array([[0.0, 1.0, 0.0]]), 4) == 0
     assert attention.spread(np.array([[1.0, 0.0, 1.0]]), 4) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_picture_has_a_row_a_layer_and_is_bright_where_it_looks(channels):
+def test_mosaic_has_one_row_per_layer_and_is_bright_where_attention_is(channels):
     maps = np.zeros((2, 3, 4, 4))
-    maps[..., 3] = 1  # every patch looks at the last one
+    maps[..., 3] = 1  # every patch attends to the last
     image = np.full((8, 8, channels), 100, np.uint8)
-    page = attention.picture(image, maps, (2, 2))
+    page = attention.mosaic(image, maps, (2, 2))
     step = attention.TILE + attention.GAP
     assert page.shape == (3 * step - attention.GAP, 3 * step - attention.GAP, 4)
     assert (page[: attention.TILE, : attention.TILE, :3] == 100).all()
-    assert (page[: attention.TILE, 2 * step :] == 0).all()  # nothing is there
+    assert (page[: attention.TILE, 2 * step :] == 0).all()  # no tile here
     head = page[step:, :].astype(int)[: attention.TILE, : attention.TILE, :3].sum(-1)
     assert head[-10:, -10:].mean() > 3 * head[:10, :10].mean()

@@ -1,0 +1,110 @@
+"""The demo's server: answers, rejected uploads, and rejected origins."""
+
+import base64
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_jax
+from vit_jax import data
+from vit_jax.commands.demo import server
+from vit_jax.inference.attention import TILE
+
+
+def encoded(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def client(tiny_run):
+    return server.make_app(vit_jax.load(tiny_run), ["localhost"]).test_client()
+
+
+def test_an_image_gets_classes_and_one_picture_per_head(client):
+    answer = client.post("/classify", data=encoded(Image.new("RGB", (90, 60), (60, 200, 60))))
+    assert answer.status_code == 200
+    classes = answer.json["classes"]
+    assert classes[0]["class"] == "green"
+    assert sum(c["probability"] for c in classes) == pytest.approx(1, abs=1e-5)
+    assert [len(heads) for heads in answer.json["heads"]] == [2, 2]
+    for png in (answer.json["image"], answer.json["rollout"], answer.json["heads"][1][1]):
+        head, _, data = png.partition(",")
+        assert head == "data:image/png;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (TILE, TILE)
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.status_code == 200 and f'data-max-bytes="{server.MAX_BYTES}"' in page.text
+    assert "http" not in page.text
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot read this file"),
+        (b"not an image", "upload a complete JPEG, PNG, BMP, GIF, WebP, TIFF, or PPM image"),
+        (encoded(Image.fromarray(np.zeros((64, 64, 3), np.uint8)))[:60], "upload a complete"),
+        (encoded(Image.new("RGB", (8, 8)), "ICO"), "cannot read this file"),
+    ],
+)
+def test_uploads_that_are_not_images_are_rejected(client, content, says):
+    answer = client.post("/classify", data=content)
+    assert answer.status_code == 400 and says in answer.json["error"]
+
+
+def test_uploads_are_opened_only_as_the_seven_formats(client, monkeypatch):
+    """Not even the header of another format, such as EPS, is parsed."""
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda f, **k: opened.append(k["formats"]) or real(f, **k))
+    client.post("/classify", data=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert opened and all(set(f) == set(data._IMAGE_FORMATS) for f in opened)
+
+
+def test_uploads_with_too_many_bytes_are_rejected(client):
+    answer = client.post("/classify", data=b"x" * (server.MAX_BYTES + 1))
+    assert answer.status_code == 413 and "larger than 10 MB" in answer.json["error"]
+
+
+@pytest.mark.parametrize("side", [10_001, 60_000])
+def test_uploads_with_too_many_pixels_are_rejected_before_decoding(client, side):
+    # A few bytes whose header declares too many pixels.
+    content = bytearray(encoded(Image.new("1", (1, 1))))
+    content[16:24] = side.to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    answer = client.post("/classify", data=bytes(content))
+    assert answer.status_code == 400
+    assert "at most 100 million pixels" in answer.json["error"]
+
+
+def test_requests_from_other_sites_are_rejected(client):
+    image = encoded(Image.new("RGB", (8, 8)))
+    evil = client.post("/classify", data=image, headers={"Sec-Fetch-Site": "cross-site"})
+    assert evil.status_code == 403
+    # Another name that resolves to this address (DNS rebinding).
+    assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("::1", "[::1]"), ("0:0:0:0:0:0:0:1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("Box", "box")],
+)
+def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
+    client = server.make_app(vit_jax.load(tiny_run), server.trusted_hosts(host)).test_client()
+    assert server.url_host(host) == url
+    for name in (url, f"{url}:8000", "localhost:8000"):
+        assert client.get("/", headers={"Host": name}).status_code == 200, name
+    for name in ("evil.example", f"{url}.evil.example", "[::2]:8000", ""):
+        assert client.get("/", headers={"Host": name}).status_code == 400, name
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_listening_on_all_addresses_accepts_any_host(host):
+    assert server.trusted_hosts(host) is None

@@ -1,0 +1,77 @@
+"""Accuracy, intervals, calibration, and loss against scipy, scikit-learn, and manual values."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.calibration
+import sklearn.metrics
+
+from vit_jax.inference import scores
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(500, 4)).astype(np.float32) * 3
+LABELS = np.where(RNG.random(500) < 0.6, LOGITS.argmax(1), RNG.integers(0, 4, 500))
+NAMES = ["a", "b", "c", "d"]
+PROBABILITIES = np.exp(scores.log_softmax(LOGITS))
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 10), (10, 10), (1, 3), (8009, 10_000)])
+def test_wilson_interval_matches_scipy(correct, count):
+    expected = scipy.stats.binomtest(correct, count).proportion_ci(method="wilson")
+    assert scores.wilson(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-8)
+
+
+def test_loss_confusion_and_accuracy_match_scikit_learn():
+    result = scores.score(LOGITS, LABELS, NAMES)
+    predicted = LOGITS.argmax(1)
+    assert result["loss"] == pytest.approx(sklearn.metrics.log_loss(LABELS, PROBABILITIES))
+    assert result["accuracy"] == sklearn.metrics.accuracy_score(LABELS, predicted)
+    assert result["confusion"] == sklearn.metrics.confusion_matrix(LABELS, predicted).tolist()
+    recall = sklearn.metrics.recall_score(LABELS, predicted, average=None)
+    np.testing.assert_allclose([c["accuracy"] for c in result["classes"]], recall)
+    assert [c["class"] for c in result["classes"]] == NAMES
+    assert sum(c["count"] for c in result["classes"]) == result["count"] == 500
+
+
+def test_reliability_matches_scikit_learn():
+    confidence, correct = PROBABILITIES.max(1), LOGITS.argmax(1) == LABELS
+    bins = scores.reliability(confidence, correct, num_bins=10)
+    accuracy, mean = sklearn.calibration.calibration_curve(correct, confidence, n_bins=10)
+    filled = bins[:, 0] > 0
+    np.testing.assert_allclose(bins[filled, 1], mean)
+    np.testing.assert_allclose(bins[filled, 2], accuracy)
+    # Guo et al., equation 3.
+    upper = np.arange(1, 11) / 10
+    inside = (confidence > upper[:, None] - 0.1) & (confidence <= upper[:, None])
+    terms = [
+        m.sum() / 500 * abs(correct[m].mean() - confidence[m].mean()) for m in inside if m.any()
+    ]
+    assert scores.expected_calibration_error(bins) == pytest.approx(sum(terms))
+
+
+def test_calibration_error_of_a_hand_computed_case():
+    # Two at 0.95, one wrong: |0.5 - 0.95|; two at 0.6, both correct: |1 - 0.6|.
+    bins = scores.reliability(np.array([0.95, 0.95, 0.6, 0.6]), np.array([1, 0, 1, 1]))
+    assert scores.expected_calibration_error(bins) == pytest.approx((0.45 + 0.4) / 2)
+
+
+def test_upper_bin_edge_is_inclusive():
+    bins = scores.reliability(np.array([1 / 5, 1.0, 0.0]), np.ones(3), num_bins=5)
+    assert bins[:, 0].tolist() == [2, 0, 0, 0, 1]
+
+
+def test_class_without_images_has_no_accuracy():
+    result = scores.score(LOGITS, np.zeros(500, int), NAMES)
+    assert result["classes"][0]["count"] == 500
+    assert result["classes"][3] == {"class": "d", "count": 0, "accuracy": None, "interval": None}
+
+
+def test_large_logits_do_not_overflow():
+    result = scores.score(np.array([[1e4, 0.0], [0.0, 1e4]]), [0, 0], ["a", "b"])
+    assert result["loss"] == pytest.approx(5e3) and result["accuracy"] == 0.5
+
+
+def test_top_returns_most_probable_classes_first():
+    best = scores.top(np.log([0.2, 0.5, 0.3]), ["a", "b", "c"], 2)
+    assert [b["class"] for b in best] == ["b", "c"]
+    assert [b["probability"] for b in best] == pytest.approx([0.5, 0.3])

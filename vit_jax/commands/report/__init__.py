@@ -1,0 +1,37 @@
+"""Write an HTML report of a run."""
+
+import argparse
+import importlib.util
+
+from vit_jax import mesh
+from vit_jax.errors import UserError
+
+
+def main(argv=None):
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="vit-jax report",
+        description="Write curves, evaluation, attention, and weights of a run to one page, "
+        "WORKDIR/report/index.html, with each figure next to it as PNG and SVG.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser.add_argument(
+        "--compare", nargs="+", default=(), metavar="D", help="directories of runs to compare with"
+    )
+    parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
+    parser.add_argument(
+        "--data", help="image folder or TFDS name to evaluate on (default: the run's)"
+    )
+    parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
+    from vit_jax.commands.report.build import write_report
+
+    mesh.keep_compiled()
+    mesh.check_backend()
+    print(
+        write_report(
+            args.workdir, compare=args.compare, step=args.step, data=args.data, split=args.split
+        )
+    )

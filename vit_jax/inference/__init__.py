@@ -1,0 +1,1 @@
+"""Using trained models: loading, classification, metrics, and attention maps."""

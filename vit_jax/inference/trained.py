@@ -1,0 +1,80 @@
+"""Restores the model of a run: `model, params, config = vit_jax.load(workdir)`."""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_jax import checkpoint, config, metrics, model
+from vit_jax.errors import UserError, expand_home
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model with its weights. Unpacks as (model, params, config)."""
+
+    model: model.VisionTransformer
+    params: Any  # nested dict of float32 numpy arrays
+    config: ConfigDict
+    step: int  # of the checkpoint
+    class_names: list[str]  # in the order of the logits
+    preprocessing: dict  # {"divide_by": 255, "mean": [...], "std": [...]}, one entry per channel
+    image_shape: list[int]  # [H, W, C] of the training images
+
+    def __iter__(self):
+        return iter((self.model, self.params, self.config))
+
+
+def load(workdir, step="last"):
+    """Loads the trained model of a run.
+
+    Args:
+      workdir: the run's directory.
+      step: a saved step; "last", the newest one; or "best", the saved step with the highest
+        validation accuracy in metrics.jsonl (the earliest one of equals).
+    Returns:
+      A TrainedModel. `model.apply({"params": params}, images)` maps normalized float32[B, H, W, C]
+      images to float32[B, num_classes] logits. `params` are the EMA weights if the run has them.
+    Raises:
+      UserError: there is no complete checkpoint of this step.
+    """
+    workdir = expand_home(workdir)
+    if step == "best":
+        step = _best_step(workdir)
+    elif step == "last":
+        step = None
+    elif step is not None:
+        if not str(step).isdigit():
+            raise UserError(f"step must be a number, best, or last; got {step!r}")
+        step = int(step)
+    params, saved, step = checkpoint.restore_for_inference(workdir / "checkpoints", step)
+    c = config.from_dict(saved["config"])
+    config.validate(c)
+    names = saved["class_names"]
+    return TrainedModel(
+        model=model.make_model(c.model, num_classes=len(names)),
+        params=params,
+        config=c,
+        step=step,
+        class_names=names,
+        preprocessing=saved["preprocessing"],
+        image_shape=saved["image_shape"],
+    )
+
+
+def _best_step(workdir):
+    saved = checkpoint.saved_steps(workdir / "checkpoints")
+    path, accuracies = workdir / "metrics.jsonl", {}
+    try:
+        for _, values in metrics.read_lines(path):
+            if "val/accuracy" in values and values["step"] in saved:
+                accuracies[values["step"]] = float(values["val/accuracy"])
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"cannot read {path} to find the best step ({e}): use 'last'") from e
+    if not accuracies:
+        steps = ", ".join(map(str, saved))
+        raise UserError(
+            f"{path} has no val/accuracy for a saved step ({steps}): use 'last' or a step; "
+            "'best' needs a run with a config.data.val_split"
+        )
+    return max(sorted(accuracies), key=accuracies.get)
