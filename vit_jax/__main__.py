@@ -3,32 +3,36 @@
 import importlib
 import sys
 
+from vit_jax.errors import UserError, run_command
+
 _COMMANDS = {
-    "train": "vit_jax.main",
-    "evaluate": "vit_jax.commands.evaluate",
-    "predict": "vit_jax.commands.predict",
-    "report": "vit_jax.commands.report",
-    "demo": "vit_jax.commands.demo",
-    "export": "vit_jax.commands.export",
-    "sweep": "vit_jax.commands.sweep",
-    "describe": "vit_jax.commands.describe",
-    "benchmark": "vit_jax.commands.benchmark",
+    "train": ("vit_jax.main", "train a Vision Transformer from a recipe"),
+    "evaluate": ("vit_jax.commands.evaluate", "evaluate a run on a split or an image folder"),
+    "predict": ("vit_jax.commands.predict", "classify image files"),
+    "report": ("vit_jax.commands.report", "write an HTML report of a run"),
+    "demo": ("vit_jax.commands.demo", "serve a local page to try a model"),
+    "export": ("vit_jax.commands.export", "write a run's weights for other libraries"),
+    "sweep": ("vit_jax.commands.sweep", "train a grid of runs and tabulate them"),
+    "describe": ("vit_jax.commands.describe", "describe a run without training"),
+    "benchmark": ("vit_jax.commands.benchmark", "measure training throughput and memory"),
 }
 
 
 def main():
     """Runs the command that the first argument names; without one, lists all."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: vit-jax COMMAND [--help]\n")
-        for name, module in _COMMANDS.items():
-            doc = importlib.import_module(module).main.__doc__
-            print(f"  {name:10} {doc.splitlines()[0]}")
+    run_command(_main, sys.argv[1:])
+
+
+def _main(arguments):
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: vit-jax COMMAND ...\n\ncommands (vit-jax COMMAND --help explains each):")
+        for name, (_, help_text) in _COMMANDS.items():
+            print(f"  {name:10} {help_text}")
         return
+    name, *rest = arguments
     if name not in _COMMANDS:
-        print(f"error: unknown command {name}: use one of {', '.join(_COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
-    importlib.import_module(_COMMANDS[name]).main(arguments)
+        raise UserError(f"unknown command {name}: use one of {', '.join(_COMMANDS)}")
+    importlib.import_module(_COMMANDS[name][0]).main(rest)
 
 
 if __name__ == "__main__":

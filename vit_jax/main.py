@@ -13,11 +13,8 @@ _PACKAGE = pathlib.Path(__file__).parent
 
 
 def main(argv=None):
-    """Train a Vision Transformer from a recipe."""
-    return run_command(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv):
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
+    argv = sys.argv[1:] if argv is None else argv
     config, args = parse(argv)
     import jax
 
@@ -125,4 +122,4 @@ def _run(config, args, argv):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,12 +8,10 @@ import collections
 import math
 import pathlib
 import re
-import sys
 
 import jax
 
 from vit_jax import config as config_lib
-from vit_jax.errors import run_command
 from vit_jax.experiment import describe, make_experiment
 
 _COLLECTIVES = (
@@ -142,13 +140,11 @@ def print_lines(config, workdir):
 
 
 def main(argv=None):
-    """Describe a run without training: parameters, compute, memory, communication."""
-    return run_command(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv):
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
-        prog="vit-jax describe", description=main.__doc__, allow_abbrev=False
+        prog="vit-jax describe",
+        description="Describe a run without training: compute, memory, communication.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", type=pathlib.Path, default=config_lib.DEFAULT_RECIPE, metavar="RECIPE"

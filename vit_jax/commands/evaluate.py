@@ -2,22 +2,20 @@
 
 import argparse
 import json
-import sys
 
 import numpy as np
 
-from vit_jax.errors import run_command
-from vit_jax.inference import classify_examples, load, load_examples, score
+from vit_jax.inference.examples import classify_examples, load_examples
+from vit_jax.inference.scores import score
+from vit_jax.inference.trained import load
 from vit_jax.parallel import backend
 
 
 def main(argv=None):
-    """Evaluate a run's weights on a split or an image folder."""
-    return run_command(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv):
-    parser = argparse.ArgumentParser(prog="vit-jax evaluate", description=main.__doc__)
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
+    parser = argparse.ArgumentParser(
+        prog="vit-jax evaluate", description="Evaluate a run's weights on a split or image folder."
+    )
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument(
         "--data",

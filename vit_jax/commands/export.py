@@ -11,9 +11,8 @@
 
 import argparse
 import pathlib
-import sys
 
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import UserError
 from vit_jax.inference.trained import load
 from vit_jax.weights.save import FORMATS, save_weights
 
@@ -39,11 +38,7 @@ def parse_format(path, form):
 
 
 def main(argv=None):
-    """Export a run's weights for PyTorch, Google, timm, Hugging Face, or plain JAX."""
-    return run_command(_main, sys.argv[1:] if argv is None else argv)
-
-
-def _main(argv):
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax export",
         description=__doc__,
@@ -65,4 +60,3 @@ def _main(argv):
             f"uint8[b, {H}, {W}, {C}] and returns the probabilities of "
             f"{', '.join(trained.class_names)}"
         )
-

@@ -13,21 +13,22 @@ import sys
 import cv2
 import numpy as np
 
-from vit_jax import data, mesh
+from vit_jax import data
 from vit_jax.errors import UserError, make_folder
 from vit_jax.inference import attention
 from vit_jax.inference.classify import make_classify, patch_grid, prepare
 from vit_jax.inference.scores import log_softmax, top
 from vit_jax.inference.trained import load
+from vit_jax.parallel import backend
 
 
 def main(argv=None):
-    """Runs the command."""
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
     args = _parse(argv)
     if args.top < 1 or args.batch_size < 1:
         raise UserError("--top and --batch_size must be at least 1")
-    mesh.keep_compiled()
-    mesh.check_backend()
+    backend.enable_compilation_cache()
+    backend.check_backend()
     trained = load(args.workdir, args.step)
     if args.attention:
         make_folder(args.attention)

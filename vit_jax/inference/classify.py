@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import augment, data, mesh
+from vit_jax import augment, data
 from vit_jax.errors import UserError
 from vit_jax.model import resolution
+from vit_jax.parallel import mesh as mesh_lib
 
 
 def prepare(image, image_shape):
@@ -20,7 +21,7 @@ def prepare(image, image_shape):
     H, W, C = image_shape
     if C not in (1, 3):
         raise UserError(f"the model takes images with {C} channels; image files have 3")
-    image = data.fit(image, H, W)
+    image = data.center_crop_resize(image, H, W)
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if C == 1 else image
 
 
@@ -37,9 +38,9 @@ def make_classify(trained, *, batch_size=64, attention=False):
       attention: whether to return attention maps.
     """
     model, params, config = trained
-    the_mesh = mesh.make_mesh(0, 1)
-    batch_size += -batch_size % the_mesh.size
-    params = jax.device_put(params, mesh.replicated(the_mesh))
+    mesh = mesh_lib.make_mesh(0, 1)
+    batch_size += -batch_size % mesh.size
+    params = jax.device_put(params, mesh_lib.replicated(mesh))
 
     @jax.jit
     def forward(params, images):
@@ -56,7 +57,7 @@ def make_classify(trained, *, batch_size=64, attention=False):
             batch = images[start : start + batch_size]
             padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
-            padded = jax.device_put(padded, mesh.batch_sharding(the_mesh))
+            padded = jax.device_put(padded, mesh_lib.batch_sharding(mesh))
             outputs.append(jax.device_get(forward(params, padded)))
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *outputs)
 

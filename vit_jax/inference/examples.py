@@ -3,10 +3,10 @@
 import pathlib
 
 import numpy as np
-from vit_jax.inference.classify import make_classify
 
 from vit_jax import data
 from vit_jax.errors import UserError
+from vit_jax.inference.classify import make_classify
 
 
 def load_examples(loaded, name=None, split=None):

@@ -5,8 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_jax import checkpoint, config, metrics, model
+from vit_jax import config, model
 from vit_jax.errors import UserError, expand_home
+from vit_jax.workdir import read_lines, restore_for_inference, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load(workdir, step="last"):
         if not str(step).isdigit():
             raise UserError(f"step must be a number, best, or last; got {step!r}")
         step = int(step)
-    params, saved, step = checkpoint.restore_for_inference(workdir / "checkpoints", step)
+    params, saved, step = restore_for_inference(workdir / "checkpoints", step)
     c = config.from_dict(saved["config"])
     config.validate(c)
     names = saved["class_names"]
@@ -63,18 +64,18 @@ def load(workdir, step="last"):
 
 
 def _best_step(workdir):
-    saved = checkpoint.saved_steps(workdir / "checkpoints")
+    steps = saved_steps(workdir / "checkpoints")
     path, accuracies = workdir / "metrics.jsonl", {}
     try:
-        for _, values in metrics.read_lines(path):
-            if "val/accuracy" in values and values["step"] in saved:
+        for _, values in read_lines(path):
+            if "val/accuracy" in values and values["step"] in steps:
                 accuracies[values["step"]] = float(values["val/accuracy"])
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"cannot read {path} to find the best step ({e}): use 'last'") from e
     if not accuracies:
-        steps = ", ".join(map(str, saved))
+        known = ", ".join(map(str, steps))
         raise UserError(
-            f"{path} has no val/accuracy for a saved step ({steps}): use 'last' or a step; "
+            f"{path} has no val/accuracy for a saved step ({known}): use 'last' or a step; "
             "'best' needs a run with a config.data.val_split"
         )
     return max(sorted(accuracies), key=accuracies.get)

@@ -93,7 +93,7 @@ class Terminal:
             line += f", MFU {means['time/mfu']:.0%}"
         if "time/waiting_for_data" in means:
             line += f", {means['time/waiting_for_data']:.0%} of the time waiting for data"
-        line += f", {peak_memory() / 1e9:.1f} GB, {duration(images_left / rate)} left"
+        line += f", {peak_memory() / 1e9:.1f} GB, {format_duration(images_left / rate)} left"
         if not self._bar.disable:
             self._bar.set_description_str(line)
         elif time.monotonic() - self._last >= self._seconds:
@@ -249,7 +249,7 @@ def peak_memory():
     )
 
 
-def duration(seconds):
+def format_duration(seconds):
     """Seconds for people: '42 s', '3 min', '1 h 20 min'."""
     minutes = round(seconds / 60)
     if seconds < 90:

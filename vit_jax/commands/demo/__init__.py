@@ -2,13 +2,13 @@
 
 import argparse
 
-from vit_jax import mesh
 from vit_jax.errors import UserError
 from vit_jax.inference.trained import load
+from vit_jax.parallel import backend
 
 
 def main(argv=None):
-    """Runs the command."""
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax demo",
         description="Serve a page that shows the classes of an image and where each attention head "
@@ -25,6 +25,6 @@ def main(argv=None):
         from vit_jax.commands.demo.server import serve
     except ImportError as e:
         raise UserError("the demo needs Flask: pip install 'vit-jax[demo]'") from e
-    mesh.keep_compiled()
-    mesh.check_backend()
+    backend.enable_compilation_cache()
+    backend.check_backend()
     serve(load(args.workdir, args.step), args.host, args.port)

@@ -3,12 +3,12 @@
 import argparse
 import importlib.util
 
-from vit_jax import mesh
 from vit_jax.errors import UserError
+from vit_jax.parallel import backend
 
 
 def main(argv=None):
-    """Runs the command."""
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax report",
         description="Write curves, evaluation, attention, and weights of a run to one page, "
@@ -28,8 +28,8 @@ def main(argv=None):
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
     from vit_jax.commands.report.build import write_report
 
-    mesh.keep_compiled()
-    mesh.check_backend()
+    backend.enable_compilation_cache()
+    backend.check_backend()
     print(
         write_report(
             args.workdir, compare=args.compare, step=args.step, data=args.data, split=args.split

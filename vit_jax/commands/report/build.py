@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax import evaluate
 from vit_jax.commands.report import figures, sections
 from vit_jax.commands.report.page import Page
 from vit_jax.commands.report.records import group_by_experiment, read_records
 from vit_jax.errors import UserError, expand_home
 from vit_jax.inference import scores
-from vit_jax.inference.classify import make_classify
+from vit_jax.inference.examples import classify_examples, load_examples
 from vit_jax.inference.trained import load
 
 _NUM_ATTENTION_IMAGES = 32  # or one per class, up to twice as many
@@ -40,7 +39,7 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
       workdir: the run's directory.
       compare: directories of other runs, shown in the curves and in tables.
       step: the checkpoint to evaluate: a saved step, "best", or "last".
-      data, split: what to evaluate on; see `evaluate.load_examples`.
+      data, split: what to evaluate on; see `inference.examples.load_examples`.
     Raises:
       UserError: a directory contains no run, or one of its files is corrupted.
     """
@@ -89,12 +88,11 @@ def _add_model(page, workdir, step, data, split):
 
 
 def _evaluate(trained, data, split):
-    examples, labels, split = evaluate.load_examples(trained, data, split)
-    classify = make_classify(trained, batch_size=trained.config.eval_batch_size)
-    logits = classify(examples.images)
+    examples, split = load_examples(trained, data, split)
+    logits, labels, indices = classify_examples(trained, examples)
     names = [printable(name) for name in trained.class_names]
     return Evaluation(
-        images_at=lambda rows: examples.images[rows],
+        images_at=lambda rows: examples.examples(indices[rows])[0],
         labels=labels,
         logits=logits,
         split=split,

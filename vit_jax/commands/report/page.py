@@ -5,9 +5,9 @@ import string
 from html import escape
 from pathlib import Path
 
-from vit_jax import metrics
 from vit_jax.commands.report import figures
 from vit_jax.errors import UserError, make_folder
+from vit_jax.workdir import write_text
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -97,7 +97,7 @@ class Page:
         """Writes index.html atomically and returns its path; arguments as in `render`."""
         path = self._folder / "index.html"
         with self._writing():
-            metrics.write_json(path, self.render(name, about, cards))
+            write_text(path, self.render(name, about, cards))
         return path
 
     @contextlib.contextmanager

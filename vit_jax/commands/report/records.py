@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax import config as config_lib
-from vit_jax import metrics
 from vit_jax.errors import UserError
+from vit_jax.workdir import read_lines
 
 # Fields in which the seeds and repetitions of one experiment may differ.
 NOT_EXPERIMENTAL = (
@@ -111,7 +111,7 @@ def _read_object(path):
 def _read_metrics(path):
     """Yields the lines of a metrics.jsonl, all of whose values are numbers."""
     try:
-        for _, values in metrics.read_lines(path):
+        for _, values in read_lines(path):
             _check_fields(values, dict.fromkeys(values, _NUMBER), path)
             yield values
     except OSError as e:

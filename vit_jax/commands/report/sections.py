@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from vit_jax import config as config_lib
-from vit_jax import metrics
 from vit_jax.commands.report import figures
 from vit_jax.commands.report.records import NOT_EXPERIMENTAL
 from vit_jax.inference import attention, scores
 from vit_jax.inference.classify import make_classify, patch_grid
 from vit_jax.model import sincos2d
+from vit_jax.workdir import format_duration
 
 MAX_CLASSES_SHOWN = 20
 _NUM_MISTAKES = 12
@@ -76,7 +76,7 @@ def headline(records, evaluation):
     finished = next((r.result for r in records if r.result), None)
     if finished:
         cards += [(f"{finished['num_params'] / 1e6:.2f} M", "parameters")]
-        cards += [(metrics.duration(finished["seconds"]), f"training on {finished['device']}")]
+        cards += [(format_duration(finished["seconds"]), f"training on {finished['device']}")]
     else:
         cards.append((f"{records[0].last_step:,}", "last step"))
     return cards
@@ -346,7 +346,7 @@ def add_identity(page, records):
         ("command", run["command"] or "called from Python"),
         ("commit", run["commit"] or "unknown"),
         ("started", run["date"]),
-        ("training time", metrics.duration(seconds[0]) if len(seconds) else "incomplete"),
+        ("training time", format_duration(seconds[0]) if len(seconds) else "incomplete"),
         ("devices", f"{devices}, {run['processes']} {processes}"),
         ("host", run["host"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
