@@ -11,16 +11,17 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 
 # A file imports only files of a lower level; files of one level never each other.
 LEVELS = {
-    0: {"errors", "scores", "attention", "notebook_torch", "peaks"},
-    1: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics"}
+    0: {"errors", "durations", "scores", "attention", "notebook_torch", "peaks"},
+    1: {"config"},
+    2: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics"}
     | {"distributed", "stopping", "figures"},
-    2: {"config", "classify"},
-    3: {"step", "loading", "weights"},
-    4: {"evaluate", "export", "predict", "demo"},
-    5: {"run", "sweep"},
-    6: {"train", "explain"},
-    7: {"main", "benchmark", "benchmark_torch"},
-    8: {"report"},
+    3: {"classify"},
+    4: {"step", "loading", "weights"},
+    5: {"evaluate", "export", "predict", "demo"},
+    6: {"run", "sweep"},
+    7: {"train", "explain"},
+    8: {"main", "benchmark", "benchmark_torch"},
+    9: {"report"},
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

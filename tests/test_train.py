@@ -317,7 +317,7 @@ class TestRefusals:
 
     def test_what_only_tracing_the_step_finds(self, tiny_config, tmp_path):
         tiny_config.augment.crop, tiny_config.augment.crop_padding = "pad", 8
-        self.refused(tiny_config, tmp_path / "w", "crop_padding is 8 for images of 8x8")
+        self.refused(tiny_config, tmp_path / "w", "crop_padding=8 is too large for images of 8x8 pixels")
         assert not (tmp_path / "w").exists()
 
     def test_mesh_of_other_devices(self, tiny_config, tmp_path):
