@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from vit_jax.notebook_torch import TransformerBlock, VisionTransformer
+from vit_jax.commands.benchmark.notebook_torch import TransformerBlock, VisionTransformer
 
 from vit_jax import data
 
