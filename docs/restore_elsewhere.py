@@ -21,9 +21,8 @@ import orbax.checkpoint as ocp
 def restore(step_folder):
     """Returns (params, saved): a nested dict of float32 numpy arrays, and the checkpoint's JSON."""
     folder = pathlib.Path(step_folder).absolute()
-    item = (
-        "ema_params" if (folder / "ema_params").is_dir() else "params"
-    )  # the weights that were evaluated
+    # The weights that were evaluated: the EMA weights if the run has them.
+    item = "ema_params" if (folder / "ema_params").is_dir() else "params"
     params = ocp.StandardCheckpointer().restore(folder / item)
     return params, json.loads((folder / "config" / "metadata").read_text())
 

@@ -4,7 +4,7 @@
 #
 #     ./launch.sh scripts/clean_restore.sh [EXISTING_CLEAN_PYTHON]
 #
-# Exits 0 if the probabilities on 1 and on 3 devices equal ours to 4 digits. Always uses the CPU.
+# Exits 0 if the probabilities on 1 and on 3 devices equal those of vit_jax to 4 digits. Always uses the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu
@@ -23,7 +23,7 @@ fi
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m vit_jax.main \
     --config configs/shapes10_vit.py --workdir "$folder/run" --config.steps=2 --config.optim.warmup= \
     --config.model.depth=2 --config.data.test_split='test[:100]' | grep -E '^(devices|Test)'
-python - "$folder/run" >"$folder/ours" <<'PYTHON'
+python - "$folder/run" >"$folder/expected" <<'PYTHON'
 import sys
 
 import jax
@@ -32,16 +32,16 @@ import numpy as np
 import vit_jax
 from vit_jax.augment import normalize
 
-loaded = vit_jax.load(sys.argv[1])
-black = np.zeros((1, *loaded.image_shape), np.uint8)
-pixels = normalize(black, loaded.config.data.mean, loaded.config.data.std)
-logits = loaded.model.apply({"params": loaded.params}, pixels)
-for name, p in zip(loaded.class_names, jax.nn.softmax(logits)[0], strict=True):
+trained = vit_jax.load(sys.argv[1])
+black = np.zeros((1, *trained.image_shape), np.uint8)
+pixels = normalize(black, trained.config.data.mean, trained.config.data.std)
+logits = trained.model.apply({"params": trained.params}, pixels)
+for name, p in zip(trained.class_names, jax.nn.softmax(logits)[0], strict=True):
     print(f"{p:.4f} {name}")
 PYTHON
 cp docs/restore_elsewhere.py "$folder"
 for devices in 1 3; do
     (cd "$folder" && XLA_FLAGS=--xla_force_host_platform_device_count=$devices \
-        "$clean" -I restore_elsewhere.py run/checkpoints/2) >"$folder/theirs"
-    diff "$folder/ours" "$folder/theirs" && echo "the same on $devices device(s)"
+        "$clean" -I restore_elsewhere.py run/checkpoints/2) >"$folder/actual"
+    diff "$folder/expected" "$folder/actual" && echo "the same on $devices device(s)"
 done

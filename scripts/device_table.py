@@ -1,9 +1,9 @@
-"""Trains one small model on many arrangements of devices and prints how far their losses differ.
+"""Trains one small model on many arrangements of devices and tabulates how the losses differ.
 
     ./launch.sh python scripts/device_table.py
 
-Virtual CPU devices and processes over loopback; crop, flip, mixup and cutmix are on, the last batch
-of an epoch is not full. Each row is the command that trains, run anew.
+Uses virtual CPU devices, and processes over loopback. Crop, flip, mixup, and cutmix are on, and the
+last batch of an epoch is not full. Each row runs the train command.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-PARTS = ["--config.accumulate_steps=4", "--config.model.remat=true"]
+MICROBATCHES = ["--config.accumulate_steps=4", "--config.model.remat=true"]
 STREAMED = ["--config.data.streaming=true", "--config.data.streaming_threads=2"]
 ROWS = [  # devices, processes, mode, overrides
     (1, 1, "data parallel", []),
@@ -29,14 +29,14 @@ ROWS = [  # devices, processes, mode, overrides
     (2, 1, "fsdp 2", ["--config.mesh.fsdp=2"]),
     (4, 1, "fsdp 4", ["--config.mesh.fsdp=4"]),
     (8, 1, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
-    (1, 1, "4 parts, remat", PARTS),
-    (8, 1, "fsdp 8, 4 parts, remat", ["--config.mesh.fsdp=8", *PARTS]),
+    (1, 1, "4 microbatches, remat", MICROBATCHES),
+    (8, 1, "fsdp 8, 4 microbatches, remat", ["--config.mesh.fsdp=8", *MICROBATCHES]),
     (1, 1, "streamed", STREAMED),
     (
         8,
         1,
-        "data 2 x fsdp 4, streamed, 4 parts, remat",
-        ["--config.mesh.fsdp=4", *PARTS, *STREAMED],
+        "data 2 x fsdp 4, streamed, 4 microbatches, remat",
+        ["--config.mesh.fsdp=4", *MICROBATCHES, *STREAMED],
     ),
     (2, 2, "data parallel", []),
     (8, 2, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
@@ -47,7 +47,7 @@ ROWS = [  # devices, processes, mode, overrides
 
 
 def write_images(folder):
-    """90 train and 30 test images of 16x16 in three classes."""
+    """Writes 90 training and 30 test images of 16x16 pixels in three classes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 10)):
         for label, name in enumerate(("red", "green", "blue")):
@@ -59,7 +59,7 @@ def write_images(folder):
 
 
 def train(folder, index, steps):
-    """The loss of the last step of one row."""
+    """Trains the arrangement of row `index`, and returns the loss of the last step."""
     devices, processes, _, overrides = ROWS[index]
     workdir = folder / f"row{index}"
     arguments = [
@@ -114,21 +114,31 @@ def train(folder, index, steps):
 
 
 def main():
+    """Prints one row per arrangement as it completes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="steps per row (default: 20)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        choices=range(len(ROWS)),
+        default=range(len(ROWS)),
+        metavar="ROW",
+        help="rows to train; differences are from the first (default: all)",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         write_images(folder / "data")
         print(f"| devices | processes | mode | loss after {args.steps} steps | difference |")
         print("| --- | --- | --- | --- | --- |", flush=True)
-        one = None
-        for index, (devices, processes, mode, _) in enumerate(ROWS):
+        first_loss = None
+        for index in args.rows:
+            devices, processes, mode, _ = ROWS[index]
             loss = train(folder, index, args.steps)
-            one = one or loss  # the first row's
-            print(
-                f"| {devices} | {processes} | {mode} | {loss:.7f} | {loss - one:+.1e} |", flush=True
-            )
+            first_loss = loss if first_loss is None else first_loss
+            difference = f"{loss - first_loss:+.1e}"
+            print(f"| {devices} | {processes} | {mode} | {loss:.7f} | {difference} |", flush=True)
 
 
 if __name__ == "__main__":

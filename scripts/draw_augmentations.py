@@ -125,6 +125,7 @@ def draw(images):
 
 
 def main():
+    """Writes the image."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Draws the picture of a report that README.md shows, in Chromium.
+"""Draws the image of a report that README.md shows, with Chromium.
 
-python scripts/draw_report.py --report D/report/index.html --out docs/report.png
+python scripts/draw_report.py --report WORKDIR/report/index.html --out docs/report.png
 """
 
 import argparse
@@ -15,13 +15,13 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 WIDTH, SHOWN = 1265, 900
-# What is shown: the element that a part starts at, its height, and whether it is night.
+# The parts of the page that are drawn: first element, height in pixels, and color scheme.
 PARTS = (("html", 1030, "light"), ("#evaluation", 580, "light"), ("#attention", 800, "dark"))
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
 
 
 def draw(address):
-    """The parts of the page one above the other, a PIL image."""
+    """Returns the parts of the page, stacked vertically, as a PIL image."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
     for flag in (*FLAGS, f"user-data-dir={tempfile.mkdtemp()}"):
@@ -48,15 +48,16 @@ def draw(address):
 
 
 def main():
+    """Writes the image."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--report", type=Path, required=True, help="its index.html")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--report", type=Path, required=True, help="index.html of the report")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
     page = draw(args.report.resolve().as_uri())
     page = page.resize((SHOWN, round(SHOWN * page.height / WIDTH)), Image.Resampling.LANCZOS)
-    # A palette: a picture to look at, a third of the size.
+    # A palette makes the file a third of the size.
     page.quantize(128).save(args.out, optimize=True)
     print(f"{args.out}: {page.width} x {page.height}, {args.out.stat().st_size // 1000} kB")
 

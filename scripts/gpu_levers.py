@@ -1,8 +1,10 @@
-"""Levers of a GPU that are no field of a recipe: python scripts/gpu_levers.py --config F.
+"""Measures two GPU optimizations that no recipe field selects.
 
-Several steps in one dispatch (a scan over the very step, also unrolled), and attention alone,
-forward and backward, by each implementation that jax has, at 64 and 65 tokens. What this device
-cannot run is told, not hidden.
+    python scripts/gpu_levers.py --config RECIPE [--config.FIELD=VALUE ...]
+
+The optimizations are several steps per dispatch (a scan over the training step, also unrolled), and
+other implementations of attention (forward and backward, at 64 and 65 tokens). An implementation
+that this device cannot run is listed with its error.
 """
 
 import argparse
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 
 from vit_jax import config as config_lib
 from vit_jax.errors import run_command
-from vit_jax.run import setup
+from vit_jax.experiment import make_experiment
 
 
 def seconds(call, *, repeats=5):
-    """Median seconds of a call that returns arrays, after one that compiles."""
+    """Returns the median seconds of a call that returns arrays, after one call that compiles."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -30,18 +32,18 @@ def seconds(call, *, repeats=5):
     return statistics.median(times)
 
 
-def steps_per_dispatch(run, counts):
-    """Prints milliseconds a step for so many steps in one dispatched program."""
-    print("| steps a dispatch | unrolled | ms a step |\n|---|---|---|")
-    split, order = next(run.inputs(0))
+def steps_per_dispatch(experiment, counts):
+    """Prints milliseconds per step for each number of steps in one dispatched program."""
+    print("| steps per dispatch | unrolled | ms per step |\n|---|---|---|")
+    split, order = next(experiment.feed.inputs(after=0))
     for count in counts:
         for unroll in (False, True) if 1 < count <= 16 else (False,):
-            state = [run.init(run.put(run.seeds))]
+            state = [experiment.init()]
 
             @functools.partial(jax.jit, donate_argnums=0)
             def several(state, split, order, count=count, unroll=unroll):
                 def body(state, _):
-                    return run.step(state, split, order)
+                    return experiment.train_step(state, split, order)
 
                 return jax.lax.scan(body, state, length=count, unroll=unroll)
 
@@ -50,27 +52,27 @@ def steps_per_dispatch(run, counts):
                     state[0], metrics = several(state[0], split, order)
                 return metrics
 
-            each = seconds(call) / count / max(1, 64 // count)
-            print(f"| {count} | {unroll} | {1e3 * each:.3f} |", flush=True)
+            per_step = seconds(call) / count / max(1, 64 // count)
+            print(f"| {count} | {unroll} | {1e3 * per_step:.3f} |", flush=True)
 
 
 def plain(q, k, v):
-    """The model's own attention, on [B, N, h, K]."""
+    """Computes attention as the model does, on [B, N, h, K]."""
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bmhk->bnhk", weights, v)
 
 
 def pallas(q, k, v):
-    """jax's own Pallas kernel for GPUs."""
+    """Computes attention with JAX's Pallas kernel for GPUs."""
     from jax.experimental.pallas.ops.gpu import attention
 
     return attention.mha(q, k, v, segment_ids=None, sm_scale=q.shape[-1] ** -0.5)
 
 
 def attention_table(batch, num_heads, head_dim, dtype):
-    """Prints microseconds of attention, forward and backward, by each implementation."""
-    implementations = {"ours": plain, "pallas": pallas}
+    """Prints the microseconds of attention, forward and backward, for each implementation."""
+    implementations = {"vit_jax": plain, "pallas": pallas}
     for name in ("xla", "cudnn"):
         implementations[name] = functools.partial(jax.nn.dot_product_attention, implementation=name)
     print(f"| attention, batch {batch}, {num_heads} heads of {head_dim}, {dtype} | tokens | us |")
@@ -89,24 +91,37 @@ def attention_table(batch, num_heads, head_dim, dtype):
                 return [both(*arguments) for _ in range(20)]
 
             try:
-                told = f"{1e6 * seconds(call) / 20:.1f}"
-            except Exception as e:  # an implementation may refuse a device or a shape in any way
-                told = f"not here: {str(e).strip().splitlines()[0][:80] if str(e) else repr(e)}"
-            print(f"| {name} | {tokens} | {told} |", flush=True)
+                time_or_error = f"{1e6 * seconds(call) / 20:.1f}"
+            except Exception as e:  # an implementation may reject a device or a shape in any way
+                time_or_error = f"failed: {(str(e).strip() or repr(e)).splitlines()[0][:80]}"
+            print(f"| {name} | {tokens} | {time_or_error} |", flush=True)
 
 
 def main():
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", type=pathlib.Path, required=True)
-    parser.add_argument("--counts", type=int, nargs="+", default=(1, 4, 16, 64))
-    args, rest = parser.parse_known_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", type=pathlib.Path, required=True, metavar="RECIPE", help="name or path"
+    )
+    parser.add_argument(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=(1, 4, 16, 64),
+        help="steps per dispatch to measure (default: 1 4 16 64)",
+    )
+    args, overrides = parser.parse_known_args()
     config = config_lib.from_file(args.config)
-    config_lib.override(config, rest, "--config, --counts")
-    run = setup(config)
-    steps_per_dispatch(run, args.counts)
-    heads = run.model.num_heads
-    attention_table(config.batch_size, heads, run.model.width // heads, run.model.dtype)
+    config_lib.override(config, overrides, "--config, --counts")
+    experiment = make_experiment(config)
+    steps_per_dispatch(experiment, args.counts)
+    model = experiment.model
+    head_dim = model.width // model.num_heads
+    attention_table(config.batch_size, model.num_heads, head_dim, model.dtype)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vit_jax import config
-from vit_jax.loading import Loaded
+from vit_jax.inference.trained import TrainedModel
 from vit_jax.model import init_params, make_model
 
 SIZES = {"width": 24, "depth": 2, "num_heads": 3, "mlp_dim": 40, "patch_size": 4}
@@ -27,15 +27,21 @@ def same_bits(a, b):
 
 
 def make_trained(image_shape=(12, 12, 3), **fields):
-    """What vit_jax.load returns for a small run, with random weights."""
+    """A small TrainedModel, as from vit_jax.load, with random weights."""
     c = config.defaults()
     sizes = {"width": 24, "depth": 2, "num_heads": 3, "mlp_dim": 96, "patch_size": 4}
     c.model.update(sizes | fields)
-    _, params = random_model(image_shape=image_shape, **sizes | fields)
-    vit, _ = random_model(image_shape=image_shape, **sizes | fields)
+    vit, params = random_model(image_shape=image_shape, **sizes | fields)
     pixels = {"divide_by": 255, "mean": list(c.data.mean), "std": list(c.data.std)}
-    saved = {"class_names": list("abcde"), "preprocessing": pixels}
-    return Loaded(vit, params, c, step=3, saved=saved | {"image_shape": list(image_shape)})
+    return TrainedModel(
+        vit,
+        params,
+        c,
+        step=3,
+        class_names=list("abcde"),
+        preprocessing=pixels,
+        image_shape=list(image_shape),
+    )
 
 
 def save_tensors(path, tensors):

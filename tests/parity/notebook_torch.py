@@ -1,15 +1,20 @@
-"""The notebook in PyTorch, and what the parity tests need beside it."""
+"""The notebook in PyTorch, and two helpers of the parity tests."""
 
 import torch
 from torch import nn
 
-from vit_jax.notebook_torch import VisionTransformer, make_optimizer, train_step, transform
+from vit_jax.commands.benchmark.notebook_torch import (
+    VisionTransformer,
+    make_optimizer,
+    train_step,
+    transform,
+)
 
 __all__ = ["VisionTransformer", "gradients", "lively", "make_optimizer", "train_step", "transform"]
 
 
 def gradients(model, images, labels):
-    """(loss, {name of the parameter: float32 numpy gradient}) of one batch."""
+    """Returns (loss, {parameter name: float32 numpy gradient}) of one batch."""
     model.zero_grad()
     loss = nn.CrossEntropyLoss()(model(transform(images)), torch.from_numpy(labels).long())
     loss.backward()
@@ -17,9 +22,9 @@ def gradients(model, images, labels):
 
 
 def lively(model, seed=0):
-    """Moves every constant starting weight (zeros, ones) off its constant, in place.
+    """Adds noise to every constant initial weight (zeros, ones), in place.
 
-    With the embeddings and biases at zero a port that forgot them would pass.
+    With zero embeddings and biases, a port that omits them would pass.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,16 +1,16 @@
-"""The PyTorch side of the benchmark trains the notebook's model on the notebook's pixels."""
+"""The benchmark's PyTorch side trains the notebook's model on the notebook's pixels."""
 
 import numpy as np
 import pytest
 
-from vit_jax import benchmark
-from vit_jax.run import setup
+from vit_jax.commands.benchmark.measure import TorchSide
+from vit_jax.experiment import make_experiment
 
 
 @pytest.mark.parametrize("variant", ["written", "eager"])
-def test_torch_trains_in_a_process_of_its_own(torch, tiny_config, variant):
+def test_torch_side_trains_in_a_child_process(torch, tiny_config, variant):
     tiny_config.model.mlp_dim = 4 * tiny_config.model.width
-    side = benchmark.Torch(variant, setup(tiny_config))
+    side = TorchSide(variant, make_experiment(tiny_config))
     try:
         assert f"torch {torch.__version__}" in side.about
         assert side.steps(2) > 0
@@ -18,8 +18,8 @@ def test_torch_trains_in_a_process_of_its_own(torch, tiny_config, variant):
         side.close()
 
 
-def test_each_image_is_transformed_as_the_notebook_does(torch, reference):
-    from vit_jax.benchmark_torch import Images
+def test_images_are_transformed_as_in_the_notebook(torch, reference):
+    from vit_jax.commands.benchmark.torch_side import Images
 
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     dataset = Images(images, np.arange(4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

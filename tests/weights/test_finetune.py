@@ -14,8 +14,8 @@ from small_models import GOOGLE, random_model, same_bits
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
+from vit_jax.experiment import describe, make_experiment
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
-from vit_jax.run import header, setup
 from vit_jax.train import train
 from vit_jax.weights import layouts, start_from
 
@@ -95,18 +95,17 @@ def google_file(tiny_config, tmp_path):
     return path
 
 
-def first(run):
-    """The initial parameters of a run, on the host."""
-    return jax.tree.map(lambda p: np.asarray(p[0]), run.init(run.seeds).params)
+def initial_params(experiment):
+    """The initial parameters of an experiment, on the host."""
+    return jax.device_get(experiment.init().params)
 
 
 def test_same_classes_keep_the_head(tiny_config, pretrained):
     tiny_config.init_from = str(pretrained)
-    run = setup(tiny_config)
-    assert same_bits(first(run), vit_jax.load(pretrained).params)
-    assert run.start == (f"{pretrained} (vit_jax)",)
-    (result,) = run.evaluator(run.test)(run.init(run.seeds).params)
-    assert result["accuracy"] > 0.9
+    experiment = make_experiment(tiny_config)
+    assert same_bits(initial_params(experiment), vit_jax.load(pretrained).params)
+    assert experiment.initial_weights == (f"{pretrained} (vit_jax)",)
+    assert experiment.evaluate(experiment.init().params, "test")["accuracy"] > 0.9
 
 
 def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrained, tiny_folder):
@@ -116,8 +115,8 @@ def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrain
         if (renamed / split / "red").exists():
             (renamed / split / "red").rename(renamed / split / "crimson")
     tiny_config.data.name, tiny_config.init_from = f"folder:{renamed}", str(pretrained)
-    run = setup(tiny_config)
-    params, old = first(run), vit_jax.load(pretrained).params
+    params = initial_params(make_experiment(tiny_config))
+    old = vit_jax.load(pretrained).params
     assert not params["head"]["kernel"].any() and same_bits(params["block_1"], old["block_1"])
 
 
@@ -126,30 +125,32 @@ def test_run_from_a_google_file(tiny_config, google_file, tmp_path, capsys):
     c.init_from, c.model.image_size, c.steps = str(google_file), 16, 6
     c.save_every = "3 steps"
     c.optim.freeze, c.optim.backbone_lr_factor = "patch_embed/*,block_0/*", 0.5
-    started = first(setup(c))
+    initial = initial_params(make_experiment(c))
     train(c, tmp_path / "run")
     printed = capsys.readouterr().out
-    assert f"start: {google_file} (google), a new head, zeros, for 3 classes" in printed
+    assert f"initial weights: {google_file} (google), a new head, zeros, for 3 classes" in printed
     assert "positions of 3x3 patches resized to 4x4 (zoom)" in printed
     assert "17 tokens of 8x8x3 images resized to 16x16" in printed
     assert "times 0.5 for all but the head" in printed and "(patch_embed/*,block_0/*)" in printed
     params = vit_jax.load(tmp_path / "run").params
     for name in params:
-        assert same_bits(params[name], started[name]) == (name in ("patch_embed", "block_0"))
+        assert same_bits(params[name], initial[name]) == (name in ("patch_embed", "block_0"))
 
     # Killed after step 3, it resumes bit for bit and no longer needs the file.
     google_file.unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     (tmp_path / "run" / "result.json").unlink()
     train(c, tmp_path / "run")
-    assert "Continuing from step 3" in capsys.readouterr().out
+    assert "Resuming from step 3" in capsys.readouterr().out
     assert same_bits(vit_jax.load(tmp_path / "run").params, params)
 
 
 def test_several_seeds_start_from_the_same_weights(tiny_config, google_file):
     tiny_config.init_from, tiny_config.num_seeds = str(google_file), 2
     tiny_config.optim.ema_decay = 0.9
-    state = setup(tiny_config).init(np.array([3, 4], np.uint32))
+    tiny_config.seed = 3
+    state = make_experiment(tiny_config).init()
+    np.testing.assert_array_equal(state.seed, [3, 4])
     for leaf in jax.tree.leaves((state.params, state.ema_params)):
         np.testing.assert_array_equal(leaf[0], leaf[1])
 
@@ -160,15 +161,15 @@ def test_several_seeds_resume_without_the_initial_weights(
     c = tiny_config
     c.init_from, c.num_seeds, c.steps = str(google_file), 2, 4
     c.save_every = "2 steps"
-    whole = train(c, tmp_path / "run")
+    complete = train(c, tmp_path / "run")
     google_file.unlink()
     (tmp_path / "run" / "result.json").unlink()
     for seed in (0, 1):
         shutil.rmtree(tmp_path / "run" / f"seed_{seed}" / "checkpoints" / "4")
         (tmp_path / "run" / f"seed_{seed}" / "result.json").unlink()
     again = train(c, tmp_path / "run")
-    assert "Continuing from step 2" in capsys.readouterr().out
-    assert again["test_loss_of_each_seed"] == whole["test_loss_of_each_seed"]
+    assert "Resuming from step 2" in capsys.readouterr().out
+    assert again["test_loss_of_each_seed"] == complete["test_loss_of_each_seed"]
 
 
 def test_weights_that_do_not_fit_are_rejected_before_any_write(tiny_config, google_file, tmp_path):
@@ -209,10 +210,13 @@ def test_model_of_another_resolution_resizes_images(tiny_config):
 def test_config_of_a_run_records_init_from(tiny_config, google_file, tmp_path):
     tiny_config.init_from, tiny_config.steps = str(google_file), 1
     train(tiny_config, tmp_path / "run")
-    told = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert told["init_from"] == str(google_file)
-    tiny_config.init_from = ""
-    assert not any(line.startswith("start:") for line in header(setup(tiny_config), tmp_path))
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["init_from"] == str(google_file)
+
+
+def test_random_initial_weights_are_not_described(tiny_config, tmp_path):
+    lines = describe(make_experiment(tiny_config), tmp_path)
+    assert not any(line.startswith("initial weights:") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax
 
 from vit_jax import config as config_lib
 from vit_jax.experiment import describe, make_experiment
+from vit_jax.parallel import backend
 
 _COLLECTIVES = (
     "all-reduce",
@@ -143,13 +144,21 @@ def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax describe",
-        description="Describe a run without training: compute, memory, communication.",
+        description="Describe a run without training: parameters, FLOP, steps, memory, and "
+        "communication, from the compiled program. Reads the data and writes nothing.",
+        epilog="--config.FIELD=VALUE changes a field of the recipe, as in vit-jax train.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", type=pathlib.Path, default=config_lib.DEFAULT_RECIPE, metavar="RECIPE"
+        "--config",
+        type=pathlib.Path,
+        default=config_lib.DEFAULT_RECIPE,
+        metavar="RECIPE",
+        help="name or path of the recipe (default: a small ViT on drawn images)",
     )
     args, rest = parser.parse_known_args(argv)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config")
+    backend.enable_compilation_cache()
+    backend.check_backend()
     print_lines(config, pathlib.Path("workdirs") / pathlib.Path(args.config).stem)

@@ -1,4 +1,4 @@
-"""vit-jax export: write a run's weights for other libraries.
+"""Write a run's weights for other libraries.
 
     vit.pt           the notebook's state_dict: load_state_dict(..., strict=True)
     vit.safetensors  our own names, any variant; its metadata defines the model

@@ -1,7 +1,9 @@
-"""A grid of runs and one table: python -m vit_jax.sweep --config F --set optim.peak_lr=1e-3,3e-3.
+"""vit-jax sweep: train a grid of runs and tabulate them.
 
-Runs are chosen between by validation accuracy: the recipe needs a val_split, and no run of a sweep
-reads the test split.
+    vit-jax sweep --config cifar10_vit_20ep --set optim.peak_lr=1e-3,3e-3 --workdir workdirs/sweep
+
+Runs are compared by validation accuracy: the recipe needs a val_split, and no run of a sweep reads
+the test split.
 """
 
 import argparse
@@ -9,151 +11,183 @@ import concurrent.futures
 import itertools
 import json
 import os
-import pathlib
 import queue
 import subprocess
 import sys
 
 from vit_jax import config as config_lib
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import UserError, expand_home
+
+
+def main(argv=None):
+    """Runs the command with the arguments in `argv` (default: sys.argv)."""
+    parser = argparse.ArgumentParser(
+        prog="vit-jax sweep",
+        description="Train every combination of the settings and print a table, best validation "
+        "accuracy first. Rerun the same command to resume.",
+        epilog="--config.FIELD=VALUE applies to every run, as in vit-jax train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="RECIPE", help="name or path of the common recipe"
+    )
+    parser.add_argument(
+        "--set", required=True, nargs="+", metavar="FIELD=V,V", help="a field and its values"
+    )
+    parser.add_argument("--workdir", required=True, help="directory of the sweep, one run each")
+    parser.add_argument(
+        "--one_at_a_time",
+        action="store_true",
+        help="ablation: change at most one field from its first value",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="concurrent runs (default: one on a GPU, otherwise one per CPU core)",
+    )
+    args, overrides = parser.parse_known_args(argv)
+    runs = grid(args.set, one_at_a_time=args.one_at_a_time)
+    fields = [[*overrides, *(f"--config.{k}={v}" for k, v in run.items())] for run in runs]
+    for run_fields in fields:  # before the first run starts
+        _check(args.config, run_fields)
+    folder = expand_home(args.workdir)
+    workdirs = [folder / name for name in run_names(runs, one_at_a_time=args.one_at_a_time)]
+    no_test = "--config.data.test_split="
+    arguments = [["--config", args.config, *run_fields, no_test] for run_fields in fields]
+    results = _train_all(workdirs, arguments, args.processes)
+    lines = table(runs, results)
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    print(*lines, sep="\n")
+    failed = [w for w, result in zip(workdirs, results, strict=True) if result is None]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: see {failed[0] / 'log.txt'}")
 
 
 def grid(settings, *, one_at_a_time=False):
-    """['a=1,2', 'b=x,y'] -> [{'a': '1', 'b': 'x'}, ...]: every combination, in order.
+    """Returns every combination of the settings, in order, as {field: text}.
 
-    With `one_at_a_time` only those that change at most one field from its first value: an ablation.
-    A value in brackets keeps its commas: data.mean=(0.5,0.5,0.5),(0.4,0.4,0.4).
+    ['a=1,2', 'b=x,y'] becomes [{'a': '1', 'b': 'x'}, {'a': '1', 'b': 'y'}, ...]. With
+    `one_at_a_time`, only combinations that change at most one field from its first value are
+    returned. A value in brackets keeps its commas, as in
+    data.mean=(0.5,0.5,0.5),(0.4,0.4,0.4). Raises UserError for any other text.
     """
     axes = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not text:
-            raise UserError(f"--set takes FIELD=VALUE,VALUE,..., got {setting!r}")
-        values, depth = [""], 0
-        for character in text:
-            depth += (character in "([") - (character in ")]")
-            if character == "," and depth == 0:
-                values.append("")
-            else:
-                values[-1] += character
-        axes[name] = values
+            raise UserError(f"--set {setting}: use FIELD=VALUE,VALUE,...")
+        axes[name] = _split_at_commas(text)
     runs = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if one_at_a_time:
         runs = [run for run in runs if sum(run[k] != axes[k][0] for k in axes) <= 1]
     return runs
 
 
-def table(runs, results):
-    """The sweep's lines, best validation accuracy first; runs without a result last."""
-    rows = []
-    for run, result in zip(runs, results, strict=True):
-        row = {**run, "val_accuracy": "failed", "val_loss": "", "train_loss": "", "images/s": ""}
-        if result:
-            spread = result.get("val_accuracy_std")
-            row["val_accuracy"] = f"{100 * result['val_accuracy']:.2f}%"
-            row["val_accuracy"] += f" +- {100 * spread:.2f}" if spread is not None else ""
-            row["val_loss"] = f"{result['val_loss']:.4f}"
-            row["train_loss"] = f"{result['train_loss']:.4f}"
-            row["images/s"] = f"{result['images_per_second'] or 0:,.0f}"
-        rows.append((-result["val_accuracy"] if result else 1, list(row.items())))
-    rows = [dict(row) for _, row in sorted(rows, key=lambda r: r[0])]
-    widths = {k: max(len(k), *(len(r[k]) for r in rows)) for k in rows[0]}
-    lines = [[k.ljust(w) for k, w in widths.items()], ["-" * w for w in widths.values()]]
-    lines += [[r[k].ljust(w) for k, w in widths.items()] for r in rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+def _split_at_commas(text):
+    """The parts of a text between the commas that are not in brackets."""
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
 
 
-def main():
-    """Runs every combination of the settings, continuing where an earlier call stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_jax.sweep",
-        description=main.__doc__,
-        epilog="--config.FIELD=VALUE holds for every run, as in vit_jax.main.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, help="the recipe all runs start from, a name or a file"
-    )
-    parser.add_argument("--set", required=True, nargs="+", metavar="FIELD=V,V", help="an axis")
-    parser.add_argument("--workdir", required=True, help="one folder a run in it")
-    parser.add_argument(
-        "--one_at_a_time", action="store_true", help="an ablation: change one field from the first"
-    )
-    parser.add_argument(
-        "--processes", type=int, help="runs at once; default: one on a GPU, one a CPU core else"
-    )
-    args, rest = parser.parse_known_args()
-    args.workdir = pathlib.Path(os.path.expanduser(args.workdir))
-    runs = grid(args.set, one_at_a_time=args.one_at_a_time)
+def _check(recipe, fields):
+    """Raises UserError if a run's config is invalid or has no validation split."""
+    config = config_lib.from_file(recipe)
+    flags = "--config, --set, --workdir, --one_at_a_time, --processes"
+    config_lib.override(config, fields, flags)
+    if not config.data.val_split:
+        raise UserError(
+            f"{recipe} has no validation split to compare the runs by: add "
+            "--config.data.train_split='train[:90%]' --config.data.val_split='train[90%:]'"
+        )
 
-    # Every run is checked before the first starts.
-    commands = []
+
+def run_names(runs, *, one_at_a_time=False):
+    """Returns the name of each run's directory: its settings.
+
+    With `one_at_a_time`, a name has only the setting that differs from the first run's.
+    """
+    names = []
     for run in runs:
-        config = config_lib.from_file(args.config)
-        for argument in rest:
-            name, equals, value = argument.partition("=")
-            if not name.startswith("--config.") or not equals:
-                raise UserError(f"unknown argument {argument}: use --config.FIELD=VALUE")
-            config_lib.set_field(config, name.removeprefix("--config."), value)
-        for name, value in run.items():
-            config_lib.set_field(config, name, value)
-        if not config.data.val_split:
-            raise UserError(
-                f"{args.config} holds nothing out to choose by: add "
-                "--config.data.train_split='train[:90%]' --config.data.val_split='train[90%:]'"
-            )
-        config.data.test_split = ""
-        config_lib.validate(config)
-        # The fields that tell the runs apart; in an ablation, the one that changed.
-        told = {k: v for k, v in run.items() if not args.one_at_a_time or v != runs[0][k]}
-        name = ",".join(f"{k}={v}" for k, v in told.items()).replace("/", "_") or "base"
-        overrides = [f"--config.{k}={v}" for k, v in {**run, "data.test_split": ""}.items()]
-        workdir = args.workdir / name
-        commands.append((workdir, ["--workdir", str(workdir), *rest, *overrides]))
+        shown = {k: v for k, v in run.items() if not one_at_a_time or v != runs[0][k]}
+        names.append(",".join(f"{k}={v}" for k, v in shown.items()).replace("/", "_") or "base")
+    return names
 
-    # Asked in a process of its own, which gives the accelerator's memory back.
-    code = "import jax; print(jax.default_backend())"
-    backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    gpu = backend.strip() != "cpu"
-    cores = sorted(os.sched_getaffinity(0))
-    processes = max(1, min(args.processes or (1 if gpu else len(cores)), len(runs)))
+
+def _train_all(workdirs, arguments, processes):
+    """Trains the runs in child processes. Returns the content of each result.json, or None."""
+    gpu, cores = _has_accelerator(), sorted(os.sched_getaffinity(0))
+    processes = max(1, min(processes or (1 if gpu else len(cores)), len(workdirs)))
     environment = dict(os.environ)
-    if gpu and processes > 1:  # by default JAX reserves 75% of a GPU's memory for one process
+    if gpu and processes > 1:  # by default, JAX reserves 75% of a GPU's memory for one process
         environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # Runs side by side share the cores out: each would otherwise take them all.
+    # Each concurrent run gets its own share of the cores; otherwise each would use all of them.
     shares = queue.SimpleQueue()
     for i in range(processes):
         shares.put(cores[i::processes] or cores)
 
     def start(i):
-        workdir, arguments = commands[i]
-        workdir.mkdir(parents=True, exist_ok=True)
+        print(f"[{i + 1}/{len(workdirs)}] {workdirs[i].name}", flush=True)
         share = shares.get()
-        print(f"[{i + 1}/{len(runs)}] {workdir.name}", flush=True)
-        if not gpu:
-            os.sched_setaffinity(0, share)  # of this thread; the process it starts inherits it
         try:
-            with open(workdir / "log.txt", "a") as log:
-                ended = subprocess.run(
-                    [sys.executable, "-m", "vit_jax.main", "--config", args.config, *arguments],
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                )
+            return _train(workdirs[i], arguments[i], environment, None if gpu else share)
         finally:
             shares.put(share)
-        # One that refused its workdir found the result of another config there.
-        return None if ended.returncode else json.loads((workdir / "result.json").read_text())
 
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(start, range(len(runs))))
-    lines = table(runs, results)
-    (args.workdir / "table.md").write_text("\n".join(lines) + "\n")
-    print(*lines, sep="\n")
-    failed = [c[0] for c, result in zip(commands, results, strict=True) if not result]
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed; see {failed[0] / 'log.txt'}")
+        return list(pool.map(start, range(len(workdirs))))
 
 
-if __name__ == "__main__":
-    run_command(main)
+def _has_accelerator():
+    """Whether JAX's default backend is not the CPU.
+
+    Runs in a child process, which frees the accelerator's memory when it exits.
+    """
+    code = "import jax; print(jax.default_backend())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return child.stdout.strip() != "cpu"
+
+
+def _train(workdir, arguments, environment, cores):
+    """Trains one run, its output in log.txt. Returns the content of result.json, or None.
+
+    `cores` are the CPU cores to run on, or None for all.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)  # of this thread; the child process inherits it
+    command = [sys.executable, "-m", "vit_jax.main", "--workdir", str(workdir), *arguments]
+    with open(workdir / "log.txt", "a") as log:
+        child = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    # A run that rejected its workdir found another config's result there.
+    return None if child.returncode else json.loads((workdir / "result.json").read_text())
+
+
+def table(runs, results):
+    """Returns the lines of the sweep's table: best validation accuracy first, failed runs last."""
+    ranked = sorted(
+        zip(runs, results, strict=True), key=lambda x: -x[1]["val_accuracy"] if x[1] else 1
+    )
+    rows = [run | _columns(result) for run, result in ranked]
+    widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
+    lines = [[k.ljust(w) for k, w in widths.items()], ["-" * w for w in widths.values()]]
+    lines += [[row[k].ljust(w) for k, w in widths.items()] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _columns(result):
+    """{column: text} of a result.json's content, or of a run without one."""
+    if result is None:
+        return {"val_accuracy": "failed", "val_loss": "", "train_loss": "", "images/s": ""}
+    accuracy, std = result["val_accuracy"], result.get("val_accuracy_std")
+    return {
+        "val_accuracy": f"{accuracy:.2%}" + (f" +- {100 * std:.2f}" if std is not None else ""),
+        "val_loss": f"{result['val_loss']:.4f}",
+        "train_loss": f"{result['train_loss']:.4f}",
+        "images/s": f"{result['images_per_second'] or 0:,.0f}",
+    }

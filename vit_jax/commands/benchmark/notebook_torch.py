@@ -1,7 +1,7 @@
-"""The ported notebook's model and step in PyTorch: tests/parity and the benchmark compare with it.
+"""The ported notebook's model and step in PyTorch, the reference of tests/parity and the benchmark.
 
-Class names, constructor arguments, attributes (so the `state_dict`), construction order (so the
-random draws) and arithmetic are the notebook's. Training never imports it.
+Class names, constructor arguments, attributes (hence the `state_dict`), construction order (hence
+the random draws), and arithmetic are the notebook's. Training never imports this module.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class PatchEmbedding(nn.Module):
-    """float[B, C, H, W] -> [B, N, D] by a convolution whose kernel and stride are the patch."""
+    """Maps float[B, C, H, W] to [B, N, D] by a convolution with the patch as kernel and stride."""
 
     def __init__(self, img_size=32, patch_size=4, in_channels=3, embed_dim=256):
         super().__init__()
@@ -21,9 +21,9 @@ class PatchEmbedding(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """[B, N, D] -> [B, N, D]: pre-norm self-attention and pre-norm MLP, each with a residual."""
+    """Pre-norm self-attention and pre-norm MLP on [B, N, D], each with a residual connection."""
 
-    need_weights = True  # torch's default; the benchmark turns it off, for torch's fused attention
+    need_weights = True  # PyTorch's default; the benchmark sets False to enable fused attention
 
     def __init__(self, embed_dim, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -42,7 +42,7 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """float[B, 3, H, W] -> logits [B, num_classes], read at the class token."""
+    """Maps float[B, 3, H, W] to logits [B, num_classes], read from the class token."""
 
     def __init__(
         self, img_size=32, patch_size=4, num_classes=10, embed_dim=256, depth=6, num_heads=8
@@ -63,17 +63,17 @@ class VisionTransformer(nn.Module):
 
 
 def transform(images):
-    """uint8[B, H, W, 3] numpy -> float32[B, 3, H, W]: ToTensor, then Normalize by .5 and .5."""
+    """ToTensor, then Normalize by 0.5 and 0.5: numpy uint8[B, H, W, 3] to float32[B, 3, H, W]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).div(255).sub(0.5).div(0.5)
 
 
-def make_optimizer(model):
-    """The notebook's AdamW; everything it does not name is torch's default."""
-    return torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=1e-4)
+def make_optimizer(model, **options):
+    """Returns the notebook's AdamW, with PyTorch's defaults for everything it does not set."""
+    return torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=1e-4, **options)
 
 
 def train_step(model, optimizer, images, labels):
-    """One iteration of the notebook's loop. Returns the loss before the update, a float."""
+    """Runs one iteration of the notebook's loop. Returns the loss before the update, a float."""
     optimizer.zero_grad()
     loss = nn.CrossEntropyLoss()(model(transform(images)), torch.from_numpy(labels).long())
     loss.backward()

@@ -1,13 +1,18 @@
-"""The notebook's training in PyTorch, in a process of its own that `vit_jax.benchmark` drives.
+"""The notebook's training in PyTorch, in a process that `vit-jax benchmark` drives.
 
-    python -m vit_jax.benchmark_torch JSON    {"variant", "dtype", "batch_size", "data", "model"}
+    python -m vit_jax.commands.benchmark.torch_side JSON
 
-"written" is the notebook's loop: PIL images transformed one by one in the process that trains, each
-loss read at once. The other two are PyTorch at its best: the data on the device as uint8, the batch
-gathered and normalized there, fused AdamW, fused attention, losses left on the device; "eager" op
-by op, "compiled" with torch.compile, on a GPU with CUDA graphs.
+JSON has the keys "variant", "dtype", "device", "batch_size", "seed", "data" (the config's), and
+"model" (arguments of `VisionTransformer`). The variants are:
 
-It answers each line of stdin, a number of steps, with a line of stdout: their seconds and losses.
+    written   the notebook's loop: PIL images are transformed one by one in the training process,
+              and every loss is read immediately
+    eager     PyTorch at its best: uint8 data on the device, batches gathered and normalized there,
+              fused AdamW, fused attention, losses left on the device
+    compiled  eager with torch.compile, on a GPU with CUDA graphs
+
+The process answers each line of stdin, a number of steps, with a line of JSON on stdout: their
+seconds and losses.
 """
 
 import json
@@ -18,15 +23,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from vit_jax.commands.benchmark.notebook_torch import TransformerBlock, VisionTransformer
 
 from vit_jax import data
-
-VARIANTS = ("written", "eager", "compiled")
+from vit_jax.commands.benchmark.notebook_torch import (
+    TransformerBlock,
+    VisionTransformer,
+    make_optimizer,
+)
 
 
 class Images(torch.utils.data.Dataset):
-    """torchvision's CIFAR10 with ToTensor and Normalize, which are written out here."""
+    """Equivalent of torchvision's CIFAR10 with ToTensor and Normalize, without torchvision."""
 
     def __init__(self, images, labels, mean, std):
         self.images, self.labels = images, labels
@@ -43,10 +50,9 @@ class Images(torch.utils.data.Dataset):
 
 
 def written(split, spec, device):
-    """A generator that makes one step of the notebook's loop at each turn and yields its loss."""
+    """Runs one step of the notebook's loop per iteration, and yields its loss, a float."""
     model = VisionTransformer(**spec["model"]).to(device)
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=1e-4)
+    criterion, optimizer = nn.CrossEntropyLoss(), make_optimizer(model)
     dataset = Images(split.images, split.labels, spec["data"]["mean"], spec["data"]["std"])
     loader = torch.utils.data.DataLoader(dataset, batch_size=spec["batch_size"], shuffle=True)
     while True:
@@ -60,15 +66,15 @@ def written(split, spec, device):
 
 
 def best(split, spec, device):
-    """The same as fast as PyTorch goes; yields the loss on the device."""
+    """Runs one step per iteration as fast as PyTorch can, and yields its loss on the device."""
     TransformerBlock.need_weights = False
-    torch.set_float32_matmul_precision("high")  # TF32, jax's default on a GPU
+    torch.set_float32_matmul_precision("high")  # TF32, the default of JAX on a GPU
     model = VisionTransformer(**spec["model"]).to(device)
-    criterion, low = nn.CrossEntropyLoss(), spec["dtype"] == "bfloat16"
+    criterion, autocast = nn.CrossEntropyLoss(), spec["dtype"] == "bfloat16"
     forward = model
     if spec["variant"] == "compiled":
         forward = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=1e-4, fused=True)
+    optimizer = make_optimizer(model, fused=True)
     images = torch.from_numpy(split.images).to(device)
     labels = torch.from_numpy(split.labels).to(device).long()
     mean, std = (torch.tensor(spec["data"][k], device=device) for k in ("mean", "std"))
@@ -79,7 +85,7 @@ def best(split, spec, device):
             batch = batch.permute(0, 3, 1, 2).contiguous()
             if device == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            with torch.autocast(device, torch.bfloat16, enabled=low):
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 loss = criterion(forward(batch), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -88,14 +94,18 @@ def best(split, spec, device):
 
 
 def main():
-    """Makes the model, then serves steps until stdin ends."""
+    """Builds the model, then runs the steps that stdin requests until it ends."""
     spec = json.loads(sys.argv[1])
     device = spec["device"]
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} does not see the GPU that jax trains on")
+        sys.exit(f"torch {torch.__version__} does not find the GPU that JAX uses")
     torch.manual_seed(spec["seed"])
-    where = {k: spec["data"][k] or None for k in ("data_dir", "image_size")}
-    split = data.open_split(spec["data"]["name"], spec["data"]["split"], **where)
+    split = data.open_split(
+        spec["data"]["name"],
+        spec["data"]["train_split"],
+        data_dir=spec["data"]["dir"] or None,
+        image_size=spec["data"]["image_size"] or None,
+    )
     steps = (written if spec["variant"] == "written" else best)(split, spec, device)
     about = f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
     print(json.dumps({"about": about}), flush=True)

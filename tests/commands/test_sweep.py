@@ -1,19 +1,15 @@
-"""The sweep: its grid, its table, continuing, and runs that never read the test split."""
+"""The sweep command: grid, table, resuming, and runs that never read the test split."""
 
 import json
-import pathlib
 import subprocess
-import sys
 
 import pytest
 
-from vit_jax import sweep
+from vit_jax.commands import sweep
 from vit_jax.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
 
-
-def test_grid_is_every_combination():
+def test_grid_has_every_combination():
     assert sweep.grid(["a=1,2", "b=x"]) == [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]
     ablation = sweep.grid(["a=1,2", "b=x,y"], one_at_a_time=True)
     assert ablation == [{"a": "1", "b": "x"}, {"a": "1", "b": "y"}, {"a": "2", "b": "x"}]
@@ -22,6 +18,14 @@ def test_grid_is_every_combination():
     for wrong in ("a", "a="):
         with pytest.raises(UserError, match="FIELD=VALUE"):
             sweep.grid([wrong])
+
+
+def test_run_names_in_an_ablation_have_only_what_changed():
+    settings = ["a=1,2", "data.name=x,y/z"]
+    assert sweep.run_names(sweep.grid(settings))[1] == "a=1,data.name=y_z"
+    ablation = sweep.grid(settings, one_at_a_time=True)
+    names = sweep.run_names(ablation, one_at_a_time=True)
+    assert names == ["base", "data.name=y_z", "a=2"]
 
 
 def test_table_is_sorted_by_validation_accuracy():
@@ -45,50 +49,58 @@ def test_table_is_sorted_by_validation_accuracy():
 def test_processes_that_share_a_gpu_do_not_reserve_its_memory(
     tmp_path, monkeypatch, backend, processes, own, expected
 ):
-    found = []
+    preallocation = []
 
     def run(command, *, env=None, **_):
-        if "-c" in command:  # the sweep asks for the backend
+        if "-c" in command:  # the query of the backend
             return subprocess.CompletedProcess(command, 0, stdout=f"{backend}\n")
-        found.append(env.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+        preallocation.append(env.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
         return subprocess.CompletedProcess(command, 1)
 
     name = "XLA_PYTHON_CLIENT_PREALLOCATE"
     monkeypatch.setenv(name, own) if own else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(subprocess, "run", run)
-    command = ["sweep", "--config", str(ROOT / "configs" / "cifar10_vit.py")]
+    command = ["--config", "cifar10_vit"]
     command += ["--set", "seed=0,1", "--workdir", str(tmp_path), "--processes", processes]
     command += ["--config.data.train_split=train[:60]", "--config.data.val_split=train[60:]"]
-    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(UserError, match="2 of 2 runs failed"):
-        sweep.main()
-    assert found == [expected] * 2
+        sweep.main(command)
+    assert preallocation == [expected] * 2
 
 
-def test_a_sweep_runs_continues_and_chooses_on_the_held_out_part(tiny_folder, tmp_path):
+def test_sweep_trains_resumes_and_ranks_by_validation_accuracy(tiny_folder, tmp_path, capsys):
     command = [
-        *(sys.executable, "-m", "vit_jax.sweep", "--config", "configs/cifar10_vit.py"),
-        *("--set", "optim.peak_lr=0.01,0.0", "--workdir", str(tmp_path)),
-        f"--config.data.name=folder:{tiny_folder}",
+        *("--config", "cifar10_vit", "--set", "optim.peak_lr=0.01,0.0"),
+        *("--workdir", str(tmp_path), f"--config.data.name=folder:{tiny_folder}"),
         *("--config.batch_size=16", "--config.steps=12", "--config.tensorboard=false"),
         *("--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "holds nothing out to choose by" in done.stderr
+    with pytest.raises(UserError, match="has no validation split"):
+        sweep.main(command)
 
     split = ["--config.data.train_split=train[:60]", "--config.data.val_split=train[60:]"]
-    for _ in range(2):  # the second time every run is already complete
-        done = subprocess.run([*command, *split], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        rows = done.stdout.splitlines()[-2:]
+    for _ in range(2):  # the second time, every run is already complete
+        sweep.main([*command, *split])
+        rows = capsys.readouterr().out.splitlines()[-2:]
         assert [row.split("|")[1].strip() for row in rows] == ["0.01", "0.0"]
     assert (tmp_path / "table.md").read_text().splitlines()[-2:] == rows
     for folder in tmp_path.glob("optim*"):
         assert "test_accuracy" not in json.loads((folder / "result.json").read_text())
         assert "test/" not in (folder / "metrics.jsonl").read_text()
 
-    # Another recipe in the same folder: the runs refuse, and what lies there is not its result.
+    # Another config in the same directory: its run fails, and the old result is not used for it.
     other = [*command, *split, "--config.seed=1", "--set", "optim.peak_lr=0.01"]
-    done = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "1 of 1 runs failed" in done.stderr
-    assert "failed" in done.stdout.splitlines()[-1] and "%" not in done.stdout
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        sweep.main(other)
+    printed = capsys.readouterr().out
+    assert "failed" in printed.splitlines()[-1] and "%" not in printed
+
+
+def test_every_run_is_checked_before_the_first_starts(tmp_path):
+    command = ["--config", "cifar10_vit", "--workdir", str(tmp_path / "sweep")]
+    command += ["--config.data.train_split=train[:60]", "--config.data.val_split=train[60:]"]
+    with pytest.raises(UserError, match="num_heads"):
+        sweep.main([*command, "--set", "model.num_heads=8,7"])
+    with pytest.raises(UserError, match="unknown argument --stepz"):
+        sweep.main([*command, "--set", "seed=0,1", "--stepz", "3"])
+    assert not (tmp_path / "sweep").exists()

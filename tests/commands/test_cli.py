@@ -1,0 +1,97 @@
+"""The command line: the list of commands, their help, and how errors and signals end them."""
+
+import errno
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from vit_jax import __main__ as cli
+from vit_jax.commands import describe
+from vit_jax.errors import Stopped, UserError, run_command
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMANDS = ("train", "evaluate", "predict", "report", "demo", "export", "sweep", "describe")
+COMMANDS += ("benchmark",)
+
+
+def run(*arguments):
+    """python -m vit_jax in a process of its own."""
+    command = [sys.executable, "-m", "vit_jax", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_without_arguments_it_lists_every_command_with_a_line():
+    done = run()
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", done.stdout, re.M))
+    assert done.returncode == 0 and tuple(listed) == COMMANDS
+
+
+def test_unknown_command_is_one_line_and_exit_code_2():
+    done = run("trian")
+    assert done.returncode == 2 and done.stdout == ""
+    expected = f"error: unknown command trian: use one of {', '.join(COMMANDS)}\n"
+    assert done.stderr == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vit-jax", name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    usage, _, description = capsys.readouterr().out.partition("\n\n")
+    assert end.value.code == 0 and usage.startswith(f"usage: vit-jax {name} ")
+    assert description[0].isupper()
+
+
+def test_console_script_is_the_list_of_commands():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"vit-jax": "vit_jax.__main__:main"}
+
+
+def test_describe_prints_the_run_and_its_program(tiny_folder, capsys):
+    fields = {"data.name": f"folder:{tiny_folder}", "model.depth": 1, "model.width": 8}
+    fields |= {"model.num_heads": 2, "batch_size": 16}
+    describe.main(["--config", "cifar10_vit", *(f"--config.{k}={v}" for k, v in fields.items())])
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["model"].startswith("ViT, patch 4, width 8, depth 1")
+    assert lines["workdir"] == "workdirs/cifar10_vit"
+    assert {"compute", "memory of a step, by the compiler"} <= set(lines)
+    with pytest.raises(UserError, match="unknown argument --steps: use --config"):
+        describe.main(["--steps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: No space left on"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (Stopped(signal.SIGTERM), 143, ""),
+        (Stopped(signal.SIGINT), 130, ""),
+    ],
+    ids=["user error", "full disk", "Ctrl-C", "SIGTERM", "SIGINT"],
+)
+def test_errors_end_in_one_line_and_a_code(error, code, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test
+
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    printed = capsys.readouterr().err
+    assert end.value.code == code
+    assert printed.startswith(message) and printed.count("\n") == (message != "")
+
+
+def test_other_errors_keep_their_traceback():
+    def command():
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+
+    with pytest.raises(ConnectionRefusedError):
+        run_command(command)
