@@ -1,42 +1,32 @@
-"""The evaluate command: any split or folder, classes by name, and the table it prints."""
-
-import shutil
+"""The exact pass over a split: every example counts once, at any batch size."""
 
 import numpy as np
 import pytest
 
-import vit_jax
-from vit_jax import evaluate
-from vit_jax.errors import UserError
-from vit_jax.inference import scores
-from vit_jax.inference.classify import make_classify
+from vit_jax.evaluate import make_evaluate
+from vit_jax.experiment import make_experiment
+from vit_jax.feed import make_eval_batches
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_run):
-    return vit_jax.load(tiny_run)
+def test_evaluation_counts_each_example_once(tiny_config):
+    c = tiny_config
+    experiment = make_experiment(c)
+    params, split = experiment.init().params, experiment.splits["test"]
+    evaluate, results = make_evaluate(experiment.eval_step, experiment.mesh), []
+    for c.eval_batch_size in (30, 1, 7, 64):
+        results.append(evaluate(params, make_eval_batches(split, c, experiment.mesh)()))
+    c.eval_batch_size, c.data.streaming = 7, True
+    streamed = make_experiment(c).splits["test"]
+    results.append(evaluate(params, make_eval_batches(streamed, c, experiment.mesh)()))
+    first = results[0]
+    assert first["count"] == 30 and first["loss"] > 0
+    for result in results[1:]:
+        assert result == {**first, "loss": pytest.approx(first["loss"], rel=1e-6)}
 
 
-def test_the_runs_own_test_split_is_the_default(loaded):
-    examples, labels, split = evaluate.load_examples(loaded)
-    assert (split, len(labels)) == ("test", 30)
-    np.testing.assert_array_equal(labels, examples.labels)
-
-
-def test_a_folder_with_some_of_the_classes_is_counted_by_their_names(loaded, tiny_folder, tmp_path):
-    for name in ("red", "blue"):  # the model has blue, green, red
-        shutil.copytree(tiny_folder / "test" / name, tmp_path / name)
-    examples, labels, split = evaluate.load_examples(loaded, str(tmp_path))
-    assert split == "train" and sorted(set(labels)) == [0, 2]
-    result = scores.score(make_classify(loaded)(examples.images), labels, loaded.class_names)
-    assert [c["count"] for c in result["classes"]] == [10, 0, 10]
-    assert result["accuracy"] > 0.9  # the tint is the class: it would be near 0 by number
-    lines = list(evaluate.table(result))
-    assert "95% interval" in lines[0] and "20 images" in lines[0]
-    assert lines[3].split() == ["green", "-", "0"]
-
-
-def test_a_class_that_the_model_lacks_is_an_error(loaded, tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder / "test" / "red", tmp_path / "purple")
-    with pytest.raises(UserError, match="lacks"):
-        evaluate.load_examples(loaded, str(tmp_path))
+def test_sums_of_several_seeds_are_kept_apart(tiny_config):
+    tiny_config.num_seeds = 2
+    experiment = make_experiment(tiny_config)
+    result = experiment.evaluate(experiment.init().params, "test")
+    np.testing.assert_array_equal(result["count"], [30, 30])
+    assert result["loss"].shape == (2,) and result["loss"][0] != result["loss"][1]
