@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from vit_jax import config
-from vit_jax.explain import compile_step, traffic
-from vit_jax.run import setup
+from vit_jax.commands.describe import compile_step, transfers
+from vit_jax.experiment import make_experiment
 
 DEPTH, WIDTH, TOKENS, BATCH = 2, 16, 5, 16  # of tiny_config: 8x8 images in patches of 4
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
@@ -19,8 +19,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w
 class Program:
     """What a compiled step does, from its text."""
 
-    def __init__(self, run):
-        self.compiled = compile_step(run)
+    def __init__(self, experiment):
+        self.compiled = compile_step(experiment)
         self.text = self.compiled.as_text()
         entry = self.text[self.text.index("\nENTRY") :]
         self.everywhere = [m for m in map(_INSTRUCTION.match, self.text.splitlines()) if m]
@@ -37,8 +37,8 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def make_run(tiny_folder):
-    """Builds the Run of the notebook's recipe, shrunk."""
+def make(tiny_folder):
+    """Builds the Experiment of the notebook's recipe, shrunk."""
 
     def make(**fields):
         c = config.from_file(pathlib.Path(__file__).parents[1] / "configs" / "cifar10_vit.py")
@@ -46,36 +46,36 @@ def make_run(tiny_folder):
         c.batch_size = BATCH
         sizes = {"width": WIDTH, "depth": DEPTH, "num_heads": 2, "mlp_dim": 4 * WIDTH}
         c.model.update({"patch_size": 4, **sizes, **fields})
-        return setup(c)
+        return make_experiment(c)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def run(make_run):
-    return make_run()
+def experiment(make):
+    return make()
 
 
 @pytest.fixture(scope="module")
-def program(run):
-    return Program(run)
+def program(experiment):
+    return Program(experiment)
 
 
-def test_every_matrix_product_is_made_once(program):
-    """Forward 6 a block, backward twice that; the patches have no gradient to pass on.
+def test_every_matrix_product_is_computed_once(program):
+    """Forward 6 per block, backward twice that; the patches have no gradient to pass on.
 
     One query, in the last block, needs no product for the gradients of its keys and values.
     """
     assert program.count("dot") == 18 * DEPTH + 2 + 3 - 2
 
 
-def test_remat_pays_for_memory_with_the_forward_products(make_run, program):
-    again = Program(make_run(remat=True))
+def test_remat_pays_for_memory_with_the_forward_products(make, program):
+    again = Program(make(remat=True))
     assert 18 * DEPTH + 5 < again.count("dot") <= 24 * DEPTH + 5
 
 
 def test_nothing_crosses_to_the_host_or_another_device(program):
-    assert traffic(program.text) == {}
+    assert transfers(program.text) == {}
 
 
 def test_all_is_float32_and_no_product_is_padded(program):
@@ -83,15 +83,17 @@ def test_all_is_float32_and_no_product_is_padded(program):
     assert not {"f64", "bf16", "f16", "c64"} & set(kinds)
 
 
-def test_the_optimizer_updates_its_arrays_in_place(run, program):
+def test_the_optimizer_updates_its_arrays_in_place(experiment, program):
     """Weights and moments are donated: a copy first would be three for each matrix."""
-    matrices = [p for p in jax.tree.leaves(run.shapes.params) if p.size >= WIDTH * WIDTH]
+    matrices = [
+        p for p in jax.tree.leaves(experiment.state_shapes.params) if p.size >= WIDTH * WIDTH
+    ]
     assert len(matrices) >= 4 * DEPTH
     sizes = {",".join(map(str, p.shape)) for p in matrices}
     copies = sum(m[3] == "copy" and m[2] in sizes for m in program.entry)
     assert copies <= len(matrices)
     memory = program.compiled.memory_analysis()
-    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.shapes))
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
     assert memory.alias_size_in_bytes >= state
 
 
@@ -112,10 +114,10 @@ def test_the_last_block_computes_the_class_token_alone(program):
     assert program.large("exponential", BATCH * TOKENS * 4 * WIDTH) == DEPTH - 1
 
 
-def test_memory_of_a_step_follows_its_activations(run, program):
+def test_memory_of_a_step_follows_its_activations(experiment, program):
     """Floats kept for the backward pass, a token and block, in units of the width."""
     memory = program.compiled.memory_analysis().temp_size_in_bytes
-    gradients = 4 * run.num_params
+    gradients = 4 * experiment.num_params
     kept = (memory - gradients) / (4 * BATCH * TOKENS * WIDTH * DEPTH)
     assert 8 < kept < 40
 

@@ -1,4 +1,4 @@
-"""The pure step: masking, seed-derived randomness, averaging, sums, and evaluation's counts."""
+"""The pure step: masking, randomness from the seed, microbatches, EMA, sums, and evaluation."""
 
 import functools
 
@@ -11,7 +11,14 @@ import pytest
 from vit_jax import augment, config
 from vit_jax.model import VisionTransformer
 from vit_jax.optim import make_optimizer
-from vit_jax.step import gather, init_state, make_eval_step, make_train_step
+from vit_jax.step import (
+    accumulate,
+    gather,
+    init_state,
+    loss_and_grads,
+    make_eval_step,
+    make_train_step,
+)
 
 MODEL = VisionTransformer(
     num_classes=4, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1
@@ -44,14 +51,14 @@ def make(ema_decay=0.0, **augmentation):
     return jax.jit(train_step), jax.jit(functools.partial(init, ema=ema_decay > 0))(0)
 
 
-def test_gather_masks_what_is_not_there():
+def test_gather_masks_missing_rows():
     batch = gather(jax.tree.map(jnp.asarray, DATA), jnp.array([3, 0, -1]))
     np.testing.assert_array_equal(batch["image"][:2], DATA["image"][[3, 0]])
     np.testing.assert_array_equal(batch["label"][:2], DATA["label"][[3, 0]])
     np.testing.assert_array_equal(batch["mask"], [True, True, False])
 
 
-def test_step_depends_on_the_seed_and_the_step_alone():
+def test_step_depends_only_on_the_seed_and_the_step():
     train_step, state = make(flip="random")
     batch = gather(DATA, np.arange(8))
     (a, first), (_, again) = train_step(state, batch), train_step(state, batch)
@@ -62,7 +69,7 @@ def test_step_depends_on_the_seed_and_the_step_alone():
     assert a.step == 1 and a.seed == 0
 
 
-def test_what_lies_in_masked_rows_changes_nothing():
+def test_masked_rows_do_not_affect_the_step():
     train_step, state = make()
     batch = gather(DATA, np.array([0, 1, 2, 3, 4, -1, -1, -1]))
     junk = {**batch, "image": batch["image"].copy(), "label": batch["label"].copy()}
@@ -75,16 +82,16 @@ def test_what_lies_in_masked_rows_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_sums_start_again_with_each_epoch():
+def test_sums_restart_with_each_epoch():
     train_step, state = make()
     losses = []
-    for i in range(5):  # three steps an epoch
+    for i in range(5):  # three steps per epoch
         state, metrics = train_step(state, gather(DATA, np.arange(4 * i, 4 * i + 4)))
         losses.append(float(metrics["loss"]))
     assert float(state.sums["loss"]) == pytest.approx(sum(losses[3:]), rel=1e-6)
 
 
-def test_average_of_the_weights():
+def test_ema_weights_with_warmup_of_the_decay():
     train_step, state = make(ema_decay=0.5)
     batch = gather(DATA, np.arange(8))
     expected = state.params
@@ -97,7 +104,7 @@ def test_average_of_the_weights():
     )
 
 
-def test_training_lowers_the_loss_and_reports_what_it_did():
+def test_training_lowers_the_loss_and_reports_metrics():
     train_step, state = make()
     batch = gather(DATA, np.arange(20))
     state, first = train_step(state, batch)
@@ -119,7 +126,7 @@ def test_evaluation_counts_over_the_mask():
     assert float(sums["loss"]) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
-def test_a_batch_in_parts_gives_the_gradients_of_the_whole():
+def test_microbatches_give_the_gradients_of_the_batch():
     c = config.defaults()
     c.augment.flip, c.augment.mixup_alpha = "random", 0.8
     model = MODEL.clone(dropout=0.0)
@@ -135,11 +142,49 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole():
     _, state = make()
     state = state.replace(opt_state=optax.sgd(1.0).init(state.params))
     batch = gather(DATA, np.array([3, 1, 4, 15, 9, -1, -1, -1]))
-    whole, told = jax.jit(make_step(model))(state, batch)
-    for parts, remat in ((2, False), (4, True)):
-        step = jax.jit(make_step(model.clone(remat=remat), accumulate_steps=parts))
-        again, metrics = step(state, batch)
-        for name, value in told.items():
+    expected_state, expected = jax.jit(make_step(model))(state, batch)
+    for count, remat in ((2, False), (4, True)):
+        step = jax.jit(make_step(model.clone(remat=remat), accumulate_steps=count))
+        accumulated, metrics = step(state, batch)
+        for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(again.params), strict=True):
+        pairs = zip(*map(jax.tree.leaves, (expected_state.params, accumulated.params)), strict=True)
+        for a, b in pairs:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_are_strided_and_draw_their_own_dropout():
+    """Microbatch i is every second row from i on, with the dropout key folded with i."""
+    _, state = make()
+    images = augment.normalize(DATA["image"][:8], **PIXELS)
+    inputs = images, jax.nn.one_hot(DATA["label"][:8], 4), np.arange(8) < 7
+    key = jax.random.key(1)
+    loss, grads, logits = jax.jit(functools.partial(accumulate, MODEL, num_microbatches=2))(
+        state.params, inputs, 7, key
+    )
+    one = jax.jit(functools.partial(loss_and_grads, MODEL))
+    parts = [
+        one(state.params, [x[i::2] for x in inputs], 7, jax.random.fold_in(key, i))
+        for i in range(2)
+    ]
+    assert float(loss) == pytest.approx(float(parts[0][0] + parts[1][0]), rel=1e-6)
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-5, atol=1e-6),
+        *(grads, parts[0][1], parts[1][1]),
+    )
+    for i in range(2):
+        np.testing.assert_allclose(logits[i::2], parts[i][2], rtol=1e-5, atol=1e-6)
+
+
+def test_skipped_step_changes_nothing_but_the_counts():
+    train_step, state = make(ema_decay=0.5)
+    state = state.replace(sums={**state.sums, "skipped": jnp.float32(0)})
+    batch = gather(DATA, np.arange(8))
+    state, _ = train_step(state, batch)
+    before = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    after, metrics = train_step(before, batch)
+    assert metrics["bad"] and metrics["skipped"] == 1
+    assert (after.step, after.sums["skipped"]) == (2, 1)
+    assert after.sums["loss"] == before.sums["loss"] > 0
+    for name in ("params", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))

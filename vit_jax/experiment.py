@@ -124,7 +124,8 @@ class Experiment:
     def batches(self, after=0):
         """Yields (step, inputs of `train_step`) for every step after step `after`."""
         steps = range(after + 1, self.plan.total_steps + 1)
-        return zip(steps, self.feed.inputs(after), strict=True)
+        # After the last step no feed is started: not strict.
+        return zip(steps, self.feed.inputs(after), strict=False)
 
     def stored_batch(self, step, seed):
         """The examples of a step, counted from 1, as the split stores them, on the host.
@@ -146,9 +147,12 @@ class Experiment:
     def _evaluate(self):
         return make_evaluate(self.eval_step, self.mesh)
 
-    @functools.cache  # noqa: B019 the splits live as long as the experiment
-    def _eval_batches(self, split):
-        return feed_lib.make_eval_batches(self.splits[split], self.config, self.mesh)
+    @functools.cached_property
+    def _eval_batches(self):
+        """The function from a split's name to its batches, which stay on the devices once used."""
+        return functools.cache(
+            lambda name: feed_lib.make_eval_batches(self.splits[name], self.config, self.mesh)
+        )
 
 
 def make_experiment(config, *, devices=None, fresh=True):

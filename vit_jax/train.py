@@ -40,12 +40,7 @@ def train(config, path, *, command=""):
             experiment.check()
             check_free_space(workdir.folders, _checkpoint_bytes(experiment))
             stack.enter_context(workdir.locked())
-        check_same(
-            {
-                f"the data of the {name} split": split["digest"]
-                for name, split in experiment.data_identity["splits"].items()
-            }
-        )
+        _check_same_data(experiment)
         _say(*describe(experiment, path))
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders that look like checkpoints are not
@@ -76,7 +71,15 @@ def _train(experiment, workdir, start):
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
         with jax.transfer_guard(guard), StopSignal() as stop:
-            state, validated = _loop(experiment, workdir, log, state, start, stop)
+            state, validated = _loop(experiment, workdir, log, state, stop)
+            workdir.wait()
+        if stop.signal:  # also one that came during the last save
+            workdir.close()
+            log.terminal.say(
+                f"{signal.Signals(stop.signal).name}: saved step {log.step:,} of "
+                f"{experiment.plan.total_steps:,}; rerun the same command to resume"
+            )
+            raise Stopped(stop.signal)
     except BadStep as e:
         raise _bad_step_error(experiment, workdir, e) from e
     finally:
@@ -87,14 +90,14 @@ def _train(experiment, workdir, start):
     return result
 
 
-def _loop(experiment, workdir, log, state, start, stop):
-    """Returns the state after the last step, and its values on the validation split or None.
+def _loop(experiment, workdir, log, state, stop):
+    """Trains to the last step or a signal, and starts saving the last state.
 
-    Raises Stopped, with the state saved, after a signal.
+    Returns it, and its values on the validation split, or None if no step was left to train.
     """
-    plan, step, validated = experiment.plan, start, None
+    plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
-    for step, inputs in log.timed(experiment.batches(after=start)):
+    for step, inputs in log.timed(experiment.batches(after=log.step)):
         if shows_images and plan.shows_images(step):
             images = mesh.to_host(experiment.augmented_images(state, *inputs))
             workdir.images(step, "train/images", images)
@@ -106,7 +109,7 @@ def _loop(experiment, workdir, log, state, start, stop):
         if plan.evaluate(step) and "val" in experiment.splits:
             with log.paused():
                 validated = experiment.evaluate(state.eval_params, "val")
-            log.validation(step, validated)
+                log.validation(step, validated)
         if plan.save(step) or plan.keep(step) or log.has_new_best or stopping:
             with log.paused():
                 workdir.save(step, state, experiment.documents, log)
@@ -115,15 +118,14 @@ def _loop(experiment, workdir, log, state, start, stop):
                 workdir.histograms(step, mesh.to_host(state.params))
         if stopping:
             break
-    workdir.wait()
-    if stop.signal:
-        workdir.close()
-        log.terminal.say(
-            f"{signal.Signals(stop.signal).name}: saved step {step:,} of {plan.total_steps:,}; "
-            "rerun the same command to resume"
-        )
-        raise Stopped(stop.signal)
     return state, validated
+
+
+def _check_same_data(experiment):
+    """Raises UserError in every process if they have read different data."""
+    if jax.process_count() > 1:  # otherwise the digests are not needed yet
+        splits = experiment.data_identity["splits"]
+        check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
 
 
 def _make_log(experiment, workdir, start, progress):
@@ -174,10 +176,8 @@ def _results(experiment, workdir, log, state, validated):
     values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
     for name in ("val", "test"):
         if name in experiment.splits:
-            if name == "test" or validated is None:  # the loop has validated the last step
-                found = experiment.evaluate(state.eval_params, name)
-            else:
-                found = validated
+            found = validated if name == "val" else None  # the loop has validated the last step
+            found = found or experiment.evaluate(state.eval_params, name)
             values |= {f"{name}_{k}": found[k] for k in ("accuracy", "loss")}
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}

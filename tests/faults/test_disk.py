@@ -1,24 +1,24 @@
 """Disks that fill, fail, or vanish, corrupted checkpoints, and two runs that want one workdir."""
 
-import asyncio
 import builtins
 import errno
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 
 import orbax.checkpoint as ocp
 import pytest
-import test_train
-from test_kills import content, same
+from runs import assert_same, command, content, files, finish, start
 
 import vit_jax
-from vit_jax import checkpoint
-from vit_jax import train as train_lib
 from vit_jax.errors import UserError
-from vit_jax.metrics import Writer
-from vit_jax.train import open_workdir, train
+from vit_jax.experiment import Experiment
+from vit_jax.train import train
+from vit_jax.workdir import Workdir, saved_steps
+from vit_jax.workdir.checksums import find_corruption
+from vit_jax.workdir.metrics import JsonLines
 
 # A file system of its own for a child process: 2 MB, and no more.
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
@@ -53,9 +53,9 @@ class TestCorruption:
 
     def test_flipped_bit_in_each_file_is_found(self, workdir):
         folder = workdir / "checkpoints" / "6"
-        files = [p for p in folder.rglob("*") if p.is_file()]
-        assert {p.name for p in files} >= {"SHA256SUMS", "manifest.ocdbt", "metadata"}
-        for path in (p for p in files if p.stat().st_size):
+        paths = [p for p in folder.rglob("*") if p.is_file()]
+        assert {p.name for p in paths} >= {"SHA256SUMS", "manifest.ocdbt", "metadata"}
+        for path in (p for p in paths if p.stat().st_size):
             intact = path.read_bytes()
             corrupted = bytearray(intact)
             corrupted[len(corrupted) // 2] ^= 1
@@ -64,20 +64,6 @@ class TestCorruption:
                 vit_jax.load(workdir)
             path.write_bytes(intact)
         assert vit_jax.load(workdir).step == 6
-
-    def test_flipped_bit_in_each_byte_of_the_checksums_is_found(self, workdir):
-        folder = workdir / "checkpoints" / "6"
-        sums = (folder / "SHA256SUMS").read_bytes()
-        line = len(sums.splitlines(keepends=True)[0])
-        for i in (*range(line + 3), len(sums) - 1):
-            corrupted = bytearray(sums)
-            corrupted[i] ^= 1 << i % 8
-            (folder / "SHA256SUMS").write_bytes(corrupted)
-            assert checkpoint.find_corruption(folder), i
-
-    def test_sha256sum_agrees(self, workdir):
-        command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
-        subprocess.run(command, cwd=workdir / "checkpoints" / "6", check=True, capture_output=True)
 
     def test_corrupted_checkpoint_is_moved_aside_and_the_previous_one_used(
         self, saves, workdir, original, capsys
@@ -91,21 +77,21 @@ class TestCorruption:
         train(saves, workdir)
         printed = capsys.readouterr().out
         assert "checkpoints/6: params/" in printed and "is not what was saved; moved to" in printed
-        assert "Continuing from step 4 of 6" in printed
+        assert "Resuming from step 4 of 6" in printed
         assert files(checkpoints / "6.corrupted.corrupted") == corrupted
         assert files(checkpoints / "6.corrupted") == files(original / "checkpoints" / "4")
         with ocp.CheckpointManager(checkpoints) as manager:
             assert manager.all_steps() == [4, 6]
         for copy in checkpoints.glob("*.corrupted*"):
             shutil.rmtree(copy)
-        same(content(workdir), content(original))
+        assert_same(content(workdir), content(original))
 
-    def test_with_all_corrupted_nothing_is_begun_again(self, saves, workdir):
+    def test_run_with_all_checkpoints_corrupted_does_not_start_over(self, saves, workdir):
         for step in (4, 6):
             (workdir / "checkpoints" / str(step) / "SHA256SUMS").unlink()
         before = files(workdir)
-        says = r"every checkpoint is corrupted .*SHA256SUMS is missing"
-        with pytest.raises(UserError, match=says):
+        message = r"every checkpoint is corrupted .*SHA256SUMS is missing"
+        with pytest.raises(UserError, match=message):
             train(saves, workdir)
         assert files(workdir) == before
 
@@ -134,170 +120,100 @@ class TestCorruption:
             return function(file, *args, **options)
 
         monkeypatch.setattr(owner, call, stale)
-        for resumes in (lambda: train(saves, workdir), lambda: vit_jax.load(workdir)):
+        for resume in (lambda: train(saves, workdir), lambda: vit_jax.load(workdir)):
             with pytest.raises(UserError, match=rf"cannot read .*/6/{name} \(Stale file handle\)"):
-                resumes()
+                resume()
         works = True
         assert files(workdir) == before
         assert vit_jax.load(workdir).step == 6
 
-    def test_orbax_accepts_a_copy_in_a_bucket(self, workdir):
-        """A bucket has no rename, so orbax looks for a file that marks what is complete."""
-        from etils import epath
-        from orbax.checkpoint._src.path import atomicity_defaults, temporary_paths
 
-        in_bucket = atomicity_defaults.get_default_temporary_path_class(epath.Path("gs://b/run/6"))
-        folder = workdir / "checkpoints" / "6"
-        items = {p for p in folder.iterdir() if p.is_dir()}
-        assert {p.name for p in items} >= {"params", "opt_state", "config", "progress"}
-        for path in (folder, *items):
-            finalized = temporary_paths.is_path_finalized(path, temporary_path_cls=in_bucket)
-            assert asyncio.run(finalized), path
-        assert "  commit_success.txt\n" in (folder / "SHA256SUMS").read_text()
-
-
-def files(folder):
-    """{relative path: bytes} of the files under a folder, locks aside."""
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
-
-
-class TestSeveralSeeds:
-    """`newest_intact_step` of two directories that a kill left with different steps."""
-
-    @pytest.fixture
-    def directories(self, tmp_path):
-        for seed in ("a", "b"):
-            for step in (2, 4, 6):
-                (tmp_path / seed / str(step)).mkdir(parents=True)
-                (tmp_path / seed / str(step) / "file").write_text(f"{seed} {step}")
-                checkpoint._write_sums(tmp_path / seed / str(step))
-        return [tmp_path / "a", tmp_path / "b"]
-
-    def test_step_saved_for_one_seed_only_is_deleted_and_corrupted_one_kept(self, directories):
-        a, b = directories
-        shutil.rmtree(b / "6")
-        (b / "4" / "file").write_text("x")
-        step, corrupted = checkpoint.newest_intact_step(directories)
-        assert step == 2 and list(corrupted) == [b / "4"]
-        assert checkpoint.clear_after(a, step, corrupted) == {}
-        assert checkpoint.clear_after(b, step, corrupted) == {b / "4": b / "4.corrupted"}
-        assert sorted(p.name for p in a.iterdir()) == [".deleted", "2"]
-        assert sorted(p.name for p in b.iterdir()) == ["2", "4.corrupted"]
-
-    def test_later_step_that_cannot_be_read_is_not_deleted(self, directories, monkeypatch):
-        shutil.rmtree(directories[1] / "6")
-        monkeypatch.setattr(checkpoint, "_sha256", lambda *_: os.stat("/none"))
-        with pytest.raises(UserError, match="cannot read"):
-            checkpoint.newest_intact_step(directories)
-
-    def test_seed_that_lost_its_checkpoints_stops_the_run(self, directories):
-        shutil.rmtree(directories[1])
-        with pytest.raises(
-            UserError, match=r"missing \(.*/b/6, .*/b/4\) that the other seeds have"
-        ):
-            checkpoint.newest_intact_step(directories)
-
-
-def test_what_is_kept(saves, tmp_path, monkeypatch):
-    """The newest two, the best by validation wherever it was, every eighth."""
+def test_best_checkpoint_is_saved_at_whatever_step_and_kept(saves, tmp_path, monkeypatch):
+    """The newest two, the best by validation, and every eighth."""
     saves.steps, saves.keep_every = 20, "8 steps"
     saves.data.train_split, saves.data.val_split = "train[:60]", "train[60:]"
-    saves.eval_every = "5 steps"
+    saves.eval_every, saves.data.test_split = "5 steps", ""
     # Five is the best, and no step that the recipe saves; ten is as good.
     accuracies = iter((0.5, 0.5, 0.4, 0.3))
-    setup = train_lib.setup
-
-    def with_these_accuracies(*args, **options):
-        run = setup(*args, **options)
-        told = lambda _: [{"accuracy": next(accuracies), "loss": 1.0}]  # noqa: E731
-        object.__setattr__(run, "evaluator", lambda split: told)
-        return run
-
-    saves.data.test_split = ""
-    monkeypatch.setattr(train_lib, "setup", with_these_accuracies)
+    monkeypatch.setattr(
+        Experiment, "evaluate", lambda *_: {"accuracy": next(accuracies), "loss": 1.0}
+    )
     train(saves, tmp_path)
-    assert checkpoint.saved_steps(tmp_path / "checkpoints") == [5, 8, 16, 18, 20]
+    assert saved_steps(tmp_path / "checkpoints") == [5, 8, 16, 18, 20]
     assert vit_jax.load(tmp_path, "best").step == 5
     assert vit_jax.load(tmp_path).step == 20
 
 
-def run_on_two_megabytes(c, place, prepare, *, before=""):
-    """A run on a full file system, in a process of its own; what it had there is copied out."""
+def run_on_two_megabytes(c, place, *, before=""):
+    """(exit code, last line, a copy of the workdir) of a run on a file system of its own."""
     place.mkdir()
-    out = place.with_name("out")
-    script = f'{before}"$@" || code=$?; cp -r "$0/w" {out}; exit ${{code:-0}}'
-    inner = ["sh", "-c", script, str(place), *test_train.command(c, place / "w")]
+    copy = place.with_name("copy")
+    script = f'{before}"$@" || code=$?; cp -r "$0/w" {copy}; exit ${{code:-0}}'
+    inner = ["sh", "-c", script, str(place), *command(c, place / "w")]
     probe = subprocess.run([*UNSHARE, "mount -t tmpfs none /mnt"], capture_output=True)
     if probe.returncode:
         pytest.skip("no file system can be mounted here")
-    done = subprocess.run(
-        [*UNSHARE, MOUNT, str(place), *inner],
-        cwd=test_train.ROOT, env=test_train.environment() | prepare, capture_output=True, text=True,
-    )  # fmt: skip
-    return done, out
+    code, output = finish(start([*UNSHARE, MOUNT, str(place), *inner]))
+    return code, output.splitlines()[-1], copy
 
 
-def test_a_full_disk_ends_the_run_with_one_line(saves, tmp_path):
+def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     saves.model.mlp_dim, saves.model.depth = 512, 1  # checkpoints of 0.2 MB
     saves.steps, saves.keep_every = 30, "2 steps"
-    done, out = run_on_two_megabytes(saves, tmp_path / "disk", {})
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    code, line, copy = run_on_two_megabytes(saves, tmp_path / "disk")
+    assert code == 2, line
     assert "No space left on device" in line and "is the last one saved; make room" in line
-    # What was complete is sound, and room is all that was wanting.
-    step = checkpoint.saved_steps(out / "checkpoints")[-1]
+    # What was complete is intact, and room is all that was missing.
+    step = saved_steps(copy / "checkpoints")[-1]
     assert f"step {step} is the last one saved" in line
-    assert checkpoint.find_corruption(out / "checkpoints" / str(step)) is None
+    assert find_corruption(copy / "checkpoints" / str(step)) is None
     train(saves, tmp_path / "whole")
-    train(saves, out)
-    same(content(out), content(tmp_path / "whole"))
+    train(saves, copy)
+    assert_same(content(copy), content(tmp_path / "whole"))
 
 
-def test_a_workdir_that_vanished(saves, tmp_path, monkeypatch):
-    write = Writer.write
+def test_workdir_that_vanished_is_reported(saves, tmp_path, monkeypatch):
+    write = JsonLines.write
 
-    def remove(self, step, metrics):
+    def remove(self, step, scalars):
         if step == 2:
             shutil.rmtree(tmp_path / "run")
-        write(self, step, metrics)
+        write(self, step, scalars)
 
-    monkeypatch.setattr(Writer, "write", remove)
+    monkeypatch.setattr(JsonLines, "write", remove)
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No such file"):
         train(saves, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_read_only_disk_is_named(saves, tmp_path):
-    done, _ = run_on_two_megabytes(
-        saves, tmp_path / "disk", {}, before='mkdir "$0/w"; mount -o remount,ro "$0"; '
+def test_read_only_disk_is_named(saves, tmp_path):
+    code, line, _ = run_on_two_megabytes(
+        saves, tmp_path / "disk", before='mkdir "$0/w"; mount -o remount,ro "$0"; '
     )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert "cannot write the workdir" in line and "Read-only file system" in line
+    assert code == 2
+    assert line.startswith("error: cannot write ") and "Read-only file system" in line
 
 
-def test_one_run_a_workdir(saves, tmp_path):
-    """Another process holds it; when that is killed, it is free."""
-    saves.steps = 100_000
-    other = test_train.start(saves, tmp_path / "w")
+def test_workdir_takes_one_run_at_a_time(saves, tmp_path):
+    """Another process holds the lock; when that process is killed, the workdir is free."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from vit_jax import config\n"
+        "from vit_jax.workdir import Workdir\n"
+        "with Workdir(pathlib.Path(sys.argv[1]), config.defaults()).locked():\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    other = start([sys.executable, "-c", code, str(tmp_path / "w")])
     try:
-        while not (tmp_path / "w" / "metrics.jsonl").exists():
-            assert other.poll() is None, other.communicate()
-        before = (tmp_path / "w" / "config.json").stat().st_mtime_ns
+        assert other.stdout.readline() == "locked\n"
+        before = files(tmp_path / "w")
         with pytest.raises(UserError, match=f"is in use by process {other.pid} on "):
             train(saves, tmp_path / "w")
-        assert (tmp_path / "w" / "config.json").stat().st_mtime_ns == before
+        assert files(tmp_path / "w") == before
     finally:
         other.kill()
         other.communicate()
-    open_workdir(tmp_path / "w", saves).close()
-
-
-def test_a_link_in_a_workdir_is_not_followed(saves, tmp_path):
-    (tmp_path / "w").mkdir()
-    (tmp_path / "victim").write_text("mine\n")
-    (tmp_path / "w" / "metrics.jsonl").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match=r"metrics.jsonl is a symbolic link"):
-        train(saves, tmp_path / "w")
-    assert (tmp_path / "victim").read_text() == "mine\n"
+    (tmp_path / "w" / "config.json").unlink()
+    with Workdir(tmp_path / "w", saves).locked():
+        pass

@@ -4,24 +4,15 @@
 """
 
 import collections
-import json
 import os
-import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import time
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from test_train import command, environment
+from runs import assert_same, command, content, finish, start
 
-from vit_jax import checkpoint
-
-ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.faults
 
 
@@ -39,68 +30,36 @@ def recipe(make_tiny_config):
     return c
 
 
-def start(recipe, place, at=None, log=os.devnull):
-    """A run in place/run whose caches are in place too, to be killed at its call number `at`."""
-    own = {"XDG_CACHE_HOME": str(place / "cache")}
-    own |= {"FAULTS_UNDER": str(place), "FAULTS_LOG": str(log)}
-    own |= {"FAULTS_AT": str(at)} if at else {}
+def start_in(place, recipe, at=0, log=os.devnull):
+    """Starts a run in place/run, with its caches in place too, to be killed at call number `at`."""
     place.mkdir(exist_ok=True)
-    return subprocess.Popen(
+    return start(
         command(recipe, place / "run"),
-        cwd=ROOT,
-        env=environment() | own,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        XDG_CACHE_HOME=str(place / "cache"),
+        FAULTS_UNDER=str(place),
+        FAULTS_LOG=str(log),
+        FAULTS_AT=str(at),
     )
 
 
-def content(workdir):
-    """All that a run promises, times aside."""
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((workdir / "result.json").read_text())
-    for values in (*lines, result):
-        for name in [n for n in values if n.startswith("time/") or n in ("seconds",)]:
-            del values[name]
-    del result["images_per_second"]
-    steps = checkpoint.saved_steps(workdir / "checkpoints")
-    arrays = {}
-    for step in steps:
-        folder = (workdir / "checkpoints" / str(step)).absolute()
-        assert checkpoint.find_corruption(folder) is None
-        items = ("params", "ema_params", "opt_state")
-        for item in (i for i in items if (folder / i).exists()):
-            with ocp.StandardCheckpointer() as reader:
-                arrays[step, item] = reader.restore(folder / item)
-    files = {p.name for p in (*workdir.iterdir(), *(workdir / "checkpoints").iterdir())}
-    return {"lines": lines, "result": result, "files": files}, arrays
-
-
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """(what an untouched run leaves, its file-system calls, seconds it took)."""
-    place = tmp_path_factory.mktemp("whole")
+def untouched(recipe, tmp_path_factory):
+    """(content of a run that is not killed, its file-system calls, its seconds)."""
+    place = tmp_path_factory.mktemp("untouched")
     began = time.monotonic()
-    process = start(recipe, place, log=place / "calls")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    code, output = finish(start_in(place, recipe, log=place / "calls"))
+    assert code == 0, output
     calls = (place / "calls").read_text().splitlines()
     return content(place / "run"), calls, time.monotonic() - began
 
 
-def same(a, b):
-    assert a[0] == b[0]
-    assert a[1].keys() == b[1].keys()
-    jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
-
-
-def test_killed_runs_end_as_the_untouched_one(recipe, whole, tmp_path, request):
+def test_killed_runs_end_as_the_untouched_one(recipe, untouched, tmp_path, request):
     """Every second run dies in a file-system call, the others at a random moment; a third of them
-    once more while they continue.
+    once more after they have resumed.
     """
-    expected, calls, seconds = whole
-    kills, where = request.config.getoption("kills"), collections.Counter()
-    # Calls of each kind in turn: a save makes many of one and few of another.
+    expected, calls, seconds = untouched
+    kills, places = request.config.getoption("kills"), collections.Counter()
+    # Calls of each kind alternately: a save makes many of one and few of another.
     kinds = collections.defaultdict(list)
     for number, call in enumerate(calls, 1):
         kinds[kind(call)].append(number)
@@ -111,34 +70,32 @@ def test_killed_runs_end_as_the_untouched_one(recipe, whole, tmp_path, request):
         place = tmp_path / str(i)
         for deaths in range(1 + (i % 3 == 2)):
             code = None
-            while code is None or (code == 0 and not deaths):  # it came to its end first: again
+            while code is None or (code == 0 and not deaths):  # the run ended first: again
                 if not deaths:
                     shutil.rmtree(place, ignore_errors=True)
-                at = choose.choice(kinds[i // 2 % len(kinds)]) if i % 2 == 0 else None
-                process = start(recipe, place, at=at, log=place / "killed")
-                if at is None:
+                at = choose.choice(kinds[i // 2 % len(kinds)]) if i % 2 == 0 else 0
+                process = start_in(place, recipe, at=at, log=place / "killed")
+                if not at:
                     time.sleep(choose.uniform(0, seconds))
                     process.send_signal(signal.SIGKILL)
-                process.communicate(timeout=200)
-                code = process.returncode
+                code, _ = finish(process)
             assert code in (0, -signal.SIGKILL)
             if code == 0:
-                where["not a second time: it had ended"] += 1
-            elif at is None:
-                where["at a random moment"] += 1
+                places["not a second time: it had ended"] += 1
+            elif not at:
+                places["at a random moment"] += 1
             else:
-                where[kind((place / "killed").read_text().splitlines()[-1])] += 1
-        process = start(recipe, place)
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
-        same(content(place / "run"), expected)
+                places[kind((place / "killed").read_text().splitlines()[-1])] += 1
+        code, output = finish(start_in(place, recipe))
+        assert code == 0, output
+        assert_same(content(place / "run"), expected)
     print(f"\n{kills} of {kills} runs bit-identical; killed:")
-    for name, count in where.most_common():
+    for name, count in places.most_common():
         print(f"  {count:4} {name}")
 
 
 def kind(call):
-    """'os.rename checkpoints/STEP': what a call does, whatever the step and the random names."""
+    """'os.rename checkpoints/STEP': a call without the step and the random names."""
     event, path = call.split(" ", 1)
     path = path.split("/run/" if "/run/" in path else "/cache/")[-1]
     parts = ["STEP" if p.split(".")[0].isdecimal() else p for p in path.split("/")][:3]

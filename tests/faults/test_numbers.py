@@ -1,25 +1,25 @@
 """Losses that are not finite: reported with the batch and the last good checkpoint, or skipped."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-import test_train
 from PIL import Image
+from runs import command
 
-from vit_jax import augment, checkpoint
+from vit_jax import augment, main
 from vit_jax.errors import UserError
-from vit_jax.run import setup
+from vit_jax.experiment import make_experiment
 from vit_jax.train import train
+from vit_jax.workdir import saved_steps
 
 
 @pytest.fixture
 def poisoned(tiny_config, tmp_path, monkeypatch):
-    """A run with one white image among its 31, whose loss is `factor` times what it is."""
+    """A config whose 31 images contain a white one, whose loss is multiplied by `factor`."""
     rng, folder = np.random.default_rng(0), tmp_path / "data"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
@@ -51,10 +51,10 @@ def poisoned(tiny_config, tmp_path, monkeypatch):
 
 
 def white_steps(c):
-    """The steps, one an epoch, whose batch holds the white image."""
-    run = setup(c)
-    steps = range(1, run.total_steps + 1)
-    return [s for s in steps if (run.batch(s)["image"] == 255).all((1, 2, 3)).any()]
+    """The steps, one per epoch, whose batch contains the white image."""
+    experiment = make_experiment(c)
+    batches = {s: experiment.stored_batch(s, c.seed) for s in range(1, 25)}
+    return [s for s, b in batches.items() if (b["image"] == 255).all((1, 2, 3)).any()]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path):
@@ -64,34 +64,34 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path):
     c.save_every, c.tensorboard = "1 step", False
     with pytest.raises(UserError, match=r"weights are not finite at step 1 of seed 0; .* is none"):
         train(c, tmp_path / "run")
-    assert not checkpoint.saved_steps(tmp_path / "run" / "checkpoints")
+    assert not saved_steps(tmp_path / "run" / "checkpoints")
     assert (tmp_path / "run" / "bad_batch_1.npz").exists()
 
 
-def test_a_nan_names_the_last_good_checkpoint_and_keeps_the_batch(poisoned, tmp_path):
+def test_nan_names_the_last_good_checkpoint_and_stores_the_batch(poisoned, tmp_path):
     c = poisoned(jnp.nan)
     first, *_ = white_steps(c)
     assert first > 2
-    says = rf"the loss is nan .* at step {first} of seed 0; the last good .*/{first - 1}; "
-    with pytest.raises(UserError, match=says):
+    message = rf"the loss is nan .* at step {first} of seed 0; the last good .*/{first - 1}; "
+    with pytest.raises(UserError, match=message):
         train(c, tmp_path / "run")
-    assert checkpoint.saved_steps(tmp_path / "run" / "checkpoints")[-1] == first - 1
+    assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == first - 1
     batch = np.load(tmp_path / "run" / f"bad_batch_{first}.npz")
     (row,) = np.flatnonzero((batch["image"] == 255).all((1, 2, 3)))
-    run = setup(c)
-    assert (run.train.images[batch["index"][row]] == 255).all()
-    np.testing.assert_array_equal(batch["label"], run.train.labels[batch["index"]])
-    # Told to skip, the same workdir goes on to its end.
+    split = make_experiment(c).train
+    assert (split.images[batch["index"][row]] == 255).all()
+    np.testing.assert_array_equal(batch["label"], split.labels[batch["index"]])
+    # With such steps skipped, the same workdir resumes to its end.
     c.on_bad_loss = "skip"
     result = train(c, tmp_path / "run")
     assert result["steps"] == 24 and np.isfinite(result["train_loss"])
 
 
-def test_skipped_steps_change_nothing_and_are_left_out_of_the_means(poisoned, tmp_path):
+def test_skipped_steps_are_excluded_from_the_means(poisoned, tmp_path):
     c = poisoned(jnp.nan)
     c.on_bad_loss, c.optim.ema_decay, c.log_every = "skip", 0.9, "1 step"
     train(c, tmp_path)
-    # Strict JSON: a NaN would be none.
+    # Strict JSON, which has no NaN.
     text = (tmp_path / "metrics.jsonl").read_text()
     lines = [json.loads(x, parse_constant=pytest.fail) for x in text.splitlines()]
     losses = {p["step"]: p.get("train/loss") for p in lines if "train/lr" in p}
@@ -104,40 +104,27 @@ def test_skipped_steps_change_nothing_and_are_left_out_of_the_means(poisoned, tm
     assert max(skipped) == 1 and skipped[0] == 0
 
 
-def test_the_state_after_a_skipped_step_is_the_one_before(poisoned):
-    c = poisoned(jnp.nan)
-    c.on_bad_loss, c.optim.ema_decay, c.num_seeds = "skip", 0.9, 1
-    run = setup(c)
-    (step, *_), split, order = white_steps(c), run.resident(run.train), run.order(0)
-    state = run.init(run.put(run.seeds))
-    for _ in range(step - 1):
-        state, _ = run.step(state, split, order)
-    before = jax.device_get(state)
-    after, metrics = jax.device_get(run.step(state, split, order))
-    assert metrics["bad"].all() and after.step == before.step + 1
-    for name in ("params", "opt_state", "ema_params"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
-
-
-def test_where_nothing_but_bad_steps_come_the_run_ends(tiny_config, tmp_path):
+def test_run_of_nothing_but_bad_steps_ends(tiny_config, tmp_path):
     tiny_config.optim.peak_lr, tiny_config.on_bad_loss = 1e30, "skip"
     tiny_config.log_every = "4 steps"
     with pytest.raises(UserError, match="at step"):
         train(tiny_config, tmp_path)
 
 
-def test_debug_nans_names_the_operation(tiny_config, tmp_path):
+def test_debug_nans_names_the_operation(tiny_config, tmp_path, monkeypatch):
     """log(0) * 0 in place of an optimizer's step."""
-    code = "import runpy, jax, jax.numpy as jnp, optax\n"
-    code += "optax.apply_updates = lambda p, u: jax.tree.map("
-    code += "lambda x: x + jnp.log(jnp.zeros_like(x)) * 0, p)\n"
-    code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
-    arguments = [*test_train.command(tiny_config, tmp_path)[3:], "--debug_nans"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=test_train.ROOT, env=test_train.environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: invalid value (nan) encountered in mul, under step.py, line ")
-    assert "optax.apply_updates" in line
+
+    def poisoned(params, updates):
+        return jax.tree.map(lambda x: x + jnp.log(jnp.zeros_like(x)) * 0, params)
+
+    monkeypatch.setattr(optax, "apply_updates", poisoned)
+    tiny_config.tensorboard = False
+    arguments = [*command(tiny_config, tmp_path)[3:], "--debug_nans"]
+    try:
+        with pytest.raises(UserError) as error:
+            main.main(arguments)
+    finally:
+        jax.config.update("jax_debug_nans", False)
+    line = str(error.value)
+    assert line.startswith("invalid value (nan) encountered in mul, under step.py, line ")
+    assert "optax.apply_updates" in line and "\n" not in line

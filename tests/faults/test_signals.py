@@ -1,24 +1,21 @@
-"""A signal stops a run after its step, saved; a second ends it at once."""
+"""A signal stops a run after a step, saved; a second one ends it immediately."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 
 import pytest
-import test_distributed
-import test_train
-from test_kills import content, same
+from runs import assert_same, command, command_after, content, finish, start
 
-from vit_jax import checkpoint
 from vit_jax.train import train
+from vit_jax.workdir import saved_steps
+from vit_jax.workdir.checksums import find_corruption
 
 
 @pytest.fixture
 def long(tiny_config):
-    """Minutes of steps, saved only at the end, and small enough to compare."""
+    """Minutes of steps, saved only at the end, of a model small enough to compare."""
     c = tiny_config
     c.epochs, c.log_every, c.save_every = 300, "1 step", ""
     c.optim.peak_lr, c.tensorboard = 1e-4, False
@@ -39,81 +36,111 @@ def wait_for_steps(processes, workdir, steps=5):
     assert steps_logged(workdir) >= steps
 
 
-def test_an_interrupt_saves_and_has_its_own_exit_code(long, tmp_path):
-    process = test_train.start(long, tmp_path)
+def test_interrupt_saves_and_has_its_own_exit_code(long, tmp_path):
+    process = start(command(long, tmp_path))
     wait_for_steps([process], tmp_path)
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    code, output = finish(process, timeout=60)
+    assert code == 130, output
     assert time.monotonic() - began < 30
-    (step,) = checkpoint.saved_steps(tmp_path / "checkpoints")
+    (step,) = saved_steps(tmp_path / "checkpoints")
     assert f"SIGINT: saved step {step:,} of 1,800" in output.splitlines()[-1]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == step
-    # And it goes on from there.
-    process = test_train.start(long, tmp_path)
+    # It resumes from there.
+    process = start(command(long, tmp_path))
     wait_for_steps([process], tmp_path, steps=len(lines) + 2)
     process.kill()
-    assert f"Continuing from step {step:,}" in process.communicate()[0]
+    assert f"Resuming from step {step:,}" in finish(process)[1]
 
 
-def test_a_stopped_run_ends_as_the_whole_one(long, tmp_path):
-    """Stopped in the middle of an epoch, at a step of no meaning to the recipe."""
+SIGNAL_AT_STEP_2 = """
+import os, signal
+from vit_jax.workdir.metrics import JsonLines
+write = JsonLines.write
+def write_and_stop(self, step, scalars):
+    write(self, step, scalars)
+    if step == 2: os.kill(os.getpid(), signal.SIGTERM)
+JsonLines.write = write_and_stop"""
+
+
+def test_stopped_run_ends_as_the_complete_one(long, tmp_path):
+    """Stopped in the middle of an epoch, at a step that the recipe does not name."""
     long.epochs = 2  # of 6 steps
     train(long, tmp_path / "whole")
-    # The signal comes while the third step is under way, by the process's own hand.
-    code = "import os, runpy, signal\nimport vit_jax.metrics as m\nwrite = m.Writer.write\n"
-    code += "def write_and_stop(self, step, values):\n    write(self, step, values)\n"
-    code += "    if step == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
-    code += "m.Writer.write = write_and_stop\n"
-    code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
-    arguments = test_train.command(long, tmp_path / "stopped")[3:]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=test_train.ROOT, env=test_train.environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 143, done.stderr
-    assert checkpoint.saved_steps(tmp_path / "stopped" / "checkpoints") in ([3], [4])
+    # The signal comes while the third step is under way, from the process itself.
+    code, output = finish(start(command_after(SIGNAL_AT_STEP_2, long, tmp_path / "stopped")))
+    assert code == 143, output
+    assert saved_steps(tmp_path / "stopped" / "checkpoints") in ([3], [4])
     train(long, tmp_path / "stopped")
     a, b = content(tmp_path / "stopped"), content(tmp_path / "whole")
-    of_the_last_step = [{k: v for k, v in arrays.items() if k[0] == 12} for _, arrays in (a, b)]
-    same((a[0]["lines"], of_the_last_step[0]), (b[0]["lines"], of_the_last_step[1]))
+    last = [{k: v for k, v in arrays.items() if k[0] == 12} for _, arrays in (a, b)]
+    assert_same((a[0]["lines"], last[0]), (b[0]["lines"], last[1]))
 
 
-def test_a_second_signal_ends_it_at_once(long, tmp_path):
-    code = "import runpy, time\nfrom vit_jax import checkpoint as c\n"
-    code += "c.Checkpoints.save = lambda *_, **__: time.sleep(60)\n"  # a save that hangs
-    code += "runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *test_train.command(long, tmp_path)[3:]],
-        cwd=test_train.ROOT, env=test_train.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+SAVE_HANGS = """
+import time
+from vit_jax.workdir.checkpoints import Checkpoints
+Checkpoints.save = lambda *_, **__: time.sleep(60)"""
+
+
+def test_second_signal_ends_it_immediately(long, tmp_path):
+    process = start(command_after(SAVE_HANGS, long, tmp_path))
     wait_for_steps([process], tmp_path)
     process.send_signal(signal.SIGTERM)
-    os.set_blocking(process.stderr.fileno(), True)
-    assert "a second one quits at once" in process.stderr.readline()
+    while "a second signal exits immediately" not in (line := process.stdout.readline()):
+        assert line  # the process has not ended
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGTERM  # which a shell tells as 143
+    code, _ = finish(process, timeout=30)
+    assert code == -signal.SIGTERM  # which a shell reports as 143
     assert time.monotonic() - began < 5
+
+
+SIGNAL_IN_THE_LAST_SAVE = """
+import os, signal
+from vit_jax.workdir.checkpoints import Checkpoints
+wait = Checkpoints.wait
+def signal_and_wait(self):
+    if getattr(self, "last", False):
+        self.last = False
+        os.kill(os.getpid(), signal.SIGTERM)
+    wait(self)
+save = Checkpoints.save
+def save_last(self, step, *arguments, **options):
+    save(self, step, *arguments, **options)
+    self.last = step == 2
+Checkpoints.wait, Checkpoints.save = signal_and_wait, save_last"""
+
+
+def test_signal_during_the_last_save_is_not_lost(long, tmp_path):
+    long.steps = 2
+    code, output = finish(start(command_after(SIGNAL_IN_THE_LAST_SAVE, long, tmp_path)))
+    assert code == 143, output
+    assert "SIGTERM: saved step 2 of 2; rerun" in output
+    assert not (tmp_path / "result.json").exists()
+    assert train(long, tmp_path)["steps"] == 2
 
 
 def test_two_processes_save_the_same_step(long, tmp_path):
     """One of them gets the signal; both save one checkpoint together and end."""
-    processes = test_distributed.start([test_distributed.command(long, tmp_path)] * 2)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = {"COORDINATOR": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
+    processes = [start(command(long, tmp_path), PROCESS_ID=str(i), **coordinator) for i in range(2)]
     try:
         wait_for_steps(processes, tmp_path)
         processes[1].send_signal(signal.SIGINT)
         began = time.monotonic()
+        ends = [finish(process, timeout=60) for process in processes]
     finally:
-        told = test_distributed.ends(processes, timeout=60)
-    (code, stdout, stderr), (other, _, other_stderr) = told
+        for process in processes:
+            process.kill()
     assert time.monotonic() - began < 30
-    assert (code, other) == (143, 130), stderr + other_stderr
-    (step,) = checkpoint.saved_steps(tmp_path / "checkpoints")
-    assert checkpoint.find_corruption(tmp_path / "checkpoints" / str(step)) is None
-    assert f"SIGTERM: saved step {step:,} of 1,800" in stdout
+    (code, output), (other, other_output) = ends
+    assert (code, other) == (143, 130), output + other_output
+    (step,) = saved_steps(tmp_path / "checkpoints")
+    assert find_corruption(tmp_path / "checkpoints" / str(step)) is None
+    assert f"SIGTERM: saved step {step:,} of 1,800" in output
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step

@@ -196,8 +196,8 @@ def check_free_space(folders, checkpoint_bytes):
                 with contextlib.suppress(OSError):  # another run may be at work there
                     needed -= os.lstat(os.path.join(parent, name)).st_size
     path = folders[0].absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
     with write_errors(path):
+        existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(

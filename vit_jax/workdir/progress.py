@@ -148,6 +148,7 @@ class TrainLog:
         self._streaming, self._queue = streaming, collections.deque()
         self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
         self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
+        self.step = step  # the last one pushed
         self.has_new_best = False
         self.val_accuracy = None  # of the present step, if it was validated
 
@@ -159,7 +160,7 @@ class TrainLog:
 
     def push(self, step, metrics):
         """Takes a step's metrics, on the devices, and reads the step before."""
-        self.has_new_best, self.val_accuracy = False, None
+        self.step, self.has_new_best, self.val_accuracy = step, False, None
         self._queue.append((step, metrics))
         if len(self._queue) > 1:
             self._read()

@@ -1,0 +1,87 @@
+"""From a config to an experiment: its description, and what it rejects."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.errors import UserError
+from vit_jax.experiment import describe, make_experiment
+
+
+def test_description_names_every_part(tiny_config, tmp_path):
+    c = tiny_config
+    text = "\n".join(describe(make_experiment(c), tmp_path))
+    for part in (
+        "model: ViT, patch 4, width 16, depth 2, 2 heads, MLP 32",
+        "parameters",
+        "GFLOP per image",
+        "global batch 16, 16 per device",
+        "weights and optimizer state replicated; 0.1 MB per device of 0.1 MB; data",
+        "18 of batch 16, 6 per epoch (3 epochs; the last batch of an epoch has 10)",
+        "adamw, constant 0.01",
+        "(all of them)",
+        "augmentation: none",
+        "train: 90, test: 30 images, 3 classes",
+        "seed: 0\n",
+        str(tmp_path),
+    ):
+        assert part in text
+    c.optim.decay, c.optim.freeze, c.accumulate_steps = "kernels", "block_*", 2
+    c.augment.crop, c.augment.flip, c.num_seeds = "pad", "random", 2
+    c.model.remat = True
+    experiment = make_experiment(c)
+    lines = dict(line.split(": ", 1) for line in describe(experiment, tmp_path))
+    assert "(not on bias, cls_token, pos_embed, scale)" in lines["optimizer"]
+    blocks = [experiment.state_shapes.params[f"block_{i}"] for i in range(2)]
+    frozen = sum(x.size for x in jax.tree.leaves(blocks)) // c.num_seeds
+    assert f"{frozen:,} parameters frozen (block_*)" in lines["optimizer"]
+    assert f"of {experiment.num_params:,} parameters" in lines["optimizer"]
+    assert lines["devices"].endswith("2 microbatches, activations recomputed")
+    assert 0 <= lines["augmentation"].index("crop") < lines["augmentation"].index("flip")
+    assert lines["seed"] == "0, 1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 91}, "batch_size=91 is larger than the 90 examples"),
+        ({"model.patch_size": 3}, "8x8"),
+        ({"data.mean": (0.5,), "data.std": (0.5,)}, "has 1 entries"),
+        ({"augment.crop": "pad", "augment.crop_padding": 8}, "crop_padding"),
+        ({"mesh.fsdp": 3}, "must equal the device count, 1"),
+    ],
+)
+def test_config_that_does_not_fit_data_or_devices_is_rejected(tiny_config, changes, message):
+    for name, value in changes.items():
+        *groups, field = name.split(".")
+        group = tiny_config[groups[0]] if groups else tiny_config
+        group[field] = value
+    with pytest.raises(UserError, match=message) as error:
+        make_experiment(tiny_config)
+    assert "\n" not in str(error.value)
+
+
+def test_unusable_image_in_a_folder_is_named(tiny_config, tmp_path):
+    folder = tmp_path / "data" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"not an image")
+    tiny_config.data.name = f"folder:{tmp_path / 'data'}"
+    tiny_config.data.test_split = "train"
+    with pytest.raises(UserError, match=r"bad\.png"):
+        make_experiment(tiny_config)
+
+
+def test_stored_batch_is_what_the_step_gathers(tiny_config):
+    tiny_config.seed, tiny_config.num_seeds = 3, 2
+    experiment = make_experiment(tiny_config)
+    for step, inputs in experiment.batches(after=5):
+        if step in (6, 8):  # the last step of an epoch, which has 10 examples; epoch 2
+            split, order = inputs
+            for i, seed in enumerate((3, 4)):
+                rows = np.asarray(order)[i, (step - 1) % 6]
+                stored = experiment.stored_batch(step, seed)
+                np.testing.assert_array_equal(stored["index"], rows[rows >= 0])
+                np.testing.assert_array_equal(stored["image"], split["image"][stored["index"]])
+                np.testing.assert_array_equal(stored["label"], split["label"][stored["index"]])

@@ -1,0 +1,108 @@
+"""A seed's workdir: its lock and config, the identity of its data, and its commit."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
+from vit_jax.workdir import Workdir, environment, files, folder
+from vit_jax.workdir.folder import commit_of
+
+
+@pytest.fixture
+def config():
+    return config_lib.defaults()
+
+
+def test_lock_is_held_for_as_long_as_the_context(config, tmp_path):
+    workdir = Workdir(tmp_path / "w", config)
+    with workdir.locked():
+        assert json.loads((tmp_path / "w" / "config.json").read_text()) == json.loads(
+            json.dumps(config.to_dict())
+        )
+        with pytest.raises(UserError, match=r"w is in use by process \d+ on "):
+            Workdir(tmp_path / "w", config).locked().__enter__()
+    with workdir.locked():
+        pass
+
+
+def test_different_config_is_rejected_and_frees_the_lock(config, tmp_path):
+    with Workdir(tmp_path, config).locked():
+        pass
+    other = config_lib.defaults()
+    other.optim.peak_lr, other.tensorboard = 0.5, not config.tensorboard
+    with (
+        pytest.raises(UserError, match=r"\(optim.peak_lr: 0.5, was [\d.]+\): use another"),
+        Workdir(tmp_path, other).locked(),
+    ):
+        pass
+    with Workdir(tmp_path, config).locked():
+        pass
+
+
+def test_unreadable_config_is_reported(config, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with (
+        pytest.raises(UserError, match=r"config.json is not the config of a run"),
+        Workdir(tmp_path, config).locked(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/5"])
+def test_link_in_a_workdir_is_not_followed(config, tmp_path, name):
+    (tmp_path / "w" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine\n")
+    (tmp_path / "w" / name).symlink_to(tmp_path / "victim")
+    with (
+        pytest.raises(UserError, match=rf"{name} is a symbolic link"),
+        Workdir(tmp_path / "w", config).locked(),
+    ):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine\n"
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+@pytest.mark.parametrize("saved", [None, [], {"class_names": 1}, {"class_names": ["a"]}])
+def test_data_item_of_another_shape_is_rejected(config, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.checkpoints_lib, "read_document", lambda *_: saved)
+    splits = {"train": {"num_examples": 1, "digest": "", "digest_of": ""}}
+    with pytest.raises(UserError, match="5/data is not what vit_jax writes"):
+        Workdir(tmp_path, config).check_data(5, {"class_names": ["a"], "splits": splits})
+
+
+def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment("command")["commit"] is None
+
+
+def test_commit_belongs_to_the_repository_that_tracks_the_file(tmp_path):
+    """An environment inside another project's checkout is ignored there, not tracked."""
+    installed, tracked = tmp_path / ".venv" / "folder.py", tmp_path / "src" / "folder.py"
+    for path in (installed, tracked):
+        path.parent.mkdir()
+        path.write_text("")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (
+        ["init", "--quiet"],
+        ["add", "src"],
+        [*author, "commit", "--quiet", "-m", "x"],
+    ):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{40}", commit_of(tracked))
+    assert commit_of(installed) is None
+    tracked.write_text("changed")
+    assert commit_of(tracked).endswith("-dirty")
+
+
+def test_json_files_are_replaced_atomically(tmp_path):
+    files.write_json(tmp_path / "x.json", {"a": 1})
+    files.write_json(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

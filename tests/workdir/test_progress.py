@@ -1,0 +1,153 @@
+"""Throughput, the terminal, and the log that reads metrics one step late."""
+
+import re
+
+import numpy as np
+import pytest
+
+from vit_jax import config, durations
+from vit_jax.workdir import progress
+from vit_jax.workdir.progress import BadStep, Terminal, Throughput, TrainLog
+
+
+@pytest.fixture
+def plan():
+    """Ten steps of four images, four steps per epoch."""
+    c = config.defaults()
+    c.batch_size, c.steps, c.log_every = 4, 10, "2 steps"
+    return durations.Plan.make(c, 16)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves by hand: add seconds to its one element."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_throughput_excludes_compilation_and_pauses(clock):
+    throughput = Throughput(images=100, seconds=10.0)
+    for passed, images in ((60.0, 64), (2.0, 64), (1.0, 16)):  # the first step compiles
+        clock[0] += passed
+        throughput.tick(images)
+    throughput.wait(0.75)
+    assert throughput.lap() == (pytest.approx(80 / 3), pytest.approx(0.25))
+    clock[0] += 100.0  # an evaluation
+    throughput.pause()
+    clock[0] += 1.0
+    throughput.tick(64)
+    assert throughput.lap() == (pytest.approx(64), 0)
+    assert (throughput.images, throughput.seconds) == (100 + 144, pytest.approx(14.0))
+
+
+def test_progress_without_a_terminal_is_an_occasional_line(plan, capsys):
+    terminal = Terminal(plan, step=0, shown=True)
+    values = {"train/loss": np.array([2.0, 3.0]), "train/accuracy": 0.25, "train/lr": 1e-3}
+    values |= {"time/images_per_second": 8.0, "time/mfu": 0.31}
+    terminal.update(1, values, 36)
+    assert capsys.readouterr().out == ""
+    terminal._last -= 60
+    terminal.update(6, values, 16)
+    printed = re.sub(r"[\d.]+ GB", "1.0 GB", capsys.readouterr().out)
+    assert printed == (
+        "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, "
+        "1.0 GB, 2 s left\n"
+    )
+    terminal.update(7, values, 12)  # not again so soon
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(42, "42 s"), (170, "3 min"), (4830, "1 h 20 min"), (90_000, "25 h 0 min")],
+)
+def test_durations_are_readable(seconds, text):
+    assert progress.format_duration(seconds) == text
+
+
+class Workdir:
+    """Records what a log writes."""
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, step, scalars):
+        self.written.append((step, scalars))
+
+    def is_best(self, accuracy):
+        return accuracy > 0.5
+
+
+def make_log(workdir, plan, **options):
+    options = {"num_seeds": 1, "patience": 1, "streaming": True, "peak_flops": 100.0} | options
+    start = {"timed_images": 0, "timed_seconds": 0.0}
+    return TrainLog(workdir, plan, step=0, progress=start, flops_per_image=10.0, **options)
+
+
+def metrics(loss=1.0, bad=False):
+    return {"loss": np.float32(loss), "grad_norm": np.float32(1), "accuracy": 0.5, "lr": 0.1} | {
+        "bad": np.array(bad)
+    }
+
+
+def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
+    workdir = Workdir()
+    log = make_log(workdir, plan)
+    for step in (1, 2):
+        clock[0] += 1.0
+        log.push(step, metrics(step))
+    assert workdir.written == [] and log.step == 2
+    clock[0] += 1.0
+    with log.paused():
+        ((step, line),) = workdir.written
+        assert step == 2 and line["train/loss"] == 2
+        assert line["time/images_per_second"] == 4.0  # the second step of four images
+        assert line["time/mfu"] == pytest.approx(0.4)
+        clock[0] += 100.0
+    assert log.progress == {"timed_images": 4, "timed_seconds": pytest.approx(1.0)}
+    for step in (3, 4, 5):
+        clock[0] += 2.0
+        log.push(step, metrics(step))
+    assert [step for step, _ in workdir.written] == [2, 4]
+    # Read at the fifth: two steps in six seconds after the pause.
+    assert workdir.written[-1][1]["time/images_per_second"] == pytest.approx(8 / 6)
+
+
+def test_time_spent_waiting_for_batches_is_recorded(plan, clock):
+    def batches():
+        for i in range(3):
+            clock[0] += 0.25
+            yield i
+
+    workdir = Workdir()
+    log = make_log(workdir, plan)
+    for step in log.timed(batches()):
+        log.push(step + 1, metrics())
+        clock[0] += 0.75
+    ((_, line),) = workdir.written
+    assert line["time/waiting_for_data"] == pytest.approx(0.75)  # the first batch's too
+
+
+def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):
+    log = make_log(Workdir(), plan, num_seeds=2, patience=2)
+    bad = [[True, False], [True, True], [False, True]]  # the first seed is bad twice in a row
+    values = [metrics(np.array([i, 10 + i]), bad[i]) for i in range(3)]
+    log.push(1, values[0])
+    log.push(2, values[1])
+    with pytest.raises(BadStep) as error:
+        log.push(3, values[2])
+    assert error.value.step == 2
+    np.testing.assert_array_equal(error.value.bad, [True, False])
+    np.testing.assert_array_equal(error.value.loss, [1, 11])
+
+
+def test_validation_of_a_step_is_known_until_the_next(plan):
+    workdir = Workdir()
+    log = make_log(workdir, plan)
+    log.push(1, metrics())
+    log.validation(1, {"loss": 0.1, "accuracy": 0.75, "count": 3})
+    assert log.has_new_best and log.val_accuracy == 0.75
+    assert workdir.written[-1] == (1, {"val/loss": 0.1, "val/accuracy": 0.75})
+    log.push(2, metrics())
+    assert not log.has_new_best and log.val_accuracy is None
