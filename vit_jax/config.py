@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax import durations
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 _PACKAGE = pathlib.Path(__file__).parent
 # The shipped recipes are inside the package in a wheel, and next to it in a checkout.
@@ -384,7 +384,7 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 
     Raises UserError if there is neither; its line names the nearest recipe and lists all.
     """
-    path = pathlib.Path(name).expanduser()
+    path = expand_home(name)
     shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
     if str(name) in shipped and not path.is_file():
         return shipped[str(name)]

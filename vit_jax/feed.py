@@ -11,7 +11,7 @@ import functools
 import jax
 import numpy as np
 
-from vit_jax import data, seeds, step
+from vit_jax import augment, data, seeds, step
 from vit_jax.parallel import mesh as mesh_lib
 
 
@@ -78,7 +78,7 @@ class StreamedFeed(_Feed):
         seed, spe = self._config.seed, self._plan.steps_per_epoch
         # Batches of the next epoch are read before this one ends.
         epoch_order = functools.lru_cache(maxsize=2)(lambda epoch: self._order(epoch, seed))
-        crop = data.make_crop(
+        crop = augment.make_crop(
             self._config.augment,
             size=self._config.data.image_size,
             seed=seed,

@@ -38,6 +38,7 @@ def train(config, path, *, command=""):
         with shared_errors():
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
+        with shared_errors():  # only now, since process 0 creates the workdir
             check_free_space(workdir.folders, _checkpoint_bytes(experiment))
             stack.enter_context(workdir.locked())
         _check_same_data(experiment)

@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from vit_jax import config as config_lib
-from vit_jax.data import epoch_order, make_crop, open_split, stream
+from vit_jax.augment import make_crop
+from vit_jax.augment.geometric import random_boxes
+from vit_jax.data import epoch_order, open_split
 from vit_jax.errors import UserError
-from vit_jax.run import setup
+from vit_jax.experiment import make_experiment
 from vit_jax.train import train
 
 
@@ -66,7 +68,7 @@ def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsy
     train(c, tmp_path / "resident")
     c.data.streaming = True
     result = train(c, tmp_path / "streamed")
-    assert "data decoded by 16 threads a host" in capsys.readouterr().out
+    assert "data decoded by 16 threads per host" in capsys.readouterr().out
     expected = losses(tmp_path / "resident")
     np.testing.assert_allclose(losses(tmp_path / "streamed"), expected, atol=1e-5)
     assert result["test_accuracy"] > 0.5
@@ -116,20 +118,18 @@ def test_alternating_flip_is_rejected_with_decoded_crops():
 
 
 def test_boxes_match_random_resized_crop():
-    rng = np.random.default_rng(0)
-    areas, aspects = [], []
-    for _ in range(2000):
-        top, left, rows, columns = stream.random_box(
-            rng.random(40), 300, 200, (0.08, 1.0), (3 / 4, 4 / 3)
-        )
-        assert 0 <= top <= top + rows <= 300 and 0 <= left <= left + columns <= 200
-        areas.append(rows * columns / 300 / 200)
-        aspects.append(columns / rows)
-    assert min(areas) < 0.1 and max(areas) > 0.8
-    assert 0.74 < min(aspects) < 0.76 and 1.3 < max(aspects) < 1.35
+    uniform = np.random.default_rng(0).random((2000, 40))
+    boxes = random_boxes(uniform, 300, 200, (0.08, 1.0), (3 / 4, 4 / 3))
+    assert all(isinstance(side, np.ndarray) for side in boxes)  # on the host, in float64
+    top, left, rows, columns = boxes
+    assert np.all(top >= 0) and np.all(rows > 0) and np.all(top + rows <= 300)
+    assert np.all(left >= 0) and np.all(columns > 0) and np.all(left + columns <= 200)
+    areas, aspects = rows * columns / 300 / 200, columns / rows
+    assert areas.min() < 0.1 and areas.max() > 0.8
+    assert 0.74 < aspects.min() < 0.76 and 1.3 < aspects.max() < 1.35
     # None of the ten candidates fits: the center crop, as wide as allowed.
-    box = stream.random_box(np.full(40, 0.999), 10, 400, (0.08, 1), (3 / 4, 4 / 3))
-    assert box == (0, 193, 10, 13)
+    boxes = random_boxes(np.full((1, 40), 0.999), 10, 400, (0.08, 1), (3 / 4, 4 / 3))
+    assert [int(side[0]) for side in boxes] == [0, 193, 10, 13]
 
 
 def test_mixed_sizes_train(photos, tiny_config, tmp_path):
@@ -156,12 +156,12 @@ def one_bad(tiny_config, tmp_path):
 
 def test_bad_image_is_named(one_bad):
     with pytest.raises(UserError, match=r"3.png is not a usable image"):
-        list(setup(one_bad).inputs(0))
+        list(make_experiment(one_bad).batches())
 
 
 def test_bad_images_are_skipped_and_counted(one_bad, tmp_path, capsys):
     one_bad.data.on_bad_image = "skip"
-    masks = [batch["mask"] for (batch,) in setup(one_bad).inputs(0)]
+    masks = [batch["mask"] for _, (batch,) in make_experiment(one_bad).batches()]
     assert sum(int(mask.sum()) for mask in masks) == 2 * 7
     train(one_bad, tmp_path / "run")
-    assert "1 images left out so far, as" in capsys.readouterr().out
+    assert "1 images skipped so far, for example" in capsys.readouterr().out

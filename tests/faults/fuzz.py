@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import hypothesis
 import numpy as np
@@ -34,10 +35,15 @@ else:
 with watched:
     from PIL import Image
 
-    from vit_jax import checkpoint, config, data, loading, main, metrics, weights
+    from vit_jax import config, data, main, weights
+    from vit_jax.commands.report import figures, sections
+    from vit_jax.commands.report.page import Page
+    from vit_jax.commands.report.records import read_records
     from vit_jax.errors import UserError
+    from vit_jax.inference import trained
     from vit_jax.model import init_params, make_model
     from vit_jax.weights import layouts
+    from vit_jax.workdir import checkpoints, checksums, metrics
 
 # The fields that load_weights reads from config.json and preprocessor_config.json.
 HUGGING_FACE = {
@@ -49,6 +55,33 @@ HUGGING_FACE = {
     "id2label": {"0": "a", "1": "b"},
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+}
+RUN = {
+    "command": "python -m vit_jax.main --config configs/cifar10_vit.py",
+    "date": "2026-01-01T00:00:00+00:00",
+    "commit": None,
+    "versions": {"jax": "0.10.2"},
+    "host": "a",
+    "devices": ["cpu"],
+    "processes": 1,
+}
+METRICS = {"step": 1, "val/accuracy": 0.5, "train/loss": 1.0, "train/lr": 0.1}
+RESULT = {
+    "train_loss": 1.0,
+    "test_accuracy": 0.5,
+    "test_loss": 1.0,
+    "val_accuracy": 0.5,
+    "seconds": 1.0,
+    "images_per_second": None,
+    "num_params": 10,
+    "device": "1 x cpu",
+}
+# The targets that read one JSON object, and a valid one.
+OBJECTS = {
+    "huggingface": HUGGING_FACE,
+    "report_run": RUN,
+    "report_result": RESULT,
+    "report_metrics": METRICS,
 }
 SECONDS = 20  # an input that takes longer hangs
 
@@ -77,10 +110,10 @@ class Targets:
             "preprocessing": {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3},
         }
         self.workdir = folder / "in" / "workdir"
-        checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints")
+        writer = checkpoints.Checkpoints(self.workdir / "checkpoints")
         items = {"params": params, "ema_params": None, "opt_state": {"n": np.int32(0)}}
-        checkpoints.save(1, **items, config=saved, data={}, progress={})
-        checkpoints.close()
+        writer.save(1, items, {"config": saved, "data": {}, "progress": {}})
+        writer.close()
         self.saved = self.workdir / "checkpoints" / "1" / "config" / "metadata"
 
         rng = np.random.default_rng(0)
@@ -99,9 +132,7 @@ class Targets:
         np.savez(npz, **flat)
         from safetensors.numpy import save
 
-        lines = "".join(
-            json.dumps({"step": i, "val/accuracy": 0.5, "train/loss": 1.0}) + "\n" for i in (1, 2)
-        )
+        lines = "".join(json.dumps({**METRICS, "step": step}) + "\n" for step in (1, 2))
         fields = list(config.FIELDS)
         settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
         (folder / "in" / "huggingface").mkdir()
@@ -118,7 +149,14 @@ class Targets:
             "huggingface": [json.dumps(HUGGING_FACE).encode()],
             "checkpoint": [self.saved.read_bytes()],
             "metrics": [lines.encode()],
+            "report_run": [json.dumps(RUN).encode()],
+            "report_result": [json.dumps(RESULT).encode()],
+            "report_metrics": [lines.encode()],
         }
+        self.report = folder / "in" / "report"
+        self.report.mkdir()
+        (self.report / "config.json").write_text(json.dumps(c.to_dict()))
+        self._restore_report()
 
     def own_file(self, metadata):
         from safetensors.numpy import save
@@ -158,18 +196,47 @@ class Targets:
     def checkpoint(self, given):
         self.saved.write_bytes(given)
         folder = self.saved.parents[1]
-        (folder / checkpoint.SUMS).unlink()
-        checkpoint._write_sums(folder)  # whoever made it made the sums fit
-        loading.load(self.workdir)
+        (folder / "SHA256SUMS").unlink()
+        checksums.write(folder)  # whoever made it made the sums fit
+        trained.load(self.workdir)
         weights.load_weights(self.workdir)
 
     def metrics(self, given):
         path = self.workdir / "metrics.jsonl"
         path.write_bytes(given)
         try:
-            loading._best_step(self.workdir)
+            trained._best_step(self.workdir)
         finally:
-            metrics.keep_lines_until(path, 1)
+            metrics.JsonLines(path, step=1).close()
+
+    def report_run(self, given):
+        self._report("run.json", given)
+
+    def report_result(self, given):
+        self._report("result.json", given)
+
+    def report_metrics(self, given):
+        self._report("metrics.jsonl", given)
+
+    def _report(self, name, given):
+        """Builds the parts of the page that come from the run's files, without drawing figures."""
+        (self.report / name).write_bytes(given)
+        try:
+            records = read_records(self.report)
+            page = Page(self.report)
+            sections.add_notices(page, records, "a")
+            with unittest.mock.patch.object(figures, "save", lambda *_: ""), figures.style():
+                sections.add_comparison(page, [("a", records), ("b", records)])
+                sections.add_curves(page, [("a", records)])
+            sections.add_identity(page, records)
+            page.render("a", "", sections.headline(records, None))
+        finally:
+            self._restore_report()
+
+    def _restore_report(self):
+        (self.report / "run.json").write_text(json.dumps(RUN))
+        (self.report / "result.json").write_text(json.dumps(RESULT))
+        (self.report / "metrics.jsonl").write_bytes(self.seeds["metrics"][0])
 
     def run(self, name, given):
         """'value' or 'refused'. Raises whatever else happens."""
@@ -247,16 +314,22 @@ def texts_of(names):
 def values_in(names):
     """A strategy for JSON values of any type; objects have some of these names, or others."""
     scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    scalar |= st.sampled_from(['"', "--config '", "\ud800", 10**400])
     return st.recursive(
         scalar, lambda v: st.lists(v, max_size=4) | st.dictionaries(names, v, max_size=4)
     )
 
 
 def changed(valid):
-    """A strategy for a dict in which up to three fields have values of any JSON type."""
+    """A strategy for a dict with up to three fields changed to any JSON value, and one missing."""
     values = values_in(st.sampled_from(list(valid)) | st.integers().map(str))
     changes = st.dictionaries(st.sampled_from(list(valid)), values, max_size=3)
-    return changes.map(lambda changes: valid | changes)
+    missing = st.none() | st.sampled_from(list(valid))
+
+    def apply(changes, missing):
+        return {name: value for name, value in (valid | changes).items() if name != missing}
+
+    return st.builds(apply, changes, missing)
 
 
 def jsons():
@@ -285,8 +358,8 @@ def strategy(targets, name):
         given |= texts_of(list(config.FIELDS))
     if name == "recipe_json":
         given |= jsons()
-    if name == "huggingface":
-        given |= changed(HUGGING_FACE).map(lambda fields: json.dumps(fields).encode())
+    if name in OBJECTS:
+        given = changed(OBJECTS[name]).map(lambda fields: json.dumps(fields).encode()) | given
     if name == "safetensors":
         models = changed(targets.own["model"]).map(lambda model: targets.own | {"model": model})
         given |= (changed(targets.own) | models).map(targets.own_file)

@@ -14,6 +14,7 @@ def targets(tmp_path_factory):
     [
         ("override", 150), ("recipe_json", 150), ("image", 400), ("npz", 100),
         ("safetensors", 150), ("huggingface", 150), ("checkpoint", 40), ("metrics", 300),
+        ("report_run", 60), ("report_result", 60), ("report_metrics", 40),
     ],
 )  # fmt: skip
 def test_any_input_is_a_value_or_one_line(targets, name, examples):

@@ -9,6 +9,7 @@ the draws, and switching on one operation leaves the draws of the others unchang
 cutmix with `mix_per = "batch"` draw once per batch.
 """
 
+from vit_jax.augment.decoded import make_crop
 from vit_jax.augment.pipeline import (
     check_image_shape,
     describe,
@@ -16,4 +17,4 @@ from vit_jax.augment.pipeline import (
     normalize,
 )
 
-__all__ = ["check_image_shape", "describe", "make_augment", "normalize"]
+__all__ = ["check_image_shape", "describe", "make_augment", "make_crop", "normalize"]

@@ -25,5 +25,9 @@ def normal(keys, shape):
 
 
 def below(uniform, count):
-    """Maps uniform draws on [0, 1) to integers int32, uniform on 0 .. count - 1."""
-    return jnp.floor(uniform * count).astype(jnp.int32)
+    """Maps uniform draws on [0, 1) to integers int32, uniform on 0 .. count - 1.
+
+    The draws are an array of JAX or of NumPy.
+    """
+    xp = uniform.__array_namespace__()
+    return xp.floor(uniform * count).astype(xp.int32)

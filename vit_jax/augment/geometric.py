@@ -42,40 +42,32 @@ def random_resized_crop(keys, images, scale, ratio):
 def random_boxes(uniform, height, width, scale, ratio, *, erasing=False):
     """Draws boxes with an area uniform in `scale` and a log-uniform aspect ratio in `ratio`.
 
-    Each box is the first that fits out of ten candidates, which `uniform`, float32[B,40] on [0, 1),
-    defines. Source: torchvision's get_params. The aspect ratio of a crop is columns / rows, and its
-    fallback is the largest centered box of an allowed ratio. The aspect ratio of an erased box is
-    rows / columns; the box is smaller than the image, and its fallback is empty.
+    Each box is the first that fits out of ten candidates, which `uniform`, float[B,40] on [0, 1),
+    defines; it is an array of JAX, or of NumPy for a crop on the host. Source: torchvision's
+    get_params. The aspect ratio of a crop is columns / rows, and its fallback is the largest
+    centered box of an allowed ratio. The aspect ratio of an erased box is rows / columns; the box
+    is smaller than the image, and its fallback is empty.
     """
-    area, log_aspect, down, right = jnp.moveaxis(uniform.reshape(-1, 4, 10), 1, 0)
+    xp = uniform.__array_namespace__()
+    area, log_aspect, down, right = uniform.reshape(-1, 4, 10).swapaxes(0, 1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = jnp.exp(low + (high - low) * log_aspect)
-    rows = jnp.round(jnp.sqrt(area * aspect if erasing else area / aspect)).astype(jnp.int32)
-    columns = jnp.round(jnp.sqrt(area / aspect if erasing else area * aspect)).astype(jnp.int32)
+    aspect = xp.exp(low + (high - low) * log_aspect)
+    rows = xp.round(xp.sqrt(area * aspect if erasing else area / aspect)).astype(xp.int32)
+    columns = xp.round(xp.sqrt(area / aspect if erasing else area * aspect)).astype(xp.int32)
     if erasing:
         fits = (rows < height) & (columns < width)
-        fallback = 0, 0
+        most_rows, most_columns = 0, 0
     else:
         fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
-        fallback = (
-            min(height, max(1, round(width / ratio[0]))),
-            min(width, max(1, round(height * ratio[1]))),
-        )
-    first = jnp.argmax(fits, axis=1)[:, None]
-    any_fits = jnp.any(fits, axis=1)
-
-    def pick(values, otherwise):
-        return jnp.where(any_fits, jnp.take_along_axis(values, first, axis=1)[:, 0], otherwise)
-
+        most_rows = min(height, max(1, round(width / ratio[0])))
+        most_columns = min(width, max(1, round(height * ratio[1])))
     top = draws.below(down, height - rows + 1)
     left = draws.below(right, width - columns + 1)
-    return (
-        pick(top, (height - fallback[0]) // 2),
-        pick(left, (width - fallback[1]) // 2),
-        pick(rows, fallback[0]),
-        pick(columns, fallback[1]),
-    )
+    first = xp.argmax(fits, axis=1)[None, :, None]
+    boxes = xp.take_along_axis(xp.stack([top, left, rows, columns]), first, axis=2)[..., 0]
+    centered = (height - most_rows) // 2, (width - most_columns) // 2, most_rows, most_columns
+    return tuple(xp.where(fits.any(axis=1), boxes, xp.array(centered)[:, None]))
 
 
 def resized_crop(images, top, left, rows, columns):

@@ -11,7 +11,7 @@ from vit_jax.data.open import open_split
 from vit_jax.data.order import epoch_order, eval_order
 from vit_jax.data.resident import Dataset
 from vit_jax.data.source import printable
-from vit_jax.data.stream import Stream, make_crop
+from vit_jax.data.stream import Stream
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -21,7 +21,6 @@ __all__ = [
     "center_crop_resize",
     "epoch_order",
     "eval_order",
-    "make_crop",
     "open_split",
     "printable",
     "read_image",

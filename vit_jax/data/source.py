@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 PREPARE_AGAIN = "copy or prepare the dataset again"
 
@@ -62,7 +62,7 @@ def printable(path) -> str:
 
 def user_cache(name: str, path: Path | None = None) -> Path:
     """Returns a folder in the user's cache, distinct for each `path`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vit_jax"
+    root = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax"
     digest = "-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:12] if path else ""
     return root / (name + digest)
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -147,47 +146,3 @@ class _Rows:
         example = self.stream.example_or_skip(index, crop) if index >= 0 else None
         image, label = example or (np.zeros(self.stream.image_shape, np.uint8), 0)
         return {"image": image, "label": np.int32(label), "mask": np.bool_(example is not None)}
-
-
-def make_crop(augment, *, size: int, seed: int, steps_per_epoch: int) -> Callable | None:
-    """Returns the `crop` of `Stream.batches` for augment.crop = "decoded", else None.
-
-    It is torchvision's RandomResizedCrop on images of any size, before they are resized for the
-    device. The box derives from (seed, epoch, index), so it belongs to the example.
-    """
-    if augment.crop != "decoded":
-        return None
-
-    def crop(image, step, index):
-        import cv2
-
-        # The order draws from the low end of the counter; these words are disjoint from it.
-        words = np.random.Philox(key=[seed, step // steps_per_epoch], counter=[0, 0, index + 1, 0])
-        uniform = (words.random_raw(40) >> np.uint64(11)) * 2.0**-53
-        box = random_box(uniform, *image.shape[:2], augment.crop_scale, augment.crop_ratio)
-        top, left, height, width = box
-        image = image[top : top + height, left : left + width]
-        method = cv2.INTER_AREA if height * width > size * size else cv2.INTER_LINEAR
-        return cv2.resize(image, (size, size), interpolation=method).reshape(size, size, -1)
-
-    return crop
-
-
-def random_box(uniform, height, width, scale, ratio):
-    """Returns a crop (top, left, height, width): torchvision's RandomResizedCrop.get_params.
-
-    `uniform`, float64[40] on [0, 1), defines ten candidates: an area in `scale`, an aspect ratio in
-    `ratio`, and a position. The first that fits is used, else the largest centered box of an
-    allowed aspect ratio.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for area, aspect, down, right in uniform.reshape(10, 4):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-        aspect = math.exp(low + (high - low) * aspect)
-        rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < rows <= height and 0 < columns <= width:
-            top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
-            return top, left, rows, columns
-    rows = min(height, max(1, round(width / ratio[0])))
-    columns = min(width, max(1, round(height * ratio[1])))
-    return (height - rows) // 2, (width - columns) // 2, rows, columns

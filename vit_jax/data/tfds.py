@@ -26,7 +26,7 @@ from vit_jax.data.source import (
     user_cache,
     writable,
 )
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 
 _WAYS = (
     "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run with network access and"
@@ -178,8 +178,8 @@ def _prepared_builder(name: str, data_dir: str | None):
     if name.split(":")[0] == "shapes10":
         import vit_jax.data.shapes10  # noqa: F401  (registers the builder)
 
-    folder = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    folders = [folder.expanduser().absolute()]
+    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    folders = [expand_home(place).absolute()]
     if not writable(folders[0]):
         folders.append(user_cache("tfds"))
     for folder in folders:

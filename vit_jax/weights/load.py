@@ -6,15 +6,13 @@ logits = weights.make_model().apply({"params": weights.params}, images)
 
 import json
 import math
-import os
-import pathlib
 from typing import Any, NamedTuple
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import config, model, workdir
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 from vit_jax.weights import files, huggingface, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
@@ -71,7 +69,7 @@ def load_weights(path, *, num_heads=None):
     Returns Weights.
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """
-    path = pathlib.Path(os.path.expanduser(path))
+    path = expand_home(path)
     if (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
     path = _file_in(path) if path.is_dir() else path

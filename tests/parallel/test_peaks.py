@@ -2,7 +2,7 @@
 
 import pytest
 
-from vit_jax.peaks import peak_flops
+from vit_jax.parallel.peaks import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""One to eight devices, data parallel and fsdp: the same training, and its communication."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax import config
+
+ROOT = pathlib.Path(__file__).parents[2]
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+AUGMENTED = {"augment.crop": "pad", "augment.crop_padding": 2, "augment.flip": "random"}
+AUGMENTED |= {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0}
+MESHES = [(1, 1), (4, 1), (8, 8)]  # devices, of them on fsdp; more: device_table.py
+
+
+@pytest.fixture(scope="module")
+def found(tiny_folder, tmp_path_factory):
+    """The results of all jobs, from one process with eight devices: starting one is what costs."""
+    c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
+    c.data.name = f"folder:{tiny_folder}"
+    c.batch_size = 16
+    c.model.patch_size, c.model.width, c.model.depth = 4, 16, 1
+    c.model.num_heads, c.model.mlp_dim = 2, 256  # wide enough for fsdp to split it
+    c.model.pool = "gap"  # the one block is computed for all tokens
+    c.optim.peak_lr = 1e-3
+    jobs = [
+        {"name": f"{n},{fsdp}", "devices": n, "steps": 20, "set": AUGMENTED | {"mesh.fsdp": fsdp}}
+        for n, fsdp in MESHES
+    ]
+    crop_and_flip = {k: v for k, v in AUGMENTED.items() if "mix" not in k}
+    levers = AUGMENTED | {"accumulate_steps": 4, "model.remat": True, "mesh.fsdp": 2}
+    jobs.append({"name": "accumulated", "devices": 4, "steps": 20, "set": levers})
+    jobs.append({"name": "not mixed", "devices": 4, "steps": 0, "set": crop_and_flip})
+    path = tmp_path_factory.mktemp("jobs") / "jobs.json"
+    path.write_text(json.dumps({"config": c.to_dict(), "jobs": jobs}))
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(pathlib.Path(__file__).with_name("eight_devices.py")), str(path)],
+        cwd=ROOT, env=os.environ | EIGHT | cache, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), MESHES[1:])
+def test_any_mesh_trains_as_one_device(found, devices, fsdp):
+    one, several = found["1,1"]["losses"], found[f"{devices},{fsdp}"]["losses"]
+    assert len(one) == 20 and one[0] != one[-1]
+    np.testing.assert_allclose(several, one, atol=1e-5)
+
+
+def test_accumulated_and_rematerialized_steps_train_the_same(found):
+    """The last batch of an epoch has 10 of 16: a mean of the microbatches' means would differ."""
+    one, several = found["1,1"]["losses"], found["accumulated"]["losses"]
+    np.testing.assert_allclose(several, one, atol=1e-5)
+
+
+def test_data_parallel_step_sends_only_the_gradients_once(found):
+    gradients = 4 * found["not mixed"]["num_params"]
+    sent = found["not mixed"]["transfers"]
+    assert sent.keys() == {"all-reduce"}  # nothing to the host either
+    assert gradients <= sent["all-reduce"][1] <= gradients + 256  # and scalars: loss, counts
+
+
+def test_mixing_sends_single_images_to_neighbors_and_gathers_none(found):
+    sent, gradients = found["4,1"]["transfers"], 4 * found["4,1"]["num_params"]
+    assert "all-gather" not in sent and "all-to-all" not in sent
+    assert sum(b for _, b in sent.values()) - gradients < found["4,1"]["image_bytes"]

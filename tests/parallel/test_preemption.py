@@ -1,0 +1,32 @@
+"""Signals while training; tests/faults sends them to whole runs."""
+
+import concurrent.futures
+import os
+import signal
+
+from vit_jax.parallel.preemption import StopSignal
+
+
+def test_first_signal_is_recorded_and_the_second_has_its_usual_effect(capfd):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignal() as stop:
+        assert not stop.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(2) and stop.signal == signal.SIGTERM
+        for number in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(number) == signal.SIG_DFL
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert capfd.readouterr().err == (
+        "SIGTERM: finishing the step and saving; a second signal exits immediately\n"
+    )
+
+
+def test_signals_keep_their_handlers_outside_the_main_thread():
+    """Python allows only the main thread to set them."""
+
+    def enter():
+        with StopSignal() as stop:
+            return signal.getsignal(signal.SIGTERM), stop.reached(1)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(enter).result() == (signal.getsignal(signal.SIGTERM), False)
