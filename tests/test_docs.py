@@ -18,10 +18,10 @@ PAGE = ROOT / "docs" / "config.md"
 
 INTRODUCTION = """# Config fields
 
-Every field with its default, meaning, and choices, as `python -m vit_jax.main --help_config` prints
-it (written by `python tests/test_docs.py`). A duration is a number of steps, epochs, examples, or
-percent of the run, such as `"500 steps"`, `"5 epochs"`, or `"15%"`; empty means never. On the command
-line the space may be left out: `--config.optim.warmup=5epochs`.
+Every field with its default, meaning, and choices, as `python -m vit_jax.main --help_config`
+prints it. A duration is a number of steps, epochs, examples, or percent of the run, such as
+`"500 steps"`, `"5 epochs"`, or `"15%"`; empty means never. On the command line the space may be
+left out: `--config.optim.warmup=5epochs`. This page is written by `python tests/test_docs.py`.
 """
 
 
@@ -41,7 +41,9 @@ def test_named_commands_paths_links_and_fields_exist(path):
         assert command in COMMANDS, command
     modules = {name.replace(".", "/") for name in re.findall(r"-m vit_jax((?:\.\w+)+)", text)}
     assert modules <= {"/main"}, modules
-    for name in re.findall(r"(?<![\w/])(?:vit_jax|configs|tests|scripts|docs)/[\w/]*(?:\.\w+)?", text):
+    for name in re.findall(
+        r"(?<![\w/])(?:vit_jax|configs|tests|scripts|docs)/[\w/]*(?:\.\w+)?", text
+    ):
         # Google's repository has a file of this name.
         assert (ROOT / name).exists() or name == "vit_jax/models_vit.py", name
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -1,10 +1,11 @@
-"""The rules of the package: imports, private names, sizes, tests, and what an import may not cost."""
+"""The rules of the package: imports, private names, sizes, annotations, tests, light imports."""
 
 import ast
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -96,6 +97,26 @@ def test_the_root_has_at_most_14_files_and_functions_at_most_60_lines():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 60, f"{name}: {node.name} has {length} lines"
+
+
+def test_public_functions_of_the_core_are_annotated():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    core = tuple(settings["tool"]["mypy"]["files"])
+
+    def functions(body):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from functions(node.body)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield node
+
+    for name, path in FILES.items():
+        if f"vit_jax/{name}".startswith(core):
+            for function in functions(ast.parse(path.read_text()).body):
+                arguments = [*function.args.args, *function.args.kwonlyargs]
+                free = [a.arg for a in arguments if a.annotation is None]
+                assert function.returns, f"{name}: {function.name} has no return annotation"
+                assert set(free) <= {"self", "cls"}, f"{name}: {function.name}: {free}"
 
 
 def test_tests_mirror_the_package():
