@@ -17,6 +17,7 @@ ENTRIES = ("__init__", "__main__", "main")
 # Modules without a test file of their own, and the tests that cover them.
 COVERED_BY = {
     "__main__": "commands/test_cli",
+    "augment/decoded": "data/test_stream",
     "augment/draws": "augment/test_policy",
     "commands/benchmark/measure": "commands/test_benchmark",
     "commands/benchmark/notebook_torch": "parity/test_benchmark_torch",
@@ -28,16 +29,11 @@ COVERED_BY = {
     "commands/report/records": "commands/test_report",
     "commands/report/sections": "commands/test_report",
     "data/source": "data/test_open",
-    "errors": "commands/test_cli",
-    "experiment": "test_train",
-    "feed": "test_devices",
+    "feed": "parallel/test_mesh",
     "inference/classify": "commands/test_predict",
-    "inference/examples": "commands/test_evaluate",
     "main": "commands/test_cli",
-    "seeds": "test_train",
     "weights/huggingface": "weights/test_load",
     "workdir/files": "faults/test_disk",
-    "workdir/folder": "test_train",
 }
 
 
