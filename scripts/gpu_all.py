@@ -1,10 +1,10 @@
-"""Everything that waits for a GPU, in one command: python scripts/gpu_all.py --out OUT.
+"""Everything that needs a GPU, in one command: python scripts/gpu_all.py --out OUT.
 
-Tells the expected time first. Each item is an ordinary command whose output goes to
-OUT/NAME/log.txt; what is complete is not run again, and a run that was interrupted goes on where it
-stopped. At the end the rows for docs/results.md and docs/performance.md are printed, and written to
-OUT/report.md. `--steps 1` rehearses the whole on any machine: a tiny model, one step per run.
-Without PyTorch, which launch.sh does not install, the comparisons measure vit_jax alone.
+Prints the expected time first. Each item is an ordinary command whose output goes to
+OUT/NAME/log.txt. Complete items are not run again, and an interrupted run resumes. At the end the
+rows for docs/results.md and docs/performance.md are printed and written to OUT/report.md. `--steps
+1` rehearses everything on any machine with a tiny model and one step per run. Without PyTorch,
+which launch.sh does not install, the comparisons measure vit_jax alone.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from vit_jax import metrics
+from vit_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -42,13 +42,13 @@ def train(recipe, *flags):
 
 def bench(recipe, *flags):
     """A benchmark of a recipe."""
-    return ("vit_jax.benchmark", "--config", f"configs/{recipe}.py", "--json", *flags)
+    return ("vit_jax benchmark", "--config", f"configs/{recipe}.py", "--json", *flags)
 
 
 def sweep(recipe, *settings):
     """A grid on the part held out of the training split; the test split is not read."""
     config = ("--config", f"configs/{recipe}.py", "--workdir", "{folder}")
-    return ("vit_jax.sweep", *config, "--set", *settings, *HELD_OUT)
+    return ("vit_jax sweep", *config, "--set", *settings, *HELD_OUT)
 
 
 def script(name, *flags):
@@ -111,17 +111,17 @@ def command_of(name, folder, rehearse, *, against_torch):
         rest = ["-q", "tests/test_optim.py"]
     elif rehearse:
         rest += [f"--config.model.{x}" for x in TINY]
-        if module in ("vit_jax.main", "vit_jax.sweep"):
+        if module in ("vit_jax.main", "vit_jax sweep"):
             rest += [f"--config.steps={rehearse}", "--config.num_seeds=1"]
-            rest += [] if module == "vit_jax.sweep" else ["--config.data.test_split=test[:500]"]
-        if module == "vit_jax.benchmark":
-            rest += ["--rounds", "1", "--round_seconds", "0.1", "--no_start"]
+            rest += [] if module == "vit_jax sweep" else ["--config.data.test_split=test[:500]"]
+        if module == "vit_jax benchmark":
+            rest += ["--rounds", "1", "--round_seconds", "0.1"]
             rest += ["--variants", "written"] if "torch" in rest else []
         if module == "scripts.cost_table":
             rest += ["--rounds", "1", "--round_seconds", "0.1", "--only", "patch size"]
         if module == "scripts.gpu_levers":
             rest += ["--counts", "1", "2"]
-    return [PYTHON, "-m", module, *rest]
+    return [PYTHON, "-m", *module.split(), *rest]
 
 
 def complete(name, out, rehearse, *, against_torch):
@@ -204,19 +204,15 @@ def report(out, chosen, done):
     if "notebook" in chosen:
         yield from ("", *notebook_lines(out / "notebook"))
     yield from ("", "## docs/performance.md", "")
-    yield (
-        "| item | images/s | ms a step | epoch, s | MFU, % stated | measured | PyTorch | where |"
-    )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield ("| item | images/s | ms per step | epoch, s | MFU, % | faster than PyTorch | where |")
+    yield "|---|---|---|---|---|---|---|"
     for name in done:
-        if module[name] != "vit_jax.benchmark":
+        if module[name] != "vit_jax benchmark":
             continue
         lines = (out / name / "log.txt").read_text().splitlines()
         r = json.loads([line for line in lines if line.startswith("{")][-1])  # warnings stand about
-        mfu = f"{100 * r['mfu_of_stated']:.1f}" if r["mfu_of_stated"] else ""
-        ratios = {k: v.get("ours_times_theirs") for k, v in r["rivals"].items()}
-        told = (f"{k}: " + (f"ours {v:.2f} times" if v else "failed") for k, v in ratios.items())
-        rivals, e = "; ".join(told), r["environment"]
+        mfu, e = f"{100 * r['mfu']:.1f}" if r["mfu"] else "", r["environment"]
+        rivals = "; ".join(f"{k}: {v['speedup']:.2f} times" for k, v in r["rivals"].items())
         where = [
             e["devices"][0],
             f"jax {e['versions']['jax']}",
@@ -226,10 +222,10 @@ def report(out, chosen, done):
         yield (
             f"| {name} | {r['images_per_second']:,.0f} | "
             f"{1e3 * r['seconds_per_step']['median']:.3f} | {r['seconds_per_epoch']:.2f} | {mfu} | "
-            f"{100 * r['mfu_of_measured']:.1f} | {rivals} | {where} |"
+            f"{rivals} | {where} |"
         )
     for name in done:
-        if module[name] not in ("vit_jax.main", "vit_jax.benchmark"):
+        if module[name] not in ("vit_jax.main", "vit_jax benchmark"):
             yield from ("", f"### {name}", "", (out / name / "log.txt").read_text().strip())
 
 
