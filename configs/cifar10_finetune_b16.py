@@ -1,17 +1,18 @@
-"""ViT-B/16, pre-trained elsewhere, fine-tuned on CIFAR-10 at 384 pixels: the published recipe.
+"""Fine-tunes a pretrained ViT-B/16 on CIFAR-10 at 384x384 with the published recipe.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_finetune_b16.py \\
         --config.init_from=ViT-B_16.npz
 
-Expected: 98.6% test accuracy in these 500 steps, 99.0% in 10,000 (--config.steps=10000), as
-published by google-research/vision_transformer from its ImageNet-21k weights; not yet measured
-here. Ours crops and flips at 32 pixels and then resizes to 384; the published one resizes first.
-The published rates are .001 to .03, the best by validation. Memory: the attention maps of a step
-are 90 GB over all devices (11 blocks, 12 heads, 577 x 577 float32, 512 images): several GPUs, or a
-smaller batch_size with a rate as much smaller.
+Expected test accuracy: 98.6% after these 500 steps, 99.0% after 10,000 (--config.steps=10000), as
+published by google-research/vision_transformer from ImageNet-21k weights; not yet measured here.
+Images are cropped and flipped at 32x32 and then resized; the published recipe resizes first.
+Published learning rates range from 0.001 to 0.03, chosen on validation accuracy. The attention maps
+of one step take 90 GB across all devices (11 blocks, 12 heads, 577x577 float32, 512 images): use
+several GPUs, or reduce the batch size and scale the learning rate with it.
 
-The fields are of Google's .npz. Weights of Hugging Face compute otherwise, and say so when read:
---config.model.gelu=exact --config.model.norm_eps=1e-12; timm's: exact and 1e-6.
+The model fields match Google's .npz files. Hugging Face weights need --config.model.gelu=exact
+--config.model.norm_eps=1e-12, timm weights exact and 1e-6; without them, loading raises an error
+that lists the fields to set.
 """
 
 from vit_jax.config import defaults
@@ -28,7 +29,7 @@ def get_config():
 
     config.model.size = "B"
     config.model.patch_size = 16
-    config.model.image_size = 384  # images cross to the device at 32 pixels
+    config.model.image_size = 384  # resized on the device, from 32 pixels
     config.model.gelu = "tanh"
     config.model.norm_eps = 1e-6
     config.model.dtype = "bfloat16"

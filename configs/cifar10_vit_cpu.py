@@ -1,9 +1,9 @@
-"""The best a ViT can do on CIFAR-10 in half an hour of two CPU cores.
+"""Trains a small ViT on CIFAR-10 in half an hour on two CPU cores.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_cpu.py
 
-Measured: test accuracy 80.09%, 33 minutes on a busy machine, 52 core-minutes (one seed;
-docs/results.md has the curve).
+Measured: 80.09% test accuracy in 33 minutes on a busy machine, 52 core-minutes (one seed).
+docs/results.md has the command and the hardware.
 """
 
 from vit_jax.config import defaults
@@ -23,7 +23,7 @@ def get_config():
     config.model.mlp_dim = 192
     config.model.pool = "gap"
     config.model.stem = "conv"
-    config.model.weight_init = "pytorch"  # .02 is too small a start for this width
+    config.model.weight_init = "pytorch"  # trunc_normal(0.02) is too small for this width
 
     config.augment.crop = "pad"
     config.augment.crop_padding_mode = "reflect"

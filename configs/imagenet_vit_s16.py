@@ -1,12 +1,12 @@
-"""ViT-S/16 on ImageNet-1k, 90 epochs: the plain recipe of Beyer et al. (arXiv 2205.01580).
+"""Trains ViT-S/16 on ImageNet-1k for 90 epochs with the recipe of arXiv 2205.01580.
 
     srun ./launch.sh python -m vit_jax.main --config configs/imagenet_vit_s16.py
 
-Expected: 76.5% on the validation split in the paper (big_vision, 8 TPU v3). Not yet measured here.
-TFDS's imagenet2012 must be prepared before (its archives are downloaded by hand); a folder of class
-folders does too: --config.data.name=folder:/path, with train/ and validation/ in it. All splits are
-streamed. What differs from the paper: the validation images are cut to their whole central square,
-not to .875 of it.
+Expected accuracy on the validation split: 76.5%, as published (big_vision, 8 TPU v3); not yet
+measured here. Prepare TFDS's imagenet2012 first (its archives are downloaded manually), or use an
+image folder with train/ and validation/: --config.data.name=folder:/path. All splits are streamed.
+One difference from the paper: validation images are center-cropped to their full shorter side
+instead of to 0.875 of it.
 """
 
 from vit_jax.config import defaults
@@ -20,7 +20,7 @@ def get_config():
 
     config.data.name = "imagenet2012"
     config.data.train_split = "train[:99%]"
-    config.data.val_split = "train[99%:]"  # for choices; the "validation" split is the test
+    config.data.val_split = "train[99%:]"  # to choose by; "validation" is the test split
     config.data.test_split = "validation"
     config.data.image_size = 224
     config.data.streaming = True
@@ -42,6 +42,6 @@ def get_config():
 
     config.optim.peak_lr = 1e-3
     config.optim.warmup = "10000 steps"
-    config.optim.weight_decay = 0.1  # big_vision's 1e-4 is not multiplied by the peak rate, ours is
+    config.optim.weight_decay = 0.1  # big_vision: 1e-4, not multiplied by peak_lr
     config.optim.grad_clip_norm = 1.0
     return config

@@ -167,6 +167,7 @@ def test_help_lists_every_field_once():
     [
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
+        ("def get_config(): raise KeyError('')", "KeyError"),
         ("def get_config(): return 3", "must return a ConfigDict"),
         (
             "from vit_jax.config import defaults\n"

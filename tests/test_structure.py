@@ -1,57 +1,140 @@
-"""The import rule of the package, and what an import may not cost."""
+"""The rules of the package: imports, private names, sizes, annotations, tests, light imports."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
-
-# A file imports only files of a lower level; files of one level never each other.
-LEVELS = {
-    0: {"errors", "durations", "scores", "attention", "notebook_torch", "peaks"},
-    1: {"config"},
-    2: {"model", "augment", "data", "optim", "mesh", "checkpoint", "metrics"}
-    | {"distributed", "stopping", "figures"},
-    3: {"classify"},
-    4: {"step", "loading", "weights"},
-    5: {"evaluate", "export", "predict", "demo"},
-    6: {"run", "sweep"},
-    7: {"train", "explain"},
-    8: {"main", "benchmark", "benchmark_torch"},
-    9: {"report"},
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "vit_jax"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+# These import from anywhere, and nothing imports them.
+ENTRIES = ("__init__", "__main__", "main")
+# Modules without a test file of their own, and the tests that cover them.
+COVERED_BY = {
+    "__main__": "commands/test_cli",
+    "augment/decoded": "data/test_stream",
+    "augment/draws": "augment/test_policy",
+    "commands/benchmark/measure": "commands/test_benchmark",
+    "commands/benchmark/notebook_torch": "parity/test_benchmark_torch",
+    "commands/benchmark/torch_side": "parity/test_benchmark_torch",
+    "commands/demo/server": "commands/test_demo",
+    "commands/report/build": "commands/test_report",
+    "commands/report/figures": "commands/test_report",
+    "commands/report/page": "commands/test_report",
+    "commands/report/records": "commands/test_report",
+    "commands/report/sections": "commands/test_report",
+    "data/source": "data/test_open",
+    "feed": "parallel/test_mesh",
+    "inference/classify": "commands/test_predict",
+    "main": "commands/test_cli",
+    "weights/huggingface": "weights/test_load",
+    "workdir/files": "faults/test_disk",
 }
-LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 
 
-def imported(path):
-    """Names of the package's own modules that a file imports."""
+def imports(path):
+    """Yields (module, name or None) for every import of the package's own modules in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "vit_jax":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vit_jax."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vit_jax":
+            yield from ((node.module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("vit_jax."))
+            names = (alias.name for alias in node.names)
+            yield from ((name, None) for name in names if name.startswith("vit_jax."))
 
 
-def test_files_import_only_lower_levels():
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if name == "__init__":
+def top(module, name):
+    """The root module or package that an import reaches."""
+    return module.split(".")[1] if "." in module else name
+
+
+def import_list():
+    """{module or package: its line} of the list in docs/architecture.md, counted from the top."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    block = re.search(r"^## Imports$.*?^```\n(.*?)^```", text, re.M | re.S)[1]
+    return {name: i for i, line in enumerate(block.splitlines()) for name in line.split()}
+
+
+def test_imports_go_down_the_list_and_never_within_a_line():
+    lines = import_list()
+    for name, path in FILES.items():
+        importer = name.split("/")[0].removesuffix(".py")
+        if importer in ENTRIES:
             continue
-        assert name in LEVEL, f"{name} has no level: add it to LEVELS"
-        for other in imported(path):
-            if other == name:  # within a package
-                continue
-            assert LEVEL[other] < LEVEL[name], f"{path.name} imports {other}"
+        assert importer in lines, f"{importer} is not in the list of docs/architecture.md"
+        for imported in {top(*pair) for pair in imports(path)} - {importer}:
+            assert imported in lines, f"{name} imports {imported}"
+            assert lines[imported] > lines[importer], f"{name} imports {imported}"
+
+
+def test_private_names_stay_in_their_file():
+    private = re.compile(r"_(?!_)")
+    for path in [*FILES.values(), *(ROOT / "scripts").glob("*.py")]:
+        tree, modules = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vit_jax"):
+                for alias in node.names:
+                    assert not private.match(alias.name), f"{path.name} imports {alias.name}"
+                    modules.add(alias.asname or alias.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                uses = f"{path.name} uses {node.value.id}.{node.attr}"
+                assert not (node.value.id in modules and private.match(node.attr)), uses
+
+
+def test_the_root_has_at_most_14_files_and_functions_at_most_60_lines():
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"{name}: {node.name} has {length} lines"
+
+
+def test_public_functions_of_the_core_are_annotated():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    core = tuple(settings["tool"]["mypy"]["files"])
+
+    def functions(body):
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from functions(node.body)
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                yield node
+
+    for name, path in FILES.items():
+        if f"vit_jax/{name}".startswith(core):
+            for function in functions(ast.parse(path.read_text()).body):
+                arguments = [*function.args.args, *function.args.kwonlyargs]
+                free = [a.arg for a in arguments if a.annotation is None]
+                assert function.returns, f"{name}: {function.name} has no return annotation"
+                assert set(free) <= {"self", "cls"}, f"{name}: {function.name}: {free}"
+
+
+def test_tests_mirror_the_package():
+    def test_file(module):
+        folder, _, name = module.rpartition("/")
+        return pathlib.Path("tests", folder, f"test_{name}.py")
+
+    modules = {name.removesuffix(".py") for name in FILES if not name.endswith("/__init__.py")}
+    modules -= {"__init__"}
+    assert set(COVERED_BY) <= modules, "COVERED_BY names a module that does not exist"
+    for module in modules:
+        path = test_file(module)
+        if module in COVERED_BY:
+            folder, _, name = COVERED_BY[module].rpartition("/")
+            assert not (ROOT / path).exists(), f"{module} has {path}: remove it from COVERED_BY"
+            path = pathlib.Path("tests", folder, f"{name}.py")
+        assert (ROOT / path).exists(), f"{path} does not exist: add it, or name it in COVERED_BY"
 
 
 def run(code):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.strip()
 
 

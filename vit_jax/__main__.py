@@ -5,7 +5,7 @@ import sys
 
 from vit_jax.errors import UserError, run_command
 
-_COMMANDS = {
+COMMANDS = {
     "train": ("vit_jax.main", "train a Vision Transformer from a recipe"),
     "evaluate": ("vit_jax.commands.evaluate", "evaluate a run on a split or an image folder"),
     "predict": ("vit_jax.commands.predict", "classify image files"),
@@ -26,13 +26,13 @@ def main():
 def _main(arguments):
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: vit-jax COMMAND ...\n\ncommands (vit-jax COMMAND --help explains each):")
-        for name, (_, help_text) in _COMMANDS.items():
+        for name, (_, help_text) in COMMANDS.items():
             print(f"  {name:10} {help_text}")
         return
     name, *rest = arguments
-    if name not in _COMMANDS:
-        raise UserError(f"unknown command {name}: use one of {', '.join(_COMMANDS)}")
-    importlib.import_module(_COMMANDS[name][0]).main(rest)
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}: use one of {', '.join(COMMANDS)}")
+    importlib.import_module(COMMANDS[name][0]).main(rest)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,15 @@ def choice(default: str, *others: str, doc: str) -> Field:
     return Field(default, doc, "a text", _text, allowed, choices.__contains__, choices)
 
 
-def number(default, doc, *, at_least=None, above=None, at_most=None, below=None) -> Field:
+def number(
+    default: int | float,
+    doc: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Field:
     """An int or a float, whichever `default` is, within bounds. NaN is within no bounds."""
     bounds = [
         ("at least", at_least, operator.ge),
@@ -80,12 +88,16 @@ def number(default, doc, *, at_least=None, above=None, at_most=None, below=None)
     return Field(default, doc, kind, convert, allowed, is_allowed)
 
 
-def numbers(default, doc, allowed, is_allowed) -> Field:
+def numbers(
+    default: tuple[float, ...], doc: str, allowed: str, is_allowed: Callable[[Any], bool]
+) -> Field:
     """A tuple of floats."""
     return Field(default, doc, "numbers in brackets, as (0.5, 0.5)", _floats, allowed, is_allowed)
 
 
-def interval(default, doc, *, at_least=0, at_most=math.inf) -> Field:
+def interval(
+    default: tuple[float, float], doc: str, *, at_least: float = 0, at_most: float = math.inf
+) -> Field:
     """A pair of floats in ascending order, both within bounds."""
     bounds = f"between {at_least} and {at_most}" if at_most < math.inf else f"at least {at_least}"
 
@@ -411,7 +423,7 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
     except UserError:
         raise
     except (KeyError, AttributeError) as e:  # get_config, or a field of the locked config
-        name = re.search(r"\w+", str(e).removeprefix("'Key \""))[0]
+        name = (re.findall(r"\w+", str(e).removeprefix("'Key \"")) or [repr(e)])[0]
         raise UserError(
             f"the config file {path} fails: no field or function {name}{_renamed(name, 'N')}"
         ) from e

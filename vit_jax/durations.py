@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+from ml_collections import ConfigDict
+
 _PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
 
 
@@ -74,7 +76,7 @@ class Plan:
     histograms: Every
 
     @classmethod
-    def make(cls, config, num_examples: int) -> "Plan":
+    def make(cls, config: ConfigDict, num_examples: int) -> "Plan":
         """The plan of a config. Warmup and the part without mixing are at most the whole run."""
         steps_per_epoch = math.ceil(num_examples / config.batch_size)
         total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))

@@ -3,6 +3,8 @@
 import errno
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -12,11 +14,11 @@ class UserError(Exception):
 class Stopped(Exception):
     """A run that ended early by a signal, its state saved."""
 
-    def __init__(self, signal_number):
+    def __init__(self, signal_number: int) -> None:
         self.code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells count
 
 
-def expand_home(path):
+def expand_home(path: str | pathlib.Path) -> pathlib.Path:
     """`path` with a leading `~` expanded. Raises UserError if no home directory is known."""
     try:
         return pathlib.Path(path).expanduser()
@@ -24,7 +26,7 @@ def expand_home(path):
         raise UserError(f"{path}: this user has no home directory; set HOME") from e
 
 
-def make_folder(path):
+def make_folder(path: str | pathlib.Path) -> None:
     """Creates a directory and its parents. Raises UserError where that is impossible."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ DISK_REFUSES = (
 )
 
 
-def run_command(main, *args):
+def run_command(main: Callable[..., Any], *args: Any) -> Any:
     """Calls `main`; a UserError, or a disk that refuses, is one line on stderr and exit code 2.
 
     An interrupt from the keyboard is exit code 130, a run stopped by a signal has its own. None

@@ -1,14 +1,19 @@
 """The exact pass over a split: every example counts once, at any batch size and device count."""
 
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vit_jax.parallel import mesh as mesh_lib
 
 
-def make_evaluate(eval_step, mesh):
+def make_evaluate(
+    eval_step: Callable[[Any, Any], dict[str, jax.Array]], mesh: Mesh
+) -> Callable[[Any, Iterable[Any]], dict[str, Any]]:
     """Returns evaluate(params, batches) -> {"loss", "accuracy", "count"}.
 
     `eval_step` is `step.make_eval_step`'s function, and `batches` yields its global batches, padded

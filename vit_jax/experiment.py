@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import math
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vit_jax import augment, data, optim, seeds
 from vit_jax import config as config_lib
@@ -51,23 +54,23 @@ class Experiment:
     _init: Any  # seed -> TrainState, jitted
 
     @property
-    def train(self):
+    def train(self) -> data.Dataset | data.Stream:
         """The training split."""
         return self.splits["train"]
 
     @property
-    def num_params(self):
+    def num_params(self) -> int:
         """Number of parameters of the model."""
         params = seeds.unstack_shapes(self.state_shapes.params, self.config.num_seeds)
         return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
 
     @property
-    def flops_per_image(self):
+    def flops_per_image(self) -> float:
         """Floating-point operations of one image, forward and backward."""
         return train_flops_per_image(self.model, self.train.image_shape)
 
     @functools.cached_property
-    def data_identity(self):
+    def data_identity(self) -> dict[str, Any]:
         """The identity of the data, as JSON: class names, and each split's size and digest.
 
         A streamed split's digest covers a sample of its images, so it compares only with another
@@ -87,7 +90,7 @@ class Experiment:
         }
 
     @functools.cached_property
-    def documents(self):
+    def documents(self) -> dict[str, Any]:
         """The JSON items of a checkpoint: `config` (completed by each workdir) and `data`."""
         c = self.config
         return {
@@ -105,29 +108,30 @@ class Experiment:
         }
 
     @property
-    def skipped_images(self):
+    def skipped_images(self) -> dict[int, str]:
         """{index: reason} of the training images that could not be decoded so far."""
-        return self.train.skipped if self.config.data.streaming else {}
+        train = self.train
+        return train.skipped if isinstance(train, data.Stream) else {}
 
-    def check(self):
+    def check(self) -> None:
         """Traces the step, which raises the UserErrors that only tracing finds.
 
         jit keeps the trace, so the first step is not slower.
         """
         self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes())
 
-    def init(self):
+    def init(self) -> TrainState:
         """The TrainState before the first step, on the devices."""
         seed = seeds.stack([np.uint32(seed) for seed in seeds.seeds_of(self.config)])
         return self._init(mesh_lib.to_devices(seed, mesh_lib.replicated(self.mesh)))
 
-    def batches(self, after=0):
+    def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
         """Yields (step, inputs of `train_step`) for every step after step `after`."""
         steps = range(after + 1, self.plan.total_steps + 1)
         # After the last step no feed is started: not strict.
         return zip(steps, self.feed.inputs(after), strict=False)
 
-    def stored_batch(self, step, seed):
+    def stored_batch(self, step: int, seed: int) -> dict[str, np.ndarray]:
         """The examples of a step, counted from 1, as the split stores them, on the host.
 
         {"image": uint8[b, H, W, C], "label": int32[b], "index": int32[b]}.
@@ -139,7 +143,7 @@ class Experiment:
         images, labels = self.train.examples(index)
         return {"image": images, "label": labels, "index": index}
 
-    def evaluate(self, params, split):
+    def evaluate(self, params: Any, split: str) -> dict[str, Any]:
         """{"loss", "accuracy", "count"} of parameters over a whole split, by its name."""
         return self._evaluate(params, self._eval_batches(split)())
 
@@ -155,7 +159,9 @@ class Experiment:
         )
 
 
-def make_experiment(config, *, devices=None, fresh=True):
+def make_experiment(
+    config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, fresh: bool = True
+) -> Experiment:
     """The Experiment of a config, on a list of devices (default: all).
 
     Reads the data and writes nothing. Raises UserError for invalid input. If `fresh` is false, a
@@ -314,7 +320,7 @@ def _make_steps(config, mesh, model, optimizer, schedule, plan, feed, state_shap
     )
 
 
-def describe(experiment, workdir):
+def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
     """The lines that describe an experiment before its first step."""
     c, plan, train = experiment.config, experiment.plan, experiment.train
     last_batch = plan.num_examples - (plan.steps_per_epoch - 1) * plan.batch_size

@@ -7,15 +7,22 @@ order, {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}, sharded
 
 import collections
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from vit_jax import augment, data, seeds, step
+from vit_jax.durations import Plan
 from vit_jax.parallel import mesh as mesh_lib
 
 
-def make_feed(split, config, plan, mesh):
+def make_feed(
+    split: data.Dataset | data.Stream, config: ConfigDict, plan: Plan, mesh: Mesh
+) -> "ResidentFeed | StreamedFeed":
     """The training batches of a `data.Dataset` or a `data.Stream`."""
     kind = ResidentFeed if isinstance(split, data.Dataset) else StreamedFeed
     return kind(split, config, plan, mesh)
@@ -41,7 +48,7 @@ class ResidentFeed(_Feed):
 
     vmap_axes = (None, 0)  # the seeds share the split, and each has its own order
 
-    def inputs(self, after):
+    def inputs(self, after: int) -> Iterator[tuple]:
         """Yields (split, order) for each step after step `after`, as `input_shapes` gives them."""
         split, spe = to_devices(self._split, self._mesh), self._plan.steps_per_epoch
         order = None
@@ -52,7 +59,7 @@ class ResidentFeed(_Feed):
                 order = mesh_lib.to_devices(seeds.stack(orders), everywhere)
             yield split, order
 
-    def input_shapes(self):
+    def input_shapes(self) -> tuple:
         """The inputs as jax.ShapeDtypeStruct."""
         split, everywhere = self._split, mesh_lib.replicated(self._mesh)
         order = np.zeros((self._plan.steps_per_epoch, self._num_rows), np.int32)
@@ -62,7 +69,9 @@ class ResidentFeed(_Feed):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arrays
         )
 
-    def batch(self, step_index, split, order):
+    def batch(
+        self, step_index: jax.Array, split: dict[str, jax.Array], order: jax.Array
+    ) -> dict[str, jax.Array]:
         """The batch of a step, counted from 0, inside jit."""
         batch = step.gather(split, order[step_index % self._plan.steps_per_epoch])
         return jax.lax.with_sharding_constraint(batch, mesh_lib.batch_sharding(self._mesh))
@@ -73,7 +82,7 @@ class StreamedFeed(_Feed):
 
     vmap_axes = (None,)
 
-    def inputs(self, after):
+    def inputs(self, after: int) -> Iterator[tuple]:
         """Yields (batch,) for each step after step `after`."""
         seed, spe = self._config.seed, self._plan.steps_per_epoch
         # Batches of the next epoch are read before this one ends.
@@ -89,11 +98,14 @@ class StreamedFeed(_Feed):
         for batch in _streamed(self._split, order, steps, self._config, self._mesh, crop):
             yield (batch,)
 
-    def input_shapes(self):
+    def input_shapes(self) -> tuple:
         """The input as jax.ShapeDtypeStruct."""
         sharding, rows = mesh_lib.batch_sharding(self._mesh), self._num_rows
-        shapes = {"image": (self._split.image_shape, np.uint8), "label": ((), np.int32)}
-        shapes["mask"] = ((), np.bool_)
+        shapes: dict[str, Any] = {
+            "image": (self._split.image_shape, np.uint8),
+            "label": ((), np.int32),
+            "mask": ((), np.bool_),
+        }
         return (
             {
                 name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
@@ -101,18 +113,20 @@ class StreamedFeed(_Feed):
             },
         )
 
-    def batch(self, step_index, batch):
+    def batch(self, step_index: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The batch of a step."""
         return batch
 
 
-def to_devices(split, mesh):
+def to_devices(split: data.Dataset, mesh: Mesh) -> dict[str, jax.Array]:
     """A `data.Dataset` on every device: {"image": uint8[N, H, W, C], "label": int32[N]}."""
     arrays = {"image": split.images, "label": split.labels}
     return mesh_lib.to_devices(arrays, mesh_lib.replicated(mesh))
 
 
-def make_eval_batches(split, config, mesh):
+def make_eval_batches(
+    split: data.Dataset | data.Stream, config: ConfigDict, mesh: Mesh
+) -> Callable[[], Iterator[dict[str, jax.Array]]]:
     """Returns a function that yields every example of a split once, in masked batches."""
     batch_size = config.eval_batch_size + -config.eval_batch_size % mesh.size
     order = data.eval_order(split.num_examples, batch_size)

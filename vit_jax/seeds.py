@@ -7,56 +7,61 @@ seed has a workdir of its own, `seed_N`.
 
 import contextlib
 import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
+from vit_jax.durations import Every
 from vit_jax.parallel import mesh as mesh_lib
 from vit_jax.step import TrainState
-from vit_jax.workdir import BadStep, Workdir, newest_intact_step, write_errors, write_json
+from vit_jax.workdir import BadStep, TrainLog, Workdir, newest_intact_step, write_errors, write_json
 
 _SAVED_ARRAYS = ("params", "ema_params", "opt_state")
 
 
-def seeds_of(config):
+def seeds_of(config: ConfigDict) -> list[int]:
     """The seeds of a config as a list of ints."""
     return [config.seed + i for i in range(config.num_seeds)]
 
 
-def config_of(config, seed):
+def config_of(config: ConfigDict, seed: int) -> ConfigDict:
     """The config of one seed alone."""
     config = config_lib.from_dict(config.to_dict())
     config.seed, config.num_seeds = seed, 1
     return config
 
 
-def vmap_seeds(fn, num_seeds, in_axes):
+def vmap_seeds(fn: Callable, num_seeds: int, in_axes: Any) -> Callable:
     """`jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
     return fn if num_seeds == 1 else jax.vmap(fn, in_axes)
 
 
-def stack(trees):
+def stack(trees: Sequence[Any]) -> Any:
     """Stacks one tree of host arrays per seed along [S]; the tree itself for one seed."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
-def unstack(tree, num_seeds):
+def unstack(tree: Any, num_seeds: int) -> list[Any]:
     """One tree per seed from a tree of arrays that lead with [S]."""
     if num_seeds == 1:
         return [tree]
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_seeds)]
 
 
-def unstack_shapes(shapes, num_seeds):
+def unstack_shapes(shapes: Any, num_seeds: int) -> Any:
     """One seed's part of a tree of jax.ShapeDtypeStruct."""
     if num_seeds == 1:
         return shapes
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
 
 
-def state_sharding(mesh, shapes, num_seeds):
+def state_sharding(mesh: Mesh, shapes: Any, num_seeds: int) -> Any:
     """`mesh.state_sharding`, with the axis of seeds replicated."""
     shardings = mesh_lib.state_sharding(mesh, unstack_shapes(shapes, num_seeds))
     if num_seeds == 1:
@@ -70,7 +75,7 @@ class RunWorkdir:
     Takes and returns what a run of one seed would; arrays are split by seed here.
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self._config = path, config
         self._run = Workdir(path, config)
         self._each = [self._run]
@@ -78,27 +83,27 @@ class RunWorkdir:
             self._each = [
                 Workdir(path / f"seed_{seed}", config_of(config, seed)) for seed in seeds_of(config)
             ]
-        self._corrupted = {}
+        self._corrupted: dict[pathlib.Path, str] = {}
 
     @property
-    def seeds(self):
+    def seeds(self) -> list[int]:
         """The seeds of the run."""
         return seeds_of(self._config)
 
     @property
-    def folders(self):
+    def folders(self) -> list[pathlib.Path]:
         """The path of each seed's workdir."""
         return [workdir.path for workdir in self._each]
 
     @property
-    def has_checkpoints(self):
+    def has_checkpoints(self) -> bool:
         """Whether there is anything to resume from, intact or not."""
         return any(
             step.name.isdigit() for folder in self.folders for step in folder.glob("checkpoints/*")
         )
 
     @contextlib.contextmanager
-    def locked(self):
+    def locked(self) -> Iterator[None]:
         """`Workdir.locked` for the run and every seed, in process 0."""
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
@@ -106,29 +111,29 @@ class RunWorkdir:
                     stack.enter_context(workdir.locked())
             yield
 
-    def find_resume_step(self):
+    def find_resume_step(self) -> int:
         """The newest step that is intact for every seed; 0 if there is none."""
         directories = [workdir.checkpoint_dir for workdir in self._each]
         step, self._corrupted = newest_intact_step(directories)
         return step
 
-    def check_data(self, step, data_identity):
+    def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """See `Workdir.check_data`."""
         for workdir in self._each:
             workdir.check_data(step, data_identity)
 
-    def begin(self, step, command):
+    def begin(self, step: int, command: str) -> None:
         """The first writes of a run that is certain to train, in process 0."""
         if jax.process_index() == 0:
             for workdir in dict.fromkeys([self._run, *self._each]):
                 workdir.begin(step, command=command, corrupted=self._corrupted)
 
-    def open(self, step, *, keep):
+    def open(self, step: int, *, keep: Every) -> None:
         """See `Workdir.open`."""
         for workdir in self._each:
             workdir.open(step, keep=keep)
 
-    def restore(self, step, state_shapes):
+    def restore(self, step: int, state_shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(TrainState on the devices, progress) of a saved step."""
         shapes = unstack_shapes(state_shapes, self._config.num_seeds)
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
@@ -136,12 +141,12 @@ class RunWorkdir:
         for workdir, seed in zip(self._each, seeds_of(self._config), strict=True):
             arrays, progress = workdir.restore(step, items)
             sums = {k: np.float32(progress["sums"].get(k, 0)) for k in shapes.sums}
-            seed = np.uint32(seed)
-            states.append(TrainState(step=np.int32(step), seed=seed, sums=sums, **arrays))
+            arrays |= {"step": np.int32(step), "seed": np.uint32(seed), "sums": sums}
+            states.append(TrainState(**arrays))
         shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
         return mesh_lib.to_devices(stack(states), shardings), progress
 
-    def save(self, step, state, documents, log):
+    def save(self, step: int, state: TrainState, documents: dict[str, Any], log: TrainLog) -> None:
         """Starts saving a state, with the progress and validation accuracy of a `TrainLog`.
 
         Raises BadStep if the weights are not finite.
@@ -164,28 +169,28 @@ class RunWorkdir:
                 val_accuracy=accuracy,
             )
 
-    def is_best(self, val_accuracy):
+    def is_best(self, val_accuracy: Any) -> bool:
         """Whether a validation accuracy is any seed's best so far."""
         pairs = zip(self._each, np.atleast_1d(val_accuracy), strict=True)
         return any(workdir.is_best(accuracy) for workdir, accuracy in pairs)
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number, or one per seed}."""
         for i, workdir in enumerate(self._each):
             parts = {k: np.broadcast_to(v, len(self._each))[i] for k, v in scalars.items()}
             workdir.write(step, parts)
 
-    def images(self, step, name, images):
+    def images(self, step: int, name: str, images: Any) -> None:
         """Writes a tree of images per seed; see `Workdir.images`."""
         for workdir, part in zip(self._each, unstack(images, len(self._each)), strict=True):
             workdir.images(step, name, part)
 
-    def histograms(self, step, params):
+    def histograms(self, step: int, params: Any) -> None:
         """See `Workdir.histograms`."""
         for workdir, part in zip(self._each, unstack(params, len(self._each)), strict=True):
             workdir.histograms(step, part)
 
-    def write_results(self, values, shared):
+    def write_results(self, values: Mapping[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         """Writes each seed's result.json and the run's, which is returned.
 
         `values` is {name: number, or one per seed}. With several seeds, the run's result.json has
@@ -213,17 +218,17 @@ class RunWorkdir:
             with write_errors(folder):
                 write_json(folder / "result.json", result)
 
-    def read_result(self):
+    def read_result(self) -> dict[str, Any] | None:
         """The content of the run's result.json, or None."""
         path = self.path / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits for the saves that were started."""
         for workdir in self._each:
             workdir.wait()
 
-    def close(self):
+    def close(self) -> None:
         """See `Workdir.close`."""
         for workdir in self._each:
             workdir.close()

@@ -1,5 +1,6 @@
 """TrainState, and the pure functions that create it, advance it by a step, and evaluate it."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -9,11 +10,10 @@ import optax
 from optax.microbatching import AccumulationType, microbatch
 
 from vit_jax import augment
-from vit_jax.model import init_params
+from vit_jax.model import VisionTransformer, init_params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that changes from step to step, and the seed.
 
     `sums` contains the sums of the batch losses and batch accuracies since the epoch began, so that
@@ -29,12 +29,21 @@ class TrainState:
     sums: dict[str, jax.Array]  # float32[] each
 
     @property
-    def eval_params(self):
+    def eval_params(self) -> Any:
         """The weights to evaluate: the EMA weights if the run keeps them."""
         return self.params if self.ema_params is None else self.ema_params
 
 
-def init_state(seed, model, optimizer, *, image_shape, ema, params=None, skip_bad=False):
+def init_state(
+    seed: jax.Array,
+    model: VisionTransformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    image_shape: tuple[int, int, int],
+    ema: bool,
+    params: Any = None,
+    skip_bad: bool = False,
+) -> TrainState:
     """Returns the state before the first step, for images of (H, W, C). Jittable.
 
     `params` replaces the model's random initial weights.
@@ -51,7 +60,7 @@ def init_state(seed, model, optimizer, *, image_shape, ema, params=None, skip_ba
     )
 
 
-def gather(data, indices):
+def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:
     """Gathers a batch from a resident split.
 
     Args:
@@ -65,12 +74,19 @@ def gather(data, indices):
     return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
 
 
-def masked_mean(values, mask):
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the mean of float32[B] over the examples that exist."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def augmented_batch(augment_fn, state, batch, *, steps_per_epoch, mix_steps):
+def augmented_batch(
+    augment_fn: Callable,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    steps_per_epoch: int,
+    mix_steps: int,
+) -> tuple[jax.Array, jax.Array]:
     """Returns the (images, labels) of a batch that the model trains on in the next step.
 
     float32[B, H, W, C], normalized, and soft labels float32[B, classes].
@@ -80,7 +96,13 @@ def augmented_batch(augment_fn, state, batch, *, steps_per_epoch, mix_steps):
     return augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
 
 
-def loss_and_grads(model, params, inputs, count, dropout_key):
+def loss_and_grads(
+    model: VisionTransformer,
+    params: Any,
+    inputs: Sequence[jax.Array],
+    count: jax.Array,
+    dropout_key: jax.Array,
+) -> tuple[jax.Array, Any, jax.Array]:
     """Returns (loss, gradients, logits) of one forward and backward pass.
 
     `inputs` is (images, soft labels, mask). The loss is the sum of the cross-entropies over the
@@ -97,7 +119,15 @@ def loss_and_grads(model, params, inputs, count, dropout_key):
     return loss, grads, logits
 
 
-def accumulate(model, params, inputs, count, dropout_key, *, num_microbatches):
+def accumulate(
+    model: VisionTransformer,
+    params: Any,
+    inputs: Sequence[jax.Array],
+    count: jax.Array,
+    dropout_key: jax.Array,
+    *,
+    num_microbatches: int,
+) -> tuple[jax.Array, Any, jax.Array]:
     """`loss_and_grads` over sequential microbatches, in the memory of one.
 
     Microbatch i consists of every `num_microbatches`-th row, so that each device finds its share
@@ -118,7 +148,9 @@ def accumulate(model, params, inputs, count, dropout_key, *, num_microbatches):
     )((*inputs, jnp.arange(num_rows)))
 
 
-def apply_update(optimizer, grads, state, *, ema_decay):
+def apply_update(
+    optimizer: optax.GradientTransformation, grads: Any, state: TrainState, *, ema_decay: float
+) -> TrainState:
     """Returns the state with updated weights, optimizer state, and EMA weights.
 
     Warm up the EMA decay; otherwise a short run stays biased toward its initial weights.
@@ -132,7 +164,7 @@ def apply_update(optimizer, grads, state, *, ema_decay):
     return state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
 
 
-def skip_if_bad(bad, before, after):
+def skip_if_bad(bad: jax.Array, before: TrainState, after: TrainState) -> TrainState:
     """Returns the state `before` if `bad`, else `after`."""
     return jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
 
@@ -148,16 +180,16 @@ def _add_to_sums(state, metrics, bad, *, steps_per_epoch):
 
 
 def make_train_step(
-    model,
-    optimizer,
-    augment_fn,
+    model: VisionTransformer,
+    optimizer: optax.GradientTransformation,
+    augment_fn: Callable,
     *,
-    schedule,
-    steps_per_epoch,
-    mix_steps,
-    ema_decay,
-    accumulate_steps=1,
-):
+    schedule: optax.Schedule,
+    steps_per_epoch: int,
+    mix_steps: int,
+    ema_decay: float,
+    accumulate_steps: int = 1,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns train_step(state, batch) -> (state, metrics), pure, for the caller to jit.
 
     The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
@@ -202,7 +234,9 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model, *, mean, std):
+def make_eval_step(
+    model: VisionTransformer, *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]:
     """Returns eval_step(params, batch) -> {"loss", "correct", "count"}: sums over the mask."""
 
     def eval_step(params, batch):

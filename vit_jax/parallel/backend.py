@@ -10,14 +10,14 @@ import jax
 from vit_jax.errors import UserError, expand_home
 
 
-def enable_compilation_cache():
+def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a command's second start is much shorter."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
 
 
-def check_backend():
+def check_backend() -> None:
     """Raises UserError if JAX cannot start, or fell back to the CPU despite an NVIDIA GPU.
 
     JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs. This starts
@@ -28,7 +28,8 @@ def check_backend():
         backend = jax.default_backend()
     except RuntimeError as e:  # a platform that JAX_PLATFORMS requires does not start
         raise UserError(f"JAX cannot start: {_first_line(e)}") from e
-    if backend != "cpu" or jax.config.jax_platforms or hidden:
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if backend != "cpu" or chosen or hidden:
         return
     if gpu := _nvidia_gpu():
         try:

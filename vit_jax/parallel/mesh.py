@@ -1,10 +1,12 @@
 """The device mesh, with axes `data` and `fsdp`, and how arrays are sharded over it."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
 
@@ -12,7 +14,7 @@ from vit_jax.errors import UserError
 _SMALLEST_SHARDED = 2**12
 
 
-def make_mesh(data, fsdp, devices=None):
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a (data, fsdp) mesh over a list of devices (default: all).
 
     `data` = 0 takes the devices that `fsdp` leaves. Raises UserError if the product is not the
@@ -30,7 +32,7 @@ def make_mesh(data, fsdp, devices=None):
     return jax.make_mesh(sizes, ("data", "fsdp"), axis_types=types, devices=devices)
 
 
-def to_devices(tree, shardings):
+def to_devices(tree: Any, shardings: Any) -> Any:
     """Transfers host arrays to the devices; `shardings` is one for all arrays or a tree of them.
 
     Each of several processes has the whole of each array and transfers its own devices' part,
@@ -51,7 +53,7 @@ def to_devices(tree, shardings):
     return jax.tree.map(transfer, tree, shardings)
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Returns arrays of the devices as numpy arrays. Every process gets all of each array."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -65,13 +67,13 @@ def to_host(tree):
     return jax.tree.map(fetch, tree)
 
 
-def local_rows(sharding, num_rows):
+def local_rows(sharding: NamedSharding, num_rows: int) -> np.ndarray:
     """int[b]: the rows of a sharded batch that are on this process's devices, ascending."""
     slices = sharding.addressable_devices_indices_map((num_rows,)).values()
     return np.unique(np.concatenate([np.arange(num_rows)[i] for i in slices]))
 
 
-def put_rows(tree, rows, num_rows, sharding):
+def put_rows(tree: Any, rows: np.ndarray, num_rows: int, sharding: NamedSharding) -> Any:
     """Transfers host arrays of this process's `rows` into global arrays [num_rows, ...].
 
     jax.make_array_from_process_local_data would transfer implicitly, which a transfer guard
@@ -89,17 +91,17 @@ def put_rows(tree, rows, num_rows, sharding):
     return jax.tree.map(transfer, tree)
 
 
-def replicated(mesh):
+def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding with the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding with the leading axis split over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def state_sharding(mesh, shapes):
+def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """Returns a sharding for each array: its largest axis that `fsdp` divides is split over it.
 
     Arrays of fewer than 4,096 elements, and all arrays if fsdp is 1, are replicated.
@@ -116,7 +118,7 @@ def state_sharding(mesh, shapes):
     return jax.tree.map(sharding, shapes)
 
 
-def describe(mesh, state):
+def describe(mesh: Mesh, state: Any) -> str:
     """Describes the sharding of a state, and its bytes, in one line.
 
     `state` is a tree of arrays or of jax.ShapeDtypeStruct with shardings.

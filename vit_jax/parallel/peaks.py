@@ -54,6 +54,6 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device_kind):
+def peak_flops(device_kind: str) -> float | None:
     """Returns the peak FLOP/s of one device by its JAX `device_kind`, or None if it is unknown."""
     return PEAK_FLOPS.get(device_kind)

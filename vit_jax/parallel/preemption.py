@@ -18,8 +18,8 @@ class StopSignal:
     them, whose own handler takes SIGTERM from `jax.distributed.initialize` on.
     """
 
-    def __init__(self):
-        self.signal = None
+    def __init__(self) -> None:
+        self.signal: int | None = None
         self._several = jax.process_count() > 1
 
     def __enter__(self):
@@ -49,7 +49,7 @@ class StopSignal:
         text = f"{name}: finishing the step and saving; a second signal exits immediately\n"
         os.write(2, text.encode())
 
-    def reached(self, step):
+    def reached(self, step: int) -> bool:
         """Whether to stop after this step: the same answer in every process, asked at each step."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             if self.signal is None:

@@ -15,7 +15,8 @@ import socket
 import sys
 import time
 import traceback
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,14 +30,14 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 class Processes(NamedTuple):
     """The processes of a run as the environment describes them, and this one's place."""
 
-    count: int | None  # None: JAX asks the launcher, as for the next two
-    index: int | None
+    count: int | None  # type: ignore[assignment]  # None: JAX asks the launcher, as for the next two
+    index: int | None  # type: ignore[assignment]
     coordinator: str | None  # host:port, where process 0 listens
     launcher: str = ""
     whole_host: bool = True  # this process drives every device that it sees
 
     @classmethod
-    def find(cls, environment):
+    def find(cls, environment: Mapping[str, str]) -> "Processes":
         """Reads COORDINATOR, NUM_PROCESSES and PROCESS_ID, or the variables of a launcher.
 
         Launchers are SLURM's srun, Open MPI's mpirun, and indexed Kubernetes jobs. Without any of
@@ -100,7 +101,7 @@ class Processes(NamedTuple):
         where = self.coordinator or f"process 0 ({self.launcher})"
         return f"process {self.index} of {self.count} (numbered from 0) at {where}"
 
-    def join(self):
+    def join(self) -> None:
         """Joins the other processes, before anything touches a device.
 
         Raises UserError if JAX cannot start; JAX aborts this process if another does not come.
@@ -130,7 +131,7 @@ class Processes(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined():
+def joined() -> Iterator[None]:
     """Joins the run's other processes, if there are any, for the length of a `with`.
 
     Must come before anything touches a device. If the body raises in one process, that process
@@ -186,7 +187,7 @@ class _RaisedInAll(UserError):
     """An error that every process raises at the same point."""
 
 
-def check_same(values):
+def check_same(values: Mapping[str, Any]) -> None:
     """Checks that a dict {name: JSON value} is the same in every process; every process must call.
 
     Raises UserError, in all of them, that names the first process that differs from process 0, and
@@ -196,7 +197,7 @@ def check_same(values):
         return
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
-        most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
+        most, fewest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         raise _RaisedInAll(
             f"process {most} has {counts[most]} devices and process {fewest} {counts[fewest]}: "
             "give every process the same number of devices"
@@ -218,7 +219,7 @@ def check_same(values):
 
 
 @contextlib.contextmanager
-def shared_errors():
+def shared_errors() -> Iterator[None]:
     """Raises a UserError of the body in every process; every process must enter.
 
     The body must not wait for another process. Without it, a process that fails alone leaves the

@@ -10,12 +10,15 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from logging import CRITICAL, getLogger
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from vit_jax.durations import Every
 from vit_jax.errors import DISK_REFUSES, UserError
 from vit_jax.workdir import checksums
 
@@ -81,7 +84,7 @@ class Checkpoints:
     checkpoint as the newest. `best_accuracy` is -1 before there is a best.
     """
 
-    def __init__(self, directory, *, keep=None):
+    def __init__(self, directory: pathlib.Path, *, keep: Every | None = None) -> None:
         _quiet()
         self._directory, self._keep = directory.absolute(), _Keep(keep)
         self.best_accuracy = -1.0
@@ -98,7 +101,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
 
-    def save(self, step, arrays, documents, *, val_accuracy=None):
+    def save(
+        self,
+        step: int,
+        arrays: dict[str, Any],
+        documents: dict[str, Any],
+        *,
+        val_accuracy: float | None = None,
+    ) -> None:
         """Starts a save and returns; `wait` and `close` wait for it.
 
         Args:
@@ -116,7 +126,7 @@ class Checkpoints:
         with self._save_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step, shapes):
+    def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns ({item: tree of host arrays}, progress) of a step.
 
         `shapes` is {item: tree of jax.ShapeDtypeStruct without shardings}; an item of None is
@@ -131,13 +141,13 @@ class Checkpoints:
         self._keep.best_step, self.best_accuracy = best["step"], best["val_accuracy"]
         return dict.fromkeys(shapes) | restored, progress
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits until the save that was started is complete on disk."""
         with self._save_errors():
             self._manager.wait_until_finished()
         self._empty_deleted()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the save that was started, and closes orbax's manager."""
         self.wait()
         with self._save_errors():
@@ -165,7 +175,7 @@ class Checkpoints:
             ) from e
 
 
-def list_steps(directory):
+def list_steps(directory: pathlib.Path) -> list[int]:
     """The complete steps in a directory, ascending; [] if it does not exist."""
     with checksums.reading(directory):
         try:
@@ -175,7 +185,7 @@ def list_steps(directory):
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def newest_intact_step(directories):
+def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
     """The newest step that is intact in each of several directories of checkpoints, one per seed.
 
     Returns (step, corrupted): 0 if there are no checkpoints; {folder: description} of the newer
@@ -183,11 +193,13 @@ def newest_intact_step(directories):
     and none is intact, or if a seed lacks more than the last step, which is all that a kill between
     the saves of two seeds explains.
     """
-    saved, corrupted, missing = {d: list_steps(d) for d in directories}, {}, []
+    saved = {d: list_steps(d) for d in directories}
+    corrupted: dict[pathlib.Path, str] = {}
+    missing: list[pathlib.Path] = []
     for step in sorted(set().union(*saved.values()), reverse=True):
         folders = [d / str(step) for d in directories if step in saved[d]]
-        problems = {folder: checksums.find_corruption(folder) for folder in folders}
-        problems = {folder: problem for folder, problem in problems.items() if problem}
+        found = {folder: checksums.find_corruption(folder) for folder in folders}
+        problems = {folder: problem for folder, problem in found.items() if problem}
         corrupted |= problems
         if len(folders) < len(directories):
             missing += [d / str(step) for d in directories if step not in saved[d]]
@@ -199,15 +211,17 @@ def newest_intact_step(directories):
                 "have: restore them from a copy, or delete every seed's checkpoints to start over"
             )
     if corrupted:
-        problems = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
+        listed = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
         raise UserError(
-            f"every checkpoint is corrupted ({problems}): restore them from a copy, or delete the "
+            f"every checkpoint is corrupted ({listed}): restore them from a copy, or delete the "
             "checkpoints folder to start over"
         )
     return 0, {}
 
 
-def clear_after(directory, step, corrupted):
+def clear_after(
+    directory: pathlib.Path, step: int, corrupted: Mapping[pathlib.Path, str]
+) -> dict[pathlib.Path, pathlib.Path]:
     """Clears the way for a run that resumes from `step`, before any process opens `directory`.
 
     Renames the later checkpoints in `corrupted` to STEP.corrupted, and deletes the others, which
@@ -227,7 +241,7 @@ def clear_after(directory, step, corrupted):
     return moved
 
 
-def read_document(folder, item):
+def read_document(folder: pathlib.Path, item: str) -> Any:
     """A JSON item of a checkpoint. Raises UserError if it cannot be read."""
     _quiet()
     with _restore_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
@@ -245,7 +259,7 @@ def _restore_errors(folder):
         ) from e
 
 
-def saved_steps(directory):
+def saved_steps(directory: pathlib.Path) -> list[int]:
     """The complete steps in a directory, ascending. Raises UserError if it does not exist."""
     if not directory.is_dir():
         remedy = "train with this --workdir first"
@@ -255,7 +269,9 @@ def saved_steps(directory):
     return list_steps(directory)
 
 
-def restore_for_inference(directory, step=None):
+def restore_for_inference(
+    directory: pathlib.Path, step: int | None = None
+) -> tuple[Any, dict[str, Any], int]:
     """(params, config item, step): the weights to evaluate, as numpy arrays.
 
     These are `ema_params` if the run keeps them, else `params`. Raises UserError if there is no

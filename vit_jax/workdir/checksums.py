@@ -9,13 +9,14 @@ import hashlib
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
 
 from vit_jax.errors import UserError
 
 _SUMS = "SHA256SUMS"
 
 
-def write(folder):
+def write(folder: pathlib.Path) -> None:
     """Writes the checksums of a folder's files, and returns when all of them are on the disk."""
     sums = "".join(
         f"{_sha256(path, sync=True)}  {path.relative_to(folder).as_posix()}\n"
@@ -27,7 +28,7 @@ def write(folder):
         os.fsync(file.fileno())
 
 
-def find_corruption(folder):
+def find_corruption(folder: pathlib.Path) -> str | None:
     """Describes the corruption of a checkpoint's files; returns None if they are as saved.
 
     Raises UserError if a file cannot be read: it may be intact.
@@ -51,7 +52,7 @@ def find_corruption(folder):
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path: pathlib.Path) -> Iterator[None]:
     """Turns an OSError into a UserError that names the unreadable file."""
     try:
         yield

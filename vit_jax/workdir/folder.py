@@ -13,10 +13,14 @@ import platform
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
+from vit_jax.durations import Every
 from vit_jax.errors import UserError
 from vit_jax.workdir import checkpoints as checkpoints_lib
 from vit_jax.workdir import metrics
@@ -36,13 +40,15 @@ class Workdir:
     parts of a checkpoint.
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self.config = path, config
         self.checkpoint_dir = path.absolute() / "checkpoints"
-        self._checkpoints, self._sinks, self._tensorboard = None, [], None
+        self._checkpoints: Any = None
+        self._sinks: list[Any] = []
+        self._tensorboard: Any = None
 
     @contextlib.contextmanager
-    def locked(self):
+    def locked(self) -> Iterator[None]:
         """Creates the workdir and its config.json, or checks that it has this config's.
 
         Holds a lock, which one process at a time can have. Raises UserError if the workdir cannot
@@ -74,7 +80,7 @@ class Workdir:
                 "use another --workdir, or delete this one"
             )
 
-    def check_data(self, step, data_identity):
+    def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint of a step was trained on other data."""
         folder = self.checkpoint_dir / str(step)
         try:
@@ -88,7 +94,7 @@ class Workdir:
                 "the data that it started with, or use another --workdir"
             )
 
-    def begin(self, step, *, command, corrupted):
+    def begin(self, step: int, *, command: str, corrupted: Mapping[pathlib.Path, str]) -> None:
         """Writes run.json, and clears what is later than `step` out of the way (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
@@ -96,7 +102,7 @@ class Workdir:
         for folder, target in moved.items():
             print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
 
-    def open(self, step, *, keep):
+    def open(self, step: int, *, keep: Every) -> None:
         """Opens the checkpoints, in every process, and the metric sinks after `step`."""
         self._checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep=keep)
         if jax.process_index() == 0:
@@ -108,43 +114,50 @@ class Workdir:
             if self.config.wandb:
                 self._sinks.append(metrics.Wandb(self.config.wandb, self.path, fields))
 
-    def restore(self, step, shapes):
+    def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """See `Checkpoints.restore`."""
         return self._checkpoints.restore(step, shapes)
 
-    def save(self, step, arrays, documents, *, val_accuracy):
+    def save(
+        self,
+        step: int,
+        arrays: dict[str, Any],
+        documents: dict[str, Any],
+        *,
+        val_accuracy: float | None,
+    ) -> None:
         """Starts a save; see `Checkpoints.save`."""
         documents = documents | {"config": {"config": self.config.to_dict(), **documents["config"]}}
         for sink in self._sinks:
             sink.sync()  # before the checkpoint: a resumed run keeps the lines up to its step
         self._checkpoints.save(step, arrays, documents, val_accuracy=val_accuracy)
 
-    def is_best(self, val_accuracy):
+    def is_best(self, val_accuracy: float) -> bool:
         """Whether a validation accuracy is above that of every checkpoint so far."""
         return val_accuracy > self._checkpoints.best_accuracy
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number} to every sink, without NaN and infinity, which JSON lacks."""
         scalars = {name: float(value) for name, value in scalars.items()}
         scalars = {name: v for name, v in scalars.items() if abs(v) < float("inf")}
         for sink in self._sinks:
             sink.write(step, scalars)
 
-    def images(self, step, name, images):
+    def images(self, step: int, name: str, images: Any) -> None:
         """Writes uint8[N, H, W, C] to TensorBoard."""
         if self._tensorboard:
             self._tensorboard.images(step, name, images)
 
-    def histograms(self, step, params):
+    def histograms(self, step: int, params: Any) -> None:
         """Writes the distribution of each parameter to TensorBoard."""
         if self._tensorboard:
             self._tensorboard.histograms(step, params)
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits for the save that was started."""
         self._checkpoints.wait()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the save that was started, and closes the checkpoints and the sinks."""
         if self._checkpoints:
             self._checkpoints.close()
@@ -173,7 +186,7 @@ def _lock(folder):
     return file
 
 
-def read_config(path):
+def read_config(path: pathlib.Path) -> ConfigDict:
     """The ConfigDict of a config.json. Raises UserError if it is not one."""
     try:
         return config_lib.from_dict(json.loads(path.read_text()))
@@ -181,7 +194,7 @@ def read_config(path):
         raise UserError(f"{path} is not the config of a run: {e}") from e
 
 
-def check_free_space(folders, checkpoint_bytes):
+def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
     """Raises UserError if the disk of a run's workdirs lacks room for its checkpoints.
 
     `checkpoint_bytes` counts all seeds. There must be room for four: two and the best are kept
@@ -224,7 +237,7 @@ def _data_difference(saved, current):
     return differences
 
 
-def commit_of(path):
+def commit_of(path: pathlib.Path) -> str | None:
     """The commit of the repository that tracks a file, with -dirty if it has changes; else None.
 
     A package installed inside another repository, in an environment that it ignores, has none.
@@ -241,7 +254,7 @@ def commit_of(path):
     return None
 
 
-def environment(command):
+def environment(command: str) -> dict[str, Any]:
     """The content of run.json: command, date, commit, versions, host, and devices."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {

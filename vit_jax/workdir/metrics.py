@@ -8,16 +8,20 @@ import errno
 import json
 import math
 import os
+import pathlib
 import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
 from vit_jax.workdir.files import write_text
 
 
-def read_lines(path):
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (text, values) for each line of a metrics.jsonl, except a line that a kill cut off.
 
     Raises OSError, and ValueError if the file is not text.
@@ -34,14 +38,14 @@ def read_lines(path):
 class JsonLines:
     """metrics.jsonl: one JSON object per line, with "step" and numbers by name."""
 
-    def __init__(self, path, *, step):
+    def __init__(self, path: pathlib.Path, *, step: int) -> None:
         """Opens the file to append after `step`; see `_drop_lines_after`."""
         self._path = path
         _drop_lines_after(path, step)
         self._file = open(path, "ab", buffering=0)
         self._pending = b""  # bytes that the disk has not taken yet
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends a line. Bytes that the disk does not take are kept for the next call."""
         self._pending += (json.dumps({"step": step, **scalars}) + "\n").encode()
         with contextlib.suppress(OSError):
@@ -51,7 +55,7 @@ class JsonLines:
         while self._pending:
             self._pending = self._pending[self._file.write(self._pending) :]
 
-    def sync(self):
+    def sync(self) -> None:
         """Makes the lines survive a crash of the machine.
 
         Raises UserError if the disk does not take them, or the file is no longer there.
@@ -64,7 +68,7 @@ class JsonLines:
         except OSError as e:
             raise UserError(f"cannot write {self._path}: {e.strerror}") from e
 
-    def close(self):
+    def close(self) -> None:
         """Syncs and closes the file."""
         self.sync()
         self._file.close()
@@ -89,19 +93,19 @@ def _drop_lines_after(path, step):
 class TensorBoard:
     """TensorBoard events, with pictures and histograms."""
 
-    def __init__(self, folder, config, *, step):
+    def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:
         from tensorboardX import SummaryWriter  # slow to import
 
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         rows = [f"| {name} | {value!r} |" for name, value in config.items()]
         self._writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds scalars."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
-    def images(self, step, name, images):
+    def images(self, step: int, name: str, images: Any) -> None:
         """Adds uint8[N, H, W, C] as one mosaic."""
         columns = math.ceil(len(images) ** 0.5)
         rows = math.ceil(len(images) / columns)
@@ -112,17 +116,17 @@ class TensorBoard:
         mosaic = page.reshape(rows * H, columns * W, C)
         self._writer.add_image(name, mosaic, step, dataformats="HWC")
 
-    def histograms(self, step, params):
+    def histograms(self, step: int, params: Any) -> None:
         """Adds the distribution of each array of a tree of host arrays."""
         for path, values in jax.tree_util.tree_leaves_with_path(params):
             if np.isfinite(values).all():
                 name = "params/" + "/".join(part.key for part in path)
                 self._writer.add_histogram(name, np.asarray(values, np.float32), step)
 
-    def sync(self):
+    def sync(self) -> None:
         """Does nothing: the events are not needed to resume."""
 
-    def close(self):
+    def close(self) -> None:
         """Closes the event file."""
         self._writer.close()
 
@@ -130,7 +134,7 @@ class TensorBoard:
 class Wandb:
     """A Weights & Biases run, which a resumed training continues. WANDB_MODE=offline works."""
 
-    def __init__(self, project, folder, config):
+    def __init__(self, project: str, folder: pathlib.Path, config: ConfigDict) -> None:
         """Starts the run. Raises UserError if wandb is not installed or does not start."""
         wandb = import_wandb()
         identity = folder / "wandb_id"
@@ -151,19 +155,19 @@ class Wandb:
                 f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
             ) from e
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Logs scalars."""
         self._run.log(scalars, step=step)
 
-    def sync(self):
+    def sync(self) -> None:
         """Does nothing: the run is not needed to resume."""
 
-    def close(self):
+    def close(self) -> None:
         """Finishes the run."""
         self._run.finish()
 
 
-def import_wandb():
+def import_wandb() -> Any:
     """Returns the wandb module. Raises UserError if it is not installed."""
     try:
         import wandb

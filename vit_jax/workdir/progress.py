@@ -5,16 +5,20 @@ import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
+from vit_jax.durations import Plan
+
 
 class BadStep(Exception):
     """A step whose loss or gradient is not finite, or too many such steps in a row."""
 
-    def __init__(self, step, bad, loss, grad_norm):
+    def __init__(self, step: int, bad: Any, loss: Any, grad_norm: Any) -> None:
         self.step, self.bad, self.loss, self.grad_norm = step, bad, loss, grad_norm
 
 
@@ -24,16 +28,16 @@ class Throughput:
     `images` and `seconds` start from the values of an earlier part of the run.
     """
 
-    def __init__(self, images=0, seconds=0.0):
+    def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
         self.images, self.seconds = images, seconds
-        self._last = None  # the first step compiles: it only starts the clock
+        self._last: float | None = None  # the first step compiles: it only starts the clock
         self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
 
-    def wait(self, seconds):
+    def wait(self, seconds: float) -> None:
         """Adds seconds that the step waited for its batch."""
         self._lap_waited += seconds
 
-    def tick(self, images):
+    def tick(self, images: int) -> None:
         """Ends a step of so many images."""
         now = time.perf_counter()
         if self._last is not None:
@@ -44,12 +48,12 @@ class Throughput:
             self._lap_seconds += passed
         self._last = now
 
-    def pause(self):
+    def pause(self) -> None:
         """Excludes the time since the last tick."""
         if self._last is not None:
             self._last = time.perf_counter()
 
-    def lap(self):
+    def lap(self) -> tuple[float, float]:
         """(images/s, share of the time spent waiting for data) since the last lap."""
         rate = waiting = 0.0
         if self._lap_seconds:
@@ -62,7 +66,7 @@ class Throughput:
 class Terminal:
     """A live bar on a terminal; elsewhere one line per `seconds` at most. Silent unless `shown`."""
 
-    def __init__(self, plan, *, step, shown, seconds=30):
+    def __init__(self, plan: Plan, *, step: int, shown: bool, seconds: float = 30) -> None:
         self._plan, self._shown, self._seconds = plan, shown, seconds
         self._last = time.monotonic()
         self._bar = tqdm.tqdm(
@@ -73,11 +77,11 @@ class Terminal:
             disable=not shown or not sys.stderr.isatty(),
         )
 
-    def move(self, step):
+    def move(self, step: int) -> None:
         """Moves the bar."""
         self._bar.update(step - self._bar.n)
 
-    def update(self, step, metrics, images_left):
+    def update(self, step: int, metrics: dict[str, Any], images_left: int) -> None:
         """Shows the metrics of a step, {name: scalar or one per seed}."""
         means = {name: float(np.mean(value)) for name, value in metrics.items()}
         if not self._shown or means["time/images_per_second"] <= 0:
@@ -100,13 +104,13 @@ class Terminal:
             self._last = time.monotonic()
             print(line, flush=True)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
         if self._shown:
             self._bar.write(text)
             sys.stdout.flush()
 
-    def close(self):
+    def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()
 
@@ -121,17 +125,17 @@ class TrainLog:
 
     def __init__(
         self,
-        workdir,
-        plan,
+        workdir: Any,
+        plan: Plan,
         *,
-        step,
-        progress,
-        num_seeds,
-        patience,
-        flops_per_image,
-        peak_flops,
-        streaming,
-    ):
+        step: int,
+        progress: dict[str, Any],
+        num_seeds: int,
+        patience: int,
+        flops_per_image: float,
+        peak_flops: float | None,
+        streaming: bool,
+    ) -> None:
         """Continues after `step`.
 
         Args:
@@ -145,7 +149,8 @@ class TrainLog:
         self._workdir, self._plan, self._num_seeds = workdir, plan, num_seeds
         self._patience, self._bad_in_a_row = patience, np.zeros(num_seeds, int)
         self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self._streaming, self._queue = streaming, collections.deque()
+        self._streaming = streaming
+        self._queue: collections.deque = collections.deque()
         self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
         self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
         self.step = step  # the last one pushed
@@ -153,12 +158,12 @@ class TrainLog:
         self.val_accuracy = None  # of the present step, if it was validated
 
     @property
-    def progress(self):
+    def progress(self) -> dict[str, Any]:
         """What a checkpoint stores of the log, as JSON."""
         images, seconds = self.throughput.images, self.throughput.seconds
         return {"timed_images": images, "timed_seconds": seconds}
 
-    def push(self, step, metrics):
+    def push(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes a step's metrics, on the devices, and reads the step before."""
         self.step, self.has_new_best, self.val_accuracy = step, False, None
         self._queue.append((step, metrics))
@@ -166,14 +171,14 @@ class TrainLog:
             self._read()
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Waits for the steps that were pushed, reads them, and stops the clock for a `with`."""
         while self._queue:
             self._read()
         yield
         self.throughput.pause()
 
-    def timed(self, batches):
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yields from an iterator, and counts the time spent waiting for it."""
         while True:
             start = time.perf_counter()
@@ -210,7 +215,7 @@ class TrainLog:
         images = self._plan.images(self._plan.total_steps) - self._plan.images(step)
         self.terminal.update(step, line, images * self._num_seeds)
 
-    def epoch(self, step, state, *, skipped=()):
+    def epoch(self, step: int, state: Any, *, skipped: Mapping[int, str] | None = None) -> None:
         """Records the mean loss and accuracy of an epoch, from the sums in the state.
 
         `skipped` is {index: reason} of the images that could not be decoded so far.
@@ -226,7 +231,7 @@ class TrainLog:
                 example = next(iter(skipped.values()))
                 self.terminal.say(f"{len(skipped)} images skipped so far, for example {example}")
 
-    def validation(self, step, values):
+    def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {"loss", "accuracy", ...} of the validation split."""
         self._workdir.write(step, {f"val/{name}": values[name] for name in ("loss", "accuracy")})
         accuracy = values["accuracy"]
@@ -234,14 +239,14 @@ class TrainLog:
         self.val_accuracy, self.has_new_best = accuracy, self._workdir.is_best(accuracy)
 
 
-def epoch_means(state, steps):
+def epoch_means(state: Any, steps: int) -> dict[str, Any]:
     """{"loss", "accuracy"}: means over the epoch's first `steps` steps, without skipped ones."""
     sums = jax.device_get(state.sums)
     counted = np.maximum(steps - sums.pop("skipped", 0), 1)
     return {name: value / counted for name, value in sums.items()}
 
 
-def peak_memory():
+def peak_memory() -> float:
     """Peak bytes in use: of the first device, or of this process if that is the CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -250,7 +255,7 @@ def peak_memory():
     )
 
 
-def format_duration(seconds):
+def format_duration(seconds: float) -> str:
     """Seconds for people: '42 s', '3 min', '1 h 20 min'."""
     minutes = round(seconds / 60)
     if seconds < 90:
