@@ -1,9 +1,9 @@
-"""Trains one small model on many arrangements of devices and prints how far their losses differ.
+"""Trains one small model on sixteen arrangements of devices and prints the losses' differences.
 
     ./launch.sh python scripts/device_table.py
 
-Virtual CPU devices and processes over loopback; crop, flip, mixup and cutmix are on, the last batch
-of an epoch is not full. Each row is the command that trains, run anew.
+The devices are virtual CPU devices, and the processes communicate over loopback. Crop, flip, mixup,
+and cutmix are on, and the last batch of an epoch is not full. Each row runs the train command anew.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-PARTS = ["--config.accumulate_steps=4", "--config.model.remat=true"]
+MICROBATCHES = ["--config.accumulate_steps=4", "--config.model.remat=true"]
 STREAMED = ["--config.data.streaming=true", "--config.data.streaming_threads=2"]
 ROWS = [  # devices, processes, mode, overrides
     (1, 1, "data parallel", []),
@@ -29,14 +29,14 @@ ROWS = [  # devices, processes, mode, overrides
     (2, 1, "fsdp 2", ["--config.mesh.fsdp=2"]),
     (4, 1, "fsdp 4", ["--config.mesh.fsdp=4"]),
     (8, 1, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
-    (1, 1, "4 parts, remat", PARTS),
-    (8, 1, "fsdp 8, 4 parts, remat", ["--config.mesh.fsdp=8", *PARTS]),
+    (1, 1, "4 microbatches, remat", MICROBATCHES),
+    (8, 1, "fsdp 8, 4 microbatches, remat", ["--config.mesh.fsdp=8", *MICROBATCHES]),
     (1, 1, "streamed", STREAMED),
     (
         8,
         1,
-        "data 2 x fsdp 4, streamed, 4 parts, remat",
-        ["--config.mesh.fsdp=4", *PARTS, *STREAMED],
+        "data 2 x fsdp 4, streamed, 4 microbatches, remat",
+        ["--config.mesh.fsdp=4", *MICROBATCHES, *STREAMED],
     ),
     (2, 2, "data parallel", []),
     (8, 2, "data 2 x fsdp 4", ["--config.mesh.fsdp=4"]),
@@ -59,7 +59,7 @@ def write_images(folder):
 
 
 def train(folder, index, steps):
-    """The loss of the last step of one row."""
+    """Returns the loss of the last step of one row."""
     devices, processes, _, overrides = ROWS[index]
     workdir = folder / f"row{index}"
     arguments = [
@@ -122,13 +122,13 @@ def main():
         write_images(folder / "data")
         print(f"| devices | processes | mode | loss after {args.steps} steps | difference |")
         print("| --- | --- | --- | --- | --- |", flush=True)
-        one = None
+        losses = []
         for index, (devices, processes, mode, _) in enumerate(ROWS):
-            loss = train(folder, index, args.steps)
-            one = one or loss  # the first row's
-            print(
-                f"| {devices} | {processes} | {mode} | {loss:.7f} | {loss - one:+.1e} |", flush=True
-            )
+            losses.append(train(folder, index, args.steps))
+            difference = losses[-1] - losses[0]
+            row = f"| {devices} | {processes} | {mode} | {losses[-1]:.7f} | {difference:+.1e} |"
+            print(row, flush=True)
+        print(f"\nLargest difference: {max(abs(loss - losses[0]) for loss in losses):.1e}")
 
 
 if __name__ == "__main__":

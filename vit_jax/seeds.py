@@ -50,10 +50,9 @@ def unstack(tree, num_seeds):
 
 
 def unstack_shapes(shapes, num_seeds):
-    """One seed's part of a tree of jax.ShapeDtypeStruct."""
-    if num_seeds == 1:
-        return shapes
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    """One seed's part of a tree of jax.ShapeDtypeStruct, without shardings."""
+    first = int(num_seeds > 1)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[first:], x.dtype), shapes)
 
 
 def state_sharding(mesh, shapes, num_seeds):
