@@ -132,13 +132,14 @@ def main():
         write_images(folder / "data")
         print(f"| devices | processes | mode | loss after {args.steps} steps | difference |")
         print("| --- | --- | --- | --- | --- |", flush=True)
-        first_loss = None
+        losses = []
         for index in args.rows:
             devices, processes, mode, _ = ROWS[index]
-            loss = train(folder, index, args.steps)
-            first_loss = loss if first_loss is None else first_loss
-            difference = f"{loss - first_loss:+.1e}"
-            print(f"| {devices} | {processes} | {mode} | {loss:.7f} | {difference} |", flush=True)
+            losses.append(train(folder, index, args.steps))
+            difference = losses[-1] - losses[0]
+            row = f"| {devices} | {processes} | {mode} | {losses[-1]:.7f} | {difference:+.1e} |"
+            print(row, flush=True)
+        print(f"\nLargest difference: {max(abs(loss - losses[0]) for loss in losses):.1e}")
 
 
 if __name__ == "__main__":

@@ -55,10 +55,9 @@ def unstack(tree: Any, num_seeds: int) -> list[Any]:
 
 
 def unstack_shapes(shapes: Any, num_seeds: int) -> Any:
-    """One seed's part of a tree of jax.ShapeDtypeStruct."""
-    if num_seeds == 1:
-        return shapes
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    """One seed's part of a tree of jax.ShapeDtypeStruct, without shardings."""
+    first = int(num_seeds > 1)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[first:], x.dtype), shapes)
 
 
 def state_sharding(mesh: Mesh, shapes: Any, num_seeds: int) -> Any:

@@ -1,8 +1,8 @@
 """Multi-process setup: finding and joining a run's processes, and checking that they agree.
 
-JAX's runtime (`jax.distributed`) connects the processes, carries the arrays, and watches for a lost
+JAX's runtime (`jax.distributed`) connects the processes, transfers the arrays, and detects a lost
 process. It ends a process whose peer is missing or lost with SIGABRT (exit code 134) and a message
-of its own, so each process states beforehand whom it waits for.
+of its own, so each process prints beforehand which processes it waits for.
 """
 
 import collections
@@ -30,32 +30,28 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 class Processes(NamedTuple):
     """The processes of a run as the environment describes them, and this one's place."""
 
-    count: int | None  # type: ignore[assignment]  # None: JAX asks the launcher, as for the next two
+    # None: JAX asks the launcher.
+    count: int | None  # type: ignore[assignment]
     index: int | None  # type: ignore[assignment]
-    coordinator: str | None  # host:port, where process 0 listens
+    coordinator: str | None  # host:port, on which process 0 listens
     launcher: str = ""
-    whole_host: bool = True  # this process drives every device that it sees
+    whole_host: bool = True  # this process uses every device that it sees
 
     @classmethod
     def find(cls, environment: Mapping[str, str]) -> "Processes":
-        """Reads COORDINATOR, NUM_PROCESSES and PROCESS_ID, or the variables of a launcher.
+        """Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID, or the variables of a launcher.
 
         Launchers are SLURM's srun, Open MPI's mpirun, and indexed Kubernetes jobs. Without any of
         these the run has one process. Raises UserError for values that do not fit together.
         """
-        return (
-            cls._from_variables(environment) or cls._from_launcher(environment) or cls(1, 0, None)
-        )
-
-    @classmethod
-    def _from_variables(cls, environment):
         names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
         given = {name: environment[name] for name in names if environment.get(name)}
         if not given:
-            return None
-        if len(given) < 3:
-            missing = ", ".join(name for name in names if name not in given)
-            raise UserError(f"{', '.join(given)} set without {missing}: set all three or none")
+            return cls._from_launcher(environment)
+        if missing := [name for name in names if name not in given]:
+            raise UserError(
+                f"{', '.join(given)} set without {', '.join(missing)}: set all three or none"
+            )
         coordinator, *numbers = given.values()
         if not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
             raise UserError(
@@ -76,7 +72,7 @@ class Processes(NamedTuple):
         def number(name):
             return int(environment.get(name, 1))
 
-        # SLURM_STEP_* is set by srun for the tasks that it starts, not for a batch script.
+        # srun sets SLURM_STEP_* for the tasks that it starts, not for a batch script.
         if number("SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
             count, index = number("SLURM_STEP_NUM_TASKS"), number("SLURM_PROCID")
             launcher = f"SLURM on {environment.get('SLURM_STEP_NODELIST', 'its nodes')}"
@@ -84,14 +80,12 @@ class Processes(NamedTuple):
         elif number("OMPI_COMM_WORLD_SIZE") > 1:
             count, index = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_RANK")
             launcher, alone = "Open MPI", number("OMPI_COMM_WORLD_LOCAL_SIZE") == 1
-        elif (
-            "KUBERNETES_SERVICE_HOST" in environment
-            and "JOB_COMPLETION_INDEX" in environment
-            and importlib.util.find_spec("kubernetes")
+        elif {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys() and (
+            importlib.util.find_spec("kubernetes")
         ):
             return cls(None, None, None, "the Kubernetes job")
         else:
-            return None
+            return cls(1, 0, None)
         one_gpu_visible = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
         return cls(count, index, None, launcher, alone or one_gpu_visible)
 
@@ -102,15 +96,13 @@ class Processes(NamedTuple):
         return f"process {self.index} of {self.count} (numbered from 0) at {where}"
 
     def join(self) -> None:
-        """Joins the other processes, before anything touches a device.
+        """Joins the other processes, before anything uses a device.
 
-        Raises UserError if JAX cannot start; JAX aborts this process if another does not come.
+        Raises UserError if JAX cannot start. JAX aborts this process if another does not join.
         """
-        print(
+        _report(
             f"Joining: {self}; waiting up to {_JOIN_SECONDS} s for the others. "
-            "If one does not join, JAX aborts this process with DEADLINE_EXCEEDED.",
-            file=sys.stderr,
-            flush=True,
+            "If one does not join, JAX aborts this process with DEADLINE_EXCEEDED."
         )
         try:
             jax.distributed.initialize(
@@ -126,17 +118,17 @@ class Processes(NamedTuple):
                 f"cannot join: {self}: {_first_line(e)}; set COORDINATOR to a free port of process "
                 "0's host, and NUM_PROCESSES and PROCESS_ID"
             ) from e
-        if self.whole_host:  # JAX gives each process of a launcher the one GPU of its local number
+        if self.whole_host:  # otherwise JAX uses only the GPU with the process's local number
             jax.config.update("jax_cuda_visible_devices", "all")
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the run's other processes, if there are any, for the length of a `with`.
+    """A context in which this process has joined the run's other processes, if there are any.
 
-    Must come before anything touches a device. If the body raises in one process, that process
-    reports the error and exits immediately, without waiting for the others; JAX ends those when it
-    misses the heartbeat. After errors of `check_same` and `shared_errors` all leave together.
+    Must be entered before anything uses a device. If the body raises in one process, that process
+    reports the error and exits immediately, and JAX ends the others when it misses the heartbeat.
+    After an error of `check_same` or `shared_errors`, all leave together.
     """
     processes = Processes.find(os.environ)
     if processes.count == 1:
@@ -149,18 +141,20 @@ def joined() -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except jax.errors.JaxRuntimeError as e:  # a collective that failed because a process was lost?
-        print(
+        _report(
             f"error: {_first_line(e)}; if another process was lost, JAX names it within "
             f"{_HEARTBEAT_SECONDS} s and aborts: see the output of that process, then rerun the "
-            "same command to resume from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "same command to resume from the newest checkpoint"
         )
         time.sleep(_HEARTBEAT_SECONDS + 5)
         _exit(e)
     except BaseException as e:
         _exit(e)
     jax.distributed.shutdown()
+
+
+def _report(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _exit(error):
@@ -188,10 +182,10 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Checks that a dict {name: JSON value} is the same in every process; every process must call.
+    """Checks that a dict {name: JSON value} is the same in every process. Every process must call.
 
-    Raises UserError, in all of them, that names the first process that differs from process 0, and
-    the values. With one process there is nothing to check.
+    Raises UserError, in every process, with the first process that differs from process 0 and the
+    values. With one process there is nothing to check.
     """
     if jax.process_count() == 1:
         return
@@ -203,40 +197,38 @@ def check_same(values: Mapping[str, Any]) -> None:
             "give every process the same number of devices"
         )
     everyone = [json.loads(text) for text in _gather(json.dumps([socket.gethostname(), values]))]
-    host, expected = everyone[0]
-    for index, (their_host, theirs) in enumerate(everyone):
-        if theirs != expected:
-            names = {**expected, **theirs}
-            different = [
-                f"{name}: {theirs.get(name)!r}, not {expected.get(name)!r}"
-                for name in names
-                if theirs.get(name) != expected.get(name)
-            ]
+    first_host, first = everyone[0]
+    for index, (host, own) in enumerate(everyone):
+        differences = [
+            f"{name}: {own.get(name)!r}, not {first.get(name)!r}"
+            for name in first | own
+            if own.get(name) != first.get(name)
+        ]
+        if differences:
             raise _RaisedInAll(
-                f"process {index} on {their_host} differs from process 0 on {host} in "
-                f"{'; '.join(different[:5])}: make them the same"
+                f"process {index} on {host} differs from process 0 on {first_host} in "
+                f"{'; '.join(differences[:5])}: make them the same"
             )
 
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Raises a UserError of the body in every process; every process must enter.
+    """Raises a UserError of the body in every process. Every process must enter.
 
-    The body must not wait for another process. Without it, a process that fails alone leaves the
-    others waiting until JAX ends them.
+    Otherwise a process that fails alone leaves the others waiting until JAX ends them. The body
+    must not wait for another process.
     """
-    error = None
+    if jax.process_count() == 1:
+        yield
+        return
+    message = ""
     try:
         yield
     except UserError as e:
-        error = e
-    if jax.process_count() == 1:
-        if error:
-            raise error
-        return
-    for index, message in enumerate(_gather(str(error or ""))):
-        if message:
-            raise _RaisedInAll(f"process {index}: {message}") from error
+        message = str(e)
+    for index, problem in enumerate(_gather(message)):
+        if problem:
+            raise _RaisedInAll(f"process {index}: {problem}")
 
 
 def _gather(text):
