@@ -17,32 +17,39 @@ from vit_jax.parallel.mesh import make_mesh
 from vit_jax.train import train
 
 
+def config_of(num_seeds):
+    c = config_lib.defaults()
+    c.num_seeds = num_seeds
+    return c
+
+
 def test_one_seed_has_no_axis():
     def fn(x, y):
         return x + y
 
-    tree = {"a": np.arange(3)}
-    assert seeds.vmap_seeds(fn, 1, (0, None)) is fn
+    one, tree, shape = config_of(1), {"a": np.arange(3)}, jax.ShapeDtypeStruct((3,), np.int32)
+    assert seeds.vmap_seeds(fn, one, (0, None)) is fn
     assert seeds.stack([tree]) is tree
-    assert seeds.unstack(tree, 1) == [tree]
-    assert seeds.unstack_shapes(tree, 1) is tree
+    assert seeds.unstack(tree, one) == [tree]
+    assert seeds.unstack_shapes({"a": shape}, one) == {"a": shape}
 
 
 def test_several_seeds_lead_with_their_axis():
-    added = seeds.vmap_seeds(lambda x, y: x + y, 2, (0, None))(jnp.array([1, 2]), 10)
+    two = config_of(2)
+    added = seeds.vmap_seeds(lambda x, y: x + y, two, (0, None))(jnp.array([1, 2]), 10)
     np.testing.assert_array_equal(added, [11, 12])
     trees = [{"a": np.arange(3) + i} for i in range(2)]
     stacked = seeds.stack(trees)
     np.testing.assert_array_equal(stacked["a"], [[0, 1, 2], [1, 2, 3]])
-    jax.tree.map(np.testing.assert_array_equal, seeds.unstack(stacked, 2), trees)
-    shapes = seeds.unstack_shapes({"a": jax.ShapeDtypeStruct((2, 3), np.int32)}, 2)
+    jax.tree.map(np.testing.assert_array_equal, seeds.unstack(stacked, two), trees)
+    shapes = seeds.unstack_shapes({"a": jax.ShapeDtypeStruct((2, 3), np.int32)}, two)
     assert shapes["a"].shape == (3,) and shapes["a"].dtype == np.int32
 
 
 def test_axis_of_seeds_is_replicated():
     mesh = make_mesh(1, 1)
     shapes = {"a": jax.ShapeDtypeStruct((2, 64, 128), np.float32)}
-    assert seeds.state_sharding(mesh, shapes, 2)["a"].spec[:1] == (None,)
+    assert seeds.state_sharding(mesh, shapes, config_of(2))["a"].spec[:1] == (None,)
 
 
 def losses(experiment, num_steps):

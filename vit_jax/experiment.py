@@ -37,7 +37,7 @@ _IMAGES_SHOWN = 64
 class Experiment:
     """Everything that follows from a config before the first step.
 
-    With several seeds, the arrays of the state and of the metrics lead with [num_seeds].
+    With several seeds, the arrays of the state and of the metrics lead with the axis of the seeds.
     """
 
     config: Any
@@ -61,7 +61,7 @@ class Experiment:
     @property
     def num_params(self) -> int:
         """Number of parameters of the model."""
-        params = seeds.unstack_shapes(self.state_shapes.params, self.config.num_seeds)
+        params = seeds.unstack_shapes(self.state_shapes.params, self.config)
         return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
 
     @property
@@ -198,7 +198,7 @@ def make_experiment(
         state_shapes=state_shapes,
         train_step=train_step,
         augmented_images=augmented_images,
-        eval_step=seeds.vmap_seeds(eval_step, config.num_seeds, (0, None)),
+        eval_step=seeds.vmap_seeds(eval_step, config, (0, None)),
         initial_weights=initial_weights,
         _init=init,
     )
@@ -262,10 +262,10 @@ def _make_init(config, mesh, model, optimizer, image_shape, params):
             skip_bad=config.on_bad_loss == "skip",
         )
 
-    init = seeds.vmap_seeds(init, config.num_seeds, (0, None))
-    seed = seeds.stack([np.uint32(0)] * config.num_seeds)
+    init = seeds.vmap_seeds(init, config, (0, None))
+    seed = seeds.stack([np.uint32(seed) for seed in seeds.seeds_of(config)])
     shapes = jax.eval_shape(init, seed, params)
-    shardings = seeds.state_sharding(mesh, shapes, config.num_seeds)
+    shardings = seeds.state_sharding(mesh, shapes, config)
     jitted = jax.jit(init, out_shardings=shardings)
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -310,13 +310,11 @@ def _make_steps(config, mesh, model, optimizer, schedule, plan, feed, state_shap
     donated = () if jax.config.jax_debug_nans else 0
     return (
         jax.jit(
-            seeds.vmap_seeds(train_step, config.num_seeds, axes),
+            seeds.vmap_seeds(train_step, config, axes),
             donate_argnums=donated,
             out_shardings=(state_shardings, everywhere),
         ),
-        jax.jit(
-            seeds.vmap_seeds(augmented_images, config.num_seeds, axes), out_shardings=everywhere
-        ),
+        jax.jit(seeds.vmap_seeds(augmented_images, config, axes), out_shardings=everywhere),
     )
 
 
@@ -379,7 +377,7 @@ def _describe_sharding(experiment):
 
 def _describe_optimizer(experiment):
     c, o = experiment.config, experiment.config.optim
-    params = seeds.unstack_shapes(experiment.state_shapes.params, c.num_seeds)
+    params = seeds.unstack_shapes(experiment.state_shapes.params, c)
     sizes = [math.prod(p.shape) for p in jax.tree.leaves(params)]
     mask = optim.decay_mask(o.decay, params)
     decayed = sum(size for size, d in zip(sizes, jax.tree.leaves(mask), strict=True) if d)

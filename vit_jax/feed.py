@@ -63,7 +63,7 @@ class ResidentFeed(_Feed):
         """The inputs as jax.ShapeDtypeStruct."""
         split, everywhere = self._split, mesh_lib.replicated(self._mesh)
         order = np.zeros((self._plan.steps_per_epoch, self._num_rows), np.int32)
-        order = seeds.stack([order] * self._config.num_seeds)
+        order = seeds.stack([order for _ in seeds.seeds_of(self._config)])
         arrays = {"image": split.images, "label": split.labels}, order
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arrays

@@ -37,9 +37,9 @@ def config_of(config: ConfigDict, seed: int) -> ConfigDict:
     return config
 
 
-def vmap_seeds(fn: Callable, num_seeds: int, in_axes: Any) -> Callable:
+def vmap_seeds(fn: Callable, config: ConfigDict, in_axes: Any) -> Callable:
     """`jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
-    return fn if num_seeds == 1 else jax.vmap(fn, in_axes)
+    return fn if config.num_seeds == 1 else jax.vmap(fn, in_axes)
 
 
 def stack(trees: Sequence[Any]) -> Any:
@@ -47,23 +47,23 @@ def stack(trees: Sequence[Any]) -> Any:
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
-def unstack(tree: Any, num_seeds: int) -> list[Any]:
+def unstack(tree: Any, config: ConfigDict) -> list[Any]:
     """One tree per seed from a tree of arrays that lead with [S]."""
-    if num_seeds == 1:
+    if config.num_seeds == 1:
         return [tree]
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_seeds)]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(config.num_seeds)]
 
 
-def unstack_shapes(shapes: Any, num_seeds: int) -> Any:
+def unstack_shapes(shapes: Any, config: ConfigDict) -> Any:
     """One seed's part of a tree of jax.ShapeDtypeStruct, without shardings."""
-    first = int(num_seeds > 1)
+    first = int(config.num_seeds > 1)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[first:], x.dtype), shapes)
 
 
-def state_sharding(mesh: Mesh, shapes: Any, num_seeds: int) -> Any:
+def state_sharding(mesh: Mesh, shapes: Any, config: ConfigDict) -> Any:
     """`mesh.state_sharding`, with the axis of seeds replicated."""
-    shardings = mesh_lib.state_sharding(mesh, unstack_shapes(shapes, num_seeds))
-    if num_seeds == 1:
+    shardings = mesh_lib.state_sharding(mesh, unstack_shapes(shapes, config))
+    if config.num_seeds == 1:
         return shardings
     return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), shardings)
 
@@ -134,7 +134,7 @@ class RunWorkdir:
 
     def restore(self, step: int, state_shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """(TrainState on the devices, progress) of a saved step."""
-        shapes = unstack_shapes(state_shapes, self._config.num_seeds)
+        shapes = unstack_shapes(state_shapes, self._config)
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
         states = []
         for workdir, seed in zip(self._each, seeds_of(self._config), strict=True):
@@ -150,14 +150,11 @@ class RunWorkdir:
 
         Raises BadStep if the weights are not finite.
         """
-        num_seeds = self._config.num_seeds
-        states = unstack(mesh_lib.to_host(state), num_seeds)
+        states = unstack(mesh_lib.to_host(state), self._config)
         finite = [all(np.isfinite(x).all() for x in jax.tree.leaves(s.params)) for s in states]
         if not all(finite):
             raise BadStep(step, ~np.array(finite), None, None)
-        accuracies = [None] * num_seeds
-        if log.val_accuracy is not None:
-            accuracies = np.atleast_1d(log.val_accuracy)
+        accuracies = np.broadcast_to(log.val_accuracy, len(states))  # None if not validated
         for workdir, part, accuracy in zip(self._each, states, accuracies, strict=True):
             sums = {name: float(value) for name, value in part.sums.items()}
             progress = {"sums": sums, **log.progress}
@@ -181,12 +178,12 @@ class RunWorkdir:
 
     def images(self, step: int, name: str, images: Any) -> None:
         """Writes a tree of images per seed; see `Workdir.images`."""
-        for workdir, part in zip(self._each, unstack(images, len(self._each)), strict=True):
+        for workdir, part in zip(self._each, unstack(images, self._config), strict=True):
             workdir.images(step, name, part)
 
     def histograms(self, step: int, params: Any) -> None:
         """See `Workdir.histograms`."""
-        for workdir, part in zip(self._each, unstack(params, len(self._each)), strict=True):
+        for workdir, part in zip(self._each, unstack(params, self._config), strict=True):
             workdir.histograms(step, part)
 
     def write_results(self, values: Mapping[str, Any], shared: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,6 @@ def _make_log(experiment, workdir, start, progress):
         experiment.plan,
         step=start,
         progress=progress,
-        num_seeds=config.num_seeds,
         # With bad steps skipped, this many in a row still end the run.
         patience=max(experiment.plan.log.steps, 10) if config.on_bad_loss == "skip" else 1,
         flops_per_image=experiment.flops_per_image,

@@ -80,7 +80,7 @@ class Workdir:
 
 
 def make_log(workdir, plan, **options):
-    options = {"num_seeds": 1, "patience": 1, "streaming": True, "peak_flops": 100.0} | options
+    options = {"patience": 1, "streaming": True, "peak_flops": 100.0} | options
     start = {"timed_images": 0, "timed_seconds": 0.0}
     return TrainLog(workdir, plan, step=0, progress=start, flops_per_image=10.0, **options)
 
@@ -130,7 +130,7 @@ def test_time_spent_waiting_for_batches_is_recorded(plan, clock):
 
 
 def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):
-    log = make_log(Workdir(), plan, num_seeds=2, patience=2)
+    log = make_log(Workdir(), plan, patience=2)
     bad = [[True, False], [True, True], [False, True]]  # the first seed is bad twice in a row
     values = [metrics(np.array([i, 10 + i]), bad[i]) for i in range(3)]
     log.push(1, values[0])

@@ -130,7 +130,6 @@ class TrainLog:
         *,
         step: int,
         progress: dict[str, Any],
-        num_seeds: int,
         patience: int,
         flops_per_image: float,
         peak_flops: float | None,
@@ -146,8 +145,8 @@ class TrainLog:
           peak_flops: FLOP/s of all devices, or None if unknown.
           streaming: whether to record the time spent waiting for data.
         """
-        self._workdir, self._plan, self._num_seeds = workdir, plan, num_seeds
-        self._patience, self._bad_in_a_row = patience, np.zeros(num_seeds, int)
+        self._workdir, self._plan = workdir, plan
+        self._patience, self._bad_in_a_row = patience, np.zeros((), int)
         self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
         self._streaming = streaming
         self._queue: collections.deque = collections.deque()
@@ -193,7 +192,7 @@ class TrainLog:
         step, metrics = self._queue.popleft()
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
         images = self._plan.images(step) - self._plan.images(step - 1)
-        self.throughput.tick(images * self._num_seeds)
+        self.throughput.tick(images * np.size(bad))  # of every seed
         self._bad_in_a_row = np.where(bad, self._bad_in_a_row + 1, 0)
         if self._bad_in_a_row.max() >= self._patience:
             values = jax.device_get(metrics)
@@ -213,7 +212,7 @@ class TrainLog:
             line["time/mfu"] = rate * self._flops_per_image / self._peak_flops
         self._workdir.write(step, line)
         images = self._plan.images(self._plan.total_steps) - self._plan.images(step)
-        self.terminal.update(step, line, images * self._num_seeds)
+        self.terminal.update(step, line, images * np.size(metrics["loss"]))
 
     def epoch(self, step: int, state: Any, *, skipped: Mapping[int, str] | None = None) -> None:
         """Records the mean loss and accuracy of an epoch, from the sums in the state.
