@@ -1,35 +1,17 @@
 """Starts the processes of a run over loopback."""
 
 import os
-import pathlib
 import socket
 import subprocess
-import sys
 
 import jax
-
-from vit_jax import config as config_lib
-
-ROOT = pathlib.Path(__file__).parents[1]
+from runs import ROOT
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def command(c, workdir, **constants):
-    """The train command with the config `c`, under other constants of parallel.processes."""
-    recipe = config_lib.from_file(ROOT / "configs" / "cifar10_vit.py")
-    names = [d.split(":")[0] for d in config_lib.difference(c, recipe)]
-    overrides = [f"--config.{n}={config_lib.get_field(c, n)}" for n in names]
-    changes = "; ".join(f"p.{name} = {value}" for name, value in constants.items())
-    code = f"from vit_jax.parallel import processes as p; {changes}\n"
-    code += "import runpy; runpy.run_module('vit_jax.main', run_name='__main__', alter_sys=True)"
-    program = ["-c", code] if constants else ["-m", "vit_jax.main"]
-    arguments = ["--config", "configs/cifar10_vit.py", "--workdir", str(workdir)]
-    return [sys.executable, *program, *arguments, *overrides]
 
 
 def start(commands, *, devices=1, port=None, **environment):

@@ -7,7 +7,8 @@ import socket
 import time
 
 import pytest
-from process_helpers import command, finish, free_port, start
+from process_helpers import finish, free_port, start
+from runs import command, command_after
 
 
 def refusals(processes, timeout=90):
@@ -113,7 +114,8 @@ def test_error_of_one_process_ends_all(small, tiny_folder, tmp_path):
 
 def test_missing_or_duplicate_process(small, tmp_path):
     """Each process says whom it waits for, where and how long; JAX then ends it."""
-    waiting = command(small, tmp_path / "w", _JOIN_SECONDS=3)
+    code = "from vit_jax.parallel import processes as p; p._JOIN_SECONDS = 3"
+    waiting = command_after(code, small, tmp_path / "w")
     runs = [
         (ids, start([waiting] * len(ids), PROCESS_ID=ids, NUM_PROCESSES="3" * len(ids)))
         for ids in ("01", "12", "011")  # process 2 is missing; process 0; 2, and 1 is there twice

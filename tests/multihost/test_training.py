@@ -8,11 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from process_helpers import command, finish, start
+from process_helpers import finish, start
+from runs import command, command_after
 
 from vit_jax.train import train
 
-SOONER = {"_HEARTBEAT_SECONDS": 5}  # a lost process is noticed sooner
+# A lost process is noticed sooner.
+SOONER = "from vit_jax.parallel import processes as p; p._HEARTBEAT_SECONDS = 5"
 
 
 def losses(workdir):
@@ -46,7 +48,7 @@ def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
     small.optim.peak_lr = 1e-4
     train(small, tmp_path / "never")
     small.mesh.fsdp = 4
-    processes = start([command(small, tmp_path / "one", **SOONER)] * 2, devices=2)
+    processes = start([command_after(SOONER, small, tmp_path / "one")] * 2, devices=2)
     deadline = time.monotonic() + 100
     while not list((tmp_path / "one").glob("checkpoints/[1-9]0")) and time.monotonic() < deadline:
         assert processes[1].poll() is None, processes[1].stderr.read()
@@ -78,7 +80,7 @@ def runs(small, tmp_path):
     with contextlib.ExitStack() as stack:
         pairs = []
         for workdir in (tmp_path / "a", tmp_path / "b"):
-            pairs.append((workdir, start([command(small, workdir, **SOONER)] * 2)))
+            pairs.append((workdir, start([command_after(SOONER, small, workdir)] * 2)))
             for process in pairs[-1][1]:
                 stack.callback(process.communicate)
                 stack.callback(process.kill)  # the first of the two
