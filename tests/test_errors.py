@@ -1,12 +1,15 @@
-"""A missing home directory is one line wherever a path is expanded."""
+"""How a command ends: errors and signals, and a missing home directory."""
 
+import errno
 import pwd
+import signal
+import sys
 
 import pytest
 
 from vit_jax import config, data, main, weights
 from vit_jax.data.source import user_cache
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError, run_command
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,35 @@ def test_missing_home_directory_is_an_error(expand, monkeypatch):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(UserError, match="this user has no home directory; set HOME"):
         expand()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: No space left on"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (Stopped(signal.SIGTERM), 143, ""),
+        (Stopped(signal.SIGINT), 130, ""),
+    ],
+    ids=["user error", "full disk", "Ctrl-C", "SIGTERM", "SIGINT"],
+)
+def test_errors_end_in_one_line_and_a_code(error, code, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test
+
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_command(command)
+    printed = capsys.readouterr().err
+    assert end.value.code == code
+    assert printed.startswith(message) and printed.count("\n") == (message != "")
+
+
+def test_other_errors_keep_their_traceback():
+    def command():
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+
+    with pytest.raises(ConnectionRefusedError):
+        run_command(command)

@@ -1,9 +1,7 @@
-"""The command line: the list of commands, their help, and how errors and signals end them."""
+"""The command line: the list of commands, their help, and unknown commands."""
 
-import errno
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tomllib
@@ -12,7 +10,7 @@ import pytest
 
 from vit_jax import __main__ as cli
 from vit_jax.commands import describe
-from vit_jax.errors import Stopped, UserError, run_command
+from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("train", "evaluate", "predict", "report", "demo", "export", "sweep", "describe")
@@ -63,35 +61,3 @@ def test_describe_prints_the_run_and_its_program(tiny_folder, capsys):
     assert {"compute", "memory of a step, by the compiler"} <= set(lines)
     with pytest.raises(UserError, match="unknown argument --steps: use --config"):
         describe.main(["--steps", "3"])
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UserError("two\nlines"), 2, "error: two lines\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: No space left on"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (Stopped(signal.SIGTERM), 143, ""),
-        (Stopped(signal.SIGINT), 130, ""),
-    ],
-    ids=["user error", "full disk", "Ctrl-C", "SIGTERM", "SIGINT"],
-)
-def test_errors_end_in_one_line_and_a_code(error, code, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test
-
-    def command():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        run_command(command)
-    printed = capsys.readouterr().err
-    assert end.value.code == code
-    assert printed.startswith(message) and printed.count("\n") == (message != "")
-
-
-def test_other_errors_keep_their_traceback():
-    def command():
-        raise OSError(errno.ECONNREFUSED, "Connection refused")
-
-    with pytest.raises(ConnectionRefusedError):
-        run_command(command)

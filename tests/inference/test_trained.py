@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runs import command, finish, start
 
 import vit_jax
 from vit_jax.augment import normalize
@@ -97,19 +98,11 @@ def test_forward_pass_in_docs_has_at_most_40_lines_and_no_vit_jax():
 
 def test_checkpoint_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
     """Without importing vit_jax; scripts/clean_restore.sh does the same in a clean environment."""
-    from test_train import command, environment
-
     tiny_config.steps, tiny_config.mesh.fsdp, tiny_config.model.width = 2, 2, 64
-    environ = environment()
-    done = subprocess.run(
-        command(tiny_config, tmp_path),
-        cwd=ROOT,
-        env=environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "devices: 8 x cpu (data 4, fsdp 2)" in done.stdout
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    code, output = finish(start(command(tiny_config, tmp_path), **flags))
+    assert code == 0, output
+    assert "devices: 8 x cpu (data 4, fsdp 2)" in output
     model, params, config = vit_jax.load(tmp_path)
     black = normalize(np.zeros((1, 8, 8, 3), np.uint8), config.data.mean, config.data.std)
     expected = jax.nn.softmax(model.apply({"params": params}, black))[0]
