@@ -1,13 +1,13 @@
-"""Vision Transformers in JAX. `vit_jax.load(workdir)` gives a trained model back.
+"""Vision Transformers in JAX. `vit_jax.load(workdir)` loads a trained model.
 
-`vit_jax.load_weights(path)` reads the weights of other programs.
+`vit_jax.load_weights(path)` reads weights from other libraries.
 """
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    if name == "load":  # imported when first used: importing vit_jax stays light
+    if name == "load":  # imported on first use, to keep vit_jax light
         from vit_jax.inference.trained import load
 
         return load

@@ -1,4 +1,4 @@
-"""python -m vit_jax COMMAND, and the console script vit-jax: lists the commands, runs one."""
+"""python -m vit_jax COMMAND, and the console script vit-jax: lists the commands or runs one."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main():
-    """Runs the command that the first argument names; without one, lists all."""
+    """Runs the command named by the first argument, or lists all commands."""
     run_command(_main, sys.argv[1:])
 
 

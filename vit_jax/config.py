@@ -1,6 +1,6 @@
 """Every field of a config: default, allowed values, and meaning.
 
-A recipe in configs/ starts from `defaults()` and sets what differs.
+A recipe in configs/ overrides some of `defaults()`.
 """
 
 import ast
@@ -49,14 +49,14 @@ class Field:
     default: Any
     doc: str
     kind: str
-    convert: Callable[[Any], Any]  # from a recipe's value or a command line's text
+    convert: Callable[[Any], Any]  # from a recipe's value or a command-line string
     allowed: str = ""
     is_allowed: Callable[[Any], bool] = lambda value: True
     choices: tuple[str, ...] = ()
 
 
 def choice(default: str, *others: str, doc: str) -> Field:
-    """A text that is one of a few."""
+    """A string from a fixed set."""
     choices = (default, *others)
     allowed = f"one of {', '.join(choices)}"
     return Field(default, doc, "a text", _text, allowed, choices.__contains__, choices)
@@ -71,7 +71,7 @@ def number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Field:
-    """An int or a float, whichever `default` is, within bounds. NaN is within no bounds."""
+    """An int or a float, like `default`, within bounds. NaN is always out of bounds."""
     bounds = [
         ("at least", at_least, operator.ge),
         ("above", above, operator.gt),
@@ -113,12 +113,12 @@ def flag(default: bool, doc: str) -> Field:
 
 
 def text(default: str, doc: str) -> Field:
-    """Any text."""
+    """Any string."""
     return Field(default, doc, "a text", _text)
 
 
 def duration(default: str, doc: str) -> Field:
-    """A text in the format of `durations`; empty means never."""
+    """A string in the format of `durations`; empty means never."""
     kind = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
     return Field(default, doc, kind, lambda value: durations.canonical(_text(value)))
 
@@ -186,7 +186,7 @@ FIELDS: dict[str, Field] = {
     "keep_every": duration("", "checkpoints that are kept permanently"),
     "histograms_every": duration("", "histograms of the weights in TensorBoard"),
     "on_bad_loss": choice(
-        *("stop", "skip"), doc="on a loss or gradient that is not finite; skip: no update"
+        *("stop", "skip"), doc="on a non-finite loss or gradient; skip: no update"
     ),
     # The data.
     "data.name": text(
@@ -227,7 +227,7 @@ FIELDS: dict[str, Field] = {
     "model.gelu": choice("exact", "tanh", doc="tanh: the approximation in Google's weights"),
     "model.pre_logits": number(0, "width of a tanh layer before the head (0: none)", at_least=0),
     "model.image_size": number(
-        0, "side that images are resized to on the device (0: as they come)", at_least=0
+        0, "side that images are resized to on the device (0: unchanged)", at_least=0
     ),
     "model.remat": flag(False, "recompute activations in the backward pass, to save memory"),
     "model.dtype": choice("float32", "bfloat16", doc="dtype of activations; weights are float32"),
@@ -246,7 +246,9 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
     "augment.randaugment_magnitude": number(9.0, "magnitude out of 10", at_least=0, at_most=10),
-    "augment.randaugment_magnitude_std": number(0.0, "its standard deviation", at_least=0),
+    "augment.randaugment_magnitude_std": number(
+        0.0, "standard deviation of the magnitude", at_least=0
+    ),
     "augment.color_jitter": numbers(
         (0.0,) * 4,
         "strengths of brightness, contrast, saturation, hue",
@@ -255,8 +257,8 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.erasing_prob": number(0.0, "probability of random erasing", at_least=0, at_most=1),
     "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box", at_most=1),
-    "augment.erasing_ratio": interval((0.3, 3.3), "its aspect ratio", at_least=0.01),
-    "augment.erasing_mode": choice("zero", "noise", doc="what the erased box is filled with"),
+    "augment.erasing_ratio": interval((0.3, 3.3), "aspect ratio of the erased box", at_least=0.01),
+    "augment.erasing_mode": choice("zero", "noise", doc="fill of the erased box"),
     "augment.mixup_alpha": number(0.0, "Beta parameter of mixup (0: off)", at_least=0),
     "augment.cutmix_alpha": number(0.0, "Beta parameter of CutMix (0: off)", at_least=0),
     "augment.mix_prob": number(1.0, "probability of mixing", at_least=0, at_most=1),
@@ -293,7 +295,7 @@ FIELDS: dict[str, Field] = {
         0.0, "decay of the EMA weights, which are evaluated (0: off)", at_least=0, below=1
     ),
     # The devices.
-    "mesh.data": number(0, "size of the data axis (0: the devices that fsdp leaves)", at_least=0),
+    "mesh.data": number(0, "size of the data axis (0: all devices divided by fsdp)", at_least=0),
     "mesh.fsdp": number(1, "size of the fsdp axis: shards of weights and optimizer", at_least=1),
 }
 
@@ -322,13 +324,13 @@ def field_help() -> Iterator[str]:
 
 
 def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
-    """{"width", "depth", "num_heads", "mlp_dim"} of a `model` group: 0 means as in its size."""
+    """{"width", "depth", "num_heads", "mlp_dim"} of a `model` group; its size replaces zeros."""
     sizes = zip(_SHAPE_FIELDS, MODEL_SIZES[model["size"]], strict=True)
     return {name: model[name] or size for name, size in sizes}
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError, one line, for a value that its field or another field does not allow."""
+    """Raises a one-line UserError for an invalid value or combination of values."""
     for name, field in FIELDS.items():
         value = _converted(name, get_field(config, name))
         if not field.is_allowed(value):
@@ -394,7 +396,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
     """Returns the path of a recipe. `name` is a file's path or a shipped recipe's name.
 
-    Raises UserError if there is neither; its line names the nearest recipe and lists all.
+    Raises UserError if neither exists, with the nearest name and a list of all recipes.
     """
     path = expand_home(name)
     shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
@@ -410,11 +412,10 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def from_file(path: str | pathlib.Path) -> ConfigDict:
-    """The ConfigDict that `get_config()` in a recipe's Python file returns.
+    """Returns the ConfigDict from `get_config()` in a recipe's Python file.
 
     `path` may also be the name of a shipped recipe. The file is executed. Raises UserError if it
-    does not exist, has no get_config, or sets a field that does not exist or a value of the wrong
-    type.
+    does not exist, has no get_config, or sets an unknown field or a value of the wrong type.
     """
     path = recipe_path(path)
     try:
@@ -427,7 +428,7 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
         raise UserError(
             f"the config file {path} fails: no field or function {name}{_renamed(name, 'N')}"
         ) from e
-    except Exception as e:  # a recipe is a program, which can fail in any way
+    except Exception as e:  # a recipe can raise anything
         raise UserError(f"the config file {path} fails: {type(e).__name__}: {e}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, not {type(config)}")
@@ -435,7 +436,7 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
 
 
 def from_dict(values: dict) -> ConfigDict:
-    """The ConfigDict of `config.to_dict()` or of its JSON, in which tuples are lists.
+    """Returns the ConfigDict of `config.to_dict()` or its JSON, in which tuples are lists.
 
     Raises UserError for an unknown field or a value of the wrong type.
     """
@@ -455,7 +456,7 @@ def from_dict(values: dict) -> ConfigDict:
 
 
 def set_field(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets the field with a dotted name to a value, or to the value of a command line's text.
+    """Sets a field, by dotted name, to a value or a command-line string.
 
     Raises UserError for an unknown field, a group, or a value of the wrong type.
     """
@@ -467,19 +468,19 @@ def set_field(config: ConfigDict, name: str, value: Any) -> None:
 
 
 def _converted(name: str, value: Any) -> Any:
-    """`value` in the type of a field, or a UserError that states the type."""
+    """Converts `value` to a field's type. Raises UserError, with the type, if it cannot."""
     try:
         return FIELDS[name].convert(value)
     except (
         *(TypeError, ValueError, KeyError, SyntaxError, OverflowError),
-        *(RecursionError, MemoryError),  # of ast, for brackets thousands deep
+        *(RecursionError, MemoryError),  # from ast, for brackets thousands deep
     ):
         shown = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}..."
         raise UserError(f"config.{name} takes {FIELDS[name].kind}; got {shown}") from None
 
 
 def _renamed(name: str, value: Any) -> str:
-    """A hint for an unknown name: the present spelling of a duration, or the nearest field."""
+    """A hint for an unknown name: a duration's current spelling, or the nearest field."""
     if match := re.fullmatch(r"(?:.*\.)?(\w+?)_(steps|epochs|examples|percent)", name):
         old, unit = match[1].replace("checkpoint_every", "save_every"), match[2]
         for field in FIELDS:
@@ -514,7 +515,7 @@ def difference(config: ConfigDict, other: ConfigDict, *, ignore: Sequence[str] =
 
 
 def get_field(config: ConfigDict, name: str) -> Any:
-    """The value of a dotted name."""
+    """Returns a field's value by its dotted name."""
     return functools.reduce(lambda group, part: group[part], name.split("."), config)
 
 

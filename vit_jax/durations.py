@@ -10,9 +10,9 @@ _PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
 
 
 def parse(text: str) -> tuple[float, str] | None:
-    """Returns (value, unit), or None for an empty text, which means never.
+    """Returns (value, unit), or None for an empty string, which means never.
 
-    Raises ValueError unless the text is a number with a unit: steps, epochs, examples, or %.
+    Raises ValueError unless it is a number with a unit: steps, epochs, examples, or %.
     """
     if not text.strip():
         return None
@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[float, str] | None:
 
 
 def canonical(text: str) -> str:
-    """The one spelling of a duration that configs store: "5epochs" becomes "5 epochs"."""
+    """Returns a duration as configs store it: "5epochs" becomes "5 epochs"."""
     if (parsed := parse(text)) is None:
         return ""
     value, unit = parsed
@@ -61,7 +61,7 @@ class Every:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The durations of a run in steps. The last batch of an epoch may hold fewer examples."""
+    """The durations of a run in steps. The last batch of an epoch may be smaller."""
 
     num_examples: int
     batch_size: int
@@ -77,7 +77,7 @@ class Plan:
 
     @classmethod
     def make(cls, config: ConfigDict, num_examples: int) -> "Plan":
-        """The plan of a config. Warmup and the part without mixing are at most the whole run."""
+        """The plan of a config. Warmup and the part without mixing are capped at the run."""
         steps_per_epoch = math.ceil(num_examples / config.batch_size)
         total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
 

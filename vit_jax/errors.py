@@ -1,4 +1,4 @@
-"""The exceptions that end a command with a line and a code of its own, and no traceback."""
+"""Exceptions that end a command with one line, an exit code, and no traceback."""
 
 import errno
 import pathlib
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Wrong input: one line that says what was given, what is allowed and what to do."""
+    """Invalid input: one line with the value given, the values allowed, and the fix."""
 
 
 class Stopped(Exception):
-    """A run that ended early by a signal, its state saved."""
+    """A run stopped early by a signal, with its state saved."""
 
     def __init__(self, signal_number: int) -> None:
         self.code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells count
@@ -27,14 +27,14 @@ def expand_home(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def make_folder(path: str | pathlib.Path) -> None:
-    """Creates a directory and its parents. Raises UserError where that is impossible."""
+    """Creates a directory and its parents. Raises UserError if that fails."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot create the directory {path}: {e.strerror}") from e
 
 
-# What a disk answers that will not take a file.
+# Errors of a failed write.
 DISK_REFUSES = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -48,10 +48,10 @@ DISK_REFUSES = (
 
 
 def run_command(main: Callable[..., Any], *args: Any) -> Any:
-    """Calls `main`; a UserError, or a disk that refuses, is one line on stderr and exit code 2.
+    """Calls `main`; a UserError or a failed write is one line on stderr and exit code 2.
 
-    An interrupt from the keyboard is exit code 130, a run stopped by a signal has its own. None
-    shows a traceback.
+    The exit code is 130 after Ctrl-C, and the signal's after a stopped run. None of these prints a
+    traceback.
     """
     # Paths need not be UTF-8: their bytes pass through unchanged.
     for stream in (sys.stdin, sys.stdout):
@@ -70,5 +70,5 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.unraisablehook = lambda _: None  # what libraries complain of while the process ends
+    sys.unraisablehook = lambda _: None  # silences libraries at exit
     sys.exit(code)

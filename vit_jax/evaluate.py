@@ -1,4 +1,4 @@
-"""The exact pass over a split: every example counts once, at any batch size and device count."""
+"""Exact evaluation of a split: every example counts once, at any batch size and device count."""
 
 import functools
 from collections.abc import Callable, Iterable

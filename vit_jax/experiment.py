@@ -35,9 +35,9 @@ _IMAGES_SHOWN = 64
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything that follows from a config before the first step.
+    """Everything derived from a config before the first step.
 
-    With several seeds, the arrays of the state and of the metrics lead with the axis of the seeds.
+    With several seeds, the arrays of the state and the metrics have a leading axis of seeds.
     """
 
     config: Any
@@ -46,7 +46,7 @@ class Experiment:
     plan: Plan
     model: VisionTransformer
     feed: feed_lib.ResidentFeed | feed_lib.StreamedFeed
-    state_shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
+    state_shapes: TrainState  # jax.ShapeDtypeStruct with shardings
     train_step: Any  # jitted: (state, *inputs) -> (state, metrics); donates the state
     augmented_images: Any  # jitted: (state, *inputs) -> uint8[n, H, W, C] of the next step
     eval_step: Any  # (params, batch) -> sums
@@ -73,8 +73,8 @@ class Experiment:
     def data_identity(self) -> dict[str, Any]:
         """The identity of the data, as JSON: class names, and each split's size and digest.
 
-        A streamed split's digest covers a sample of its images, so it compares only with another
-        streamed split's; "digest_of" records which it is.
+        A streamed split's digest covers a sample of its images, so it is comparable only
+        with a streamed split's; "digest_of" records the kind.
         """
         digest_of = "a sample" if self.config.data.streaming else "all images"
         return {
@@ -97,7 +97,7 @@ class Experiment:
             "config": {
                 "class_names": list(self.train.class_names),
                 "image_shape": list(self.train.image_shape),
-                "num_heads": self.model.num_heads,  # config.model may leave it to its size
+                "num_heads": self.model.num_heads,  # 0 in config.model means the size's
                 "preprocessing": {
                     "divide_by": 255,
                     "mean": list(c.data.mean),
@@ -114,9 +114,9 @@ class Experiment:
         return train.skipped if isinstance(train, data.Stream) else {}
 
     def check(self) -> None:
-        """Traces the step, which raises the UserErrors that only tracing finds.
+        """Traces the step, to raise the UserErrors that only tracing finds.
 
-        jit keeps the trace, so the first step is not slower.
+        jit caches the trace, so the first step is not slower.
         """
         self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes())
 
@@ -128,7 +128,7 @@ class Experiment:
     def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
         """Yields (step, inputs of `train_step`) for every step after step `after`."""
         steps = range(after + 1, self.plan.total_steps + 1)
-        # After the last step no feed is started: not strict.
+        # Not strict, so that the feed is not read after the last step.
         return zip(steps, self.feed.inputs(after), strict=False)
 
     def stored_batch(self, step: int, seed: int) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ class Experiment:
         return {"image": images, "label": labels, "index": index}
 
     def evaluate(self, params: Any, split: str) -> dict[str, Any]:
-        """{"loss", "accuracy", "count"} of parameters over a whole split, by its name."""
+        """{"loss", "accuracy", "count"} of parameters on a split, by its name."""
         return self._evaluate(params, self._eval_batches(split)())
 
     @functools.cached_property
@@ -153,7 +153,7 @@ class Experiment:
 
     @functools.cached_property
     def _eval_batches(self):
-        """The function from a split's name to its batches, which stay on the devices once used."""
+        """A function from a split's name to its batches, which stay on the devices after use."""
         return functools.cache(
             lambda name: feed_lib.make_eval_batches(self.splits[name], self.config, self.mesh)
         )
@@ -162,7 +162,7 @@ class Experiment:
 def make_experiment(
     config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, fresh: bool = True
 ) -> Experiment:
-    """The Experiment of a config, on a list of devices (default: all).
+    """Builds the Experiment of a config on a list of devices (default: all).
 
     Reads the data and writes nothing. Raises UserError for invalid input. If `fresh` is false, a
     checkpoint will replace the initial state, so `config.init_from` is not read.
@@ -306,7 +306,7 @@ def _make_steps(config, mesh, model, optimizer, schedule, plan, feed, state_shap
     axes = (0, *feed.vmap_axes)
     everywhere = mesh_lib.replicated(mesh)
     state_shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
-    # To locate a NaN, JAX runs the step again on the same inputs, which it must not donate.
+    # To locate a NaN, JAX reruns the step on the same inputs, which must not be donated.
     donated = () if jax.config.jax_debug_nans else 0
     return (
         jax.jit(

@@ -1,8 +1,8 @@
 """Batches on the devices, from a resident or a streamed split, for training and evaluation.
 
-A resident split is stored whole on every device, and a step gathers its rows there. A streamed
-split is decoded ahead, each process only its own rows. Both give the same batches in the same
-order, {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}, sharded over the mesh.
+A resident split is replicated on every device, and a step gathers its rows there. A streamed split
+is decoded ahead, by each process only its own rows. Both yield the same batches in the same order,
+{"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}, sharded over the mesh.
 """
 
 import collections
@@ -29,7 +29,7 @@ def make_feed(
 
 
 class _Feed:
-    """What both kinds share: B, the batch size rounded up to a multiple of devices and parts."""
+    """The base class. B is the batch size rounded up to a multiple of devices x microbatches."""
 
     def __init__(self, split, config, plan, mesh):
         self._split, self._config, self._plan, self._mesh = split, config, plan, mesh
@@ -49,7 +49,7 @@ class ResidentFeed(_Feed):
     vmap_axes = (None, 0)  # the seeds share the split, and each has its own order
 
     def inputs(self, after: int) -> Iterator[tuple]:
-        """Yields (split, order) for each step after step `after`, as `input_shapes` gives them."""
+        """Yields (split, order) for each step after step `after`; see `input_shapes`."""
         split, spe = to_devices(self._split, self._mesh), self._plan.steps_per_epoch
         order = None
         for i in range(after, self._plan.total_steps):
@@ -119,7 +119,7 @@ class StreamedFeed(_Feed):
 
 
 def to_devices(split: data.Dataset, mesh: Mesh) -> dict[str, jax.Array]:
-    """A `data.Dataset` on every device: {"image": uint8[N, H, W, C], "label": int32[N]}."""
+    """Replicates {"image": uint8[N, H, W, C], "label": int32[N]} of a split on every device."""
     arrays = {"image": split.images, "label": split.labels}
     return mesh_lib.to_devices(arrays, mesh_lib.replicated(mesh))
 

@@ -35,7 +35,7 @@ def main(argv=None):
 def parse(argv):
     """(config, arguments) of a command line: config, workdir (never None), dry_run, debug_nans.
 
-    Raises UserError for an invalid one.
+    Raises UserError for invalid arguments.
     """
     parser = argparse.ArgumentParser(
         prog="vit-jax train",
@@ -83,7 +83,7 @@ def parse(argv):
 
 
 def _shared_settings(config):
-    """{name: value} of everything that the processes of a run must share before they read data."""
+    """{name: value} of all settings that must be equal in every process."""
     import jax
 
     from vit_jax.config import flat
@@ -98,7 +98,7 @@ def _shared_settings(config):
 
 
 def _python():
-    """The words that run Python in this environment, whatever the shell's PATH."""
+    """The shell command that runs this environment's Python, independent of PATH."""
     launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
     return f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
 

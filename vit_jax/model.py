@@ -61,7 +61,7 @@ class Linear(nn.Module):
 class PatchEmbedding(nn.Module):
     """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
 
-    Equal to a convolution with kernel size and stride P. The kernel is stored as a convolution's,
+    Equal to a convolution with kernel size and stride P. The kernel has a convolution's shape,
     [P, P, C, D].
     """
 
@@ -150,8 +150,8 @@ class MultiHeadAttention(nn.Module):
 class MlpBlock(nn.Module):
     """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back.
 
-    `gelu` is "exact", as in torch, or "tanh": the approximation that is flax's default and that
-    Google's ViTs were trained with.
+    `gelu` is "exact", as in torch, or "tanh", the approximation in flax (by default) and in
+    Google's ViTs.
     """
 
     mlp_dim: int
@@ -225,8 +225,7 @@ class VisionTransformer(nn.Module):
     """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
 
     With an `image_size`, images are first resized to that side: bilinear, with antialiasing if they
-    shrink. Thus a model of a higher resolution takes small images, and only those are transferred
-    to the device.
+    shrink. Only the small images are then transferred to the device.
     """
 
     num_classes: int
@@ -331,7 +330,7 @@ def make_model(model_config, *, num_classes):
 
 
 def resolution(model, image_shape):
-    """Returns the (H, W, C) that the model cuts into patches, for images of (H, W, C)."""
+    """Returns the (H, W, C) that the model splits into patches, for images of (H, W, C)."""
     H, W, C = image_shape
     return (model.image_size or H, model.image_size or W, C)
 
@@ -396,7 +395,7 @@ def train_flops_per_image(model, image_shape):
     """Returns the floating-point operations of one image's forward and backward pass.
 
     Counts only matrix products, a multiply-add as two operations, and the backward pass as twice
-    the forward (as for the PaLM paper's MFU, arXiv 2204.02311 appendix B). If the head reads only
+    the forward (as in the PaLM paper's MFU, arXiv 2204.02311 appendix B). If the head reads only
     the class token, the last block counts one token, except for its keys and values.
     """
     N, D = num_tokens(model, image_shape), model.width

@@ -1,8 +1,8 @@
-"""Several seeds in one compiled program: the only file that knows of their axis.
+"""Several seeds in one compiled program: only this file handles their axis.
 
 With one seed there is no axis: functions are not vmapped, arrays are not stacked, and the workdir
-is the run's own. With several, every array of the state and of the metrics leads with [S], and each
-seed has a workdir of its own, `seed_N`.
+is the run's own. With several, every array of the state and the metrics has a leading axis [S], and
+each seed has its own workdir, `seed_N`.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def unstack(tree: Any, config: ConfigDict) -> list[Any]:
-    """One tree per seed from a tree of arrays that lead with [S]."""
+    """One tree per seed from a tree of arrays with a leading axis [S]."""
     if config.num_seeds == 1:
         return [tree]
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(config.num_seeds)]
@@ -71,7 +71,7 @@ def state_sharding(mesh: Mesh, shapes: Any, config: ConfigDict) -> Any:
 class RunWorkdir:
     """The workdir of a run, which contains one `Workdir` per seed if there are several.
 
-    Takes and returns what a run of one seed would; arrays are split by seed here.
+    The interface is the same for any number of seeds; arrays are split by seed here.
     """
 
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
@@ -96,7 +96,7 @@ class RunWorkdir:
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is anything to resume from, intact or not."""
+        """Whether any seed has a checkpoint, intact or not."""
         return any(
             step.name.isdigit() for folder in self.folders for step in folder.glob("checkpoints/*")
         )
@@ -122,7 +122,7 @@ class RunWorkdir:
             workdir.check_data(step, data_identity)
 
     def begin(self, step: int, command: str) -> None:
-        """The first writes of a run that is certain to train, in process 0."""
+        """Makes the first writes of a run, in process 0."""
         if jax.process_index() == 0:
             for workdir in dict.fromkeys([self._run, *self._each]):
                 workdir.begin(step, command=command, corrupted=self._corrupted)

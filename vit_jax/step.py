@@ -75,7 +75,7 @@ def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Arra
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean of float32[B] over the examples that exist."""
+    """Returns the mean of float32[B] over the mask."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -130,8 +130,8 @@ def accumulate(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """`loss_and_grads` over sequential microbatches, in the memory of one.
 
-    Microbatch i consists of every `num_microbatches`-th row, so that each device finds its share
-    among its own rows. It draws dropout from fold_in(dropout_key, i).
+    Microbatch i consists of every `num_microbatches`-th row, so each device's share is among its
+    own rows. It draws dropout from fold_in(dropout_key, i).
     """
 
     def one_microbatch(part):
@@ -153,7 +153,7 @@ def apply_update(
 ) -> TrainState:
     """Returns the state with updated weights, optimizer state, and EMA weights.
 
-    Warm up the EMA decay; otherwise a short run stays biased toward its initial weights.
+    The EMA decay warms up; otherwise a short run stays biased toward its initial weights.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -200,8 +200,8 @@ def make_train_step(
     If `state.sums` counts skipped steps, a bad step changes nothing except the step count, and the
     metric `skipped` counts the skipped steps of the epoch so far.
 
-    With `accumulate_steps` the batch is augmented and mixed as a whole, and then goes forward and
-    backward in that many microbatches: the same step except for the dropout masks.
+    With `accumulate_steps`, the whole batch is augmented and mixed, then split into that many
+    microbatches. The step is the same except for the dropout masks.
     """
 
     def train_step(state, batch):

@@ -29,8 +29,8 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
     """Trains by a config in the workdir at `path`, and returns the content of result.json.
 
     Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before
-    anything is written, and for a write that fails or a step that is not finite; Stopped when a
-    signal ended the run early, saved. With several processes, only process 0 prints.
+    anything is written, and for a failed write or a non-finite step; Stopped if a signal ended the
+    run early, after saving. With several processes, only process 0 prints.
     """
     if config.wandb:
         import_wandb()
@@ -47,10 +47,10 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         _check_same_data(experiment)
         _say(*describe(experiment, path))
         start = workdir.find_resume_step()
-        if resuming and not start:  # the folders that look like checkpoints are not
+        if resuming and not start:  # the folders found are not checkpoints
             experiment = make_experiment(config)
         result = workdir.read_result() if start == experiment.plan.total_steps else None
-        # A workdir on each host's own disk would differ.
+        # They differ if the workdir is on each host's own disk.
         check_same({f"the newest checkpoint in {path}": start, "a result there": bool(result)})
         if start:
             workdir.check_data(start, experiment.data_identity)
@@ -70,14 +70,14 @@ def _train(experiment, workdir, start):
     else:
         state, progress = experiment.init(), {"timed_images": 0, "timed_seconds": 0.0}
     log = _make_log(experiment, workdir, start, progress)
-    # In the loop, only what is asked for by name crosses between host and device. To locate a NaN,
-    # JAX itself reads every result.
+    # The loop allows only explicit transfers between host and device. To locate a NaN, JAX itself
+    # reads every result.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
         with jax.transfer_guard(guard), StopSignal() as stop:
             state, validated = _loop(experiment, workdir, log, state, stop)
             workdir.wait()
-        if stop.signal:  # also one that came during the last save
+        if stop.signal:  # or one received during the last save
             workdir.close()
             log.terminal.say(
                 f"{signal.Signals(stop.signal).name}: saved step {log.step:,} of "
@@ -97,7 +97,7 @@ def _train(experiment, workdir, start):
 def _loop(experiment, workdir, log, state, stop):
     """Trains to the last step or a signal, and starts saving the last state.
 
-    Returns it, and its values on the validation split, or None if no step was left to train.
+    Returns (state, latest validation metrics or None).
     """
     plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
@@ -148,7 +148,7 @@ def _make_log(experiment, workdir, start, progress):
 
 
 def _bad_step_error(experiment, workdir, bad_step):
-    """The UserError of a step that is not finite. Stores the step's batch beside the metrics."""
+    """The UserError of a non-finite step. Stores the step's batch next to the metrics."""
     index = int(np.argmax(bad_step.bad))
     seed, folder = workdir.seeds[index], workdir.folders[index]
     path = folder / f"bad_batch_{bad_step.step}.npz"

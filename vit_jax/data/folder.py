@@ -40,7 +40,7 @@ def open_folder(root: Path) -> Source:
             for class_folder in paths
             for path in _image_files(class_folder)
         ]
-        # A hash of the path is the same everywhere, and any slice contains all classes.
+        # A hash of the path is the same on every machine, and mixes the classes in any slice.
         files[split].sort(key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
 
     def read(split, start, stop):

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 pixels: files, TFDS records, and the center crop."""
+"""Decoding of image files and TFDS records to uint8 pixels, and the center crop."""
 
 import io
 
@@ -8,7 +8,7 @@ from vit_jax.data.source import PREPARE_AGAIN, guarded, one_line
 from vit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-MAX_PIXELS = 100_000_000  # per image: a few kilobytes can decode to more memory than there is
+MAX_PIXELS = 100_000_000  # per image: a few kilobytes can decode to more than fits in memory
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 # Modes of at most 8 bits per sample. Samples of 16 or 32 bits would be clipped; LAB and HSV have no
 # conversion to RGB here.
@@ -36,7 +36,7 @@ def read_image(file, where=None) -> np.ndarray:
             if image.mode not in _MODES:
                 raise ValueError(f"mode {image.mode}, not 8 bits per sample")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds, SyntaxError among them
+    except Exception as error:  # Pillow raises many types, including SyntaxError
         raise UserError(
             f"{where or file} is not a usable image ({one_line(error)}): fix or remove it, or"
             " train with --config.data.on_bad_image=skip to skip such images"

@@ -1,4 +1,4 @@
-"""The entry to this package: the name of a dataset and a split to its examples."""
+"""The entry point of this package: opens a split of a dataset by name."""
 
 from vit_jax.data.folder import open_folder
 from vit_jax.data.resident import Dataset, load_resident
@@ -21,8 +21,8 @@ def open_split(
 
     Args:
       name: a TFDS name ("cifar10", "cifar10:3.0.2"), "shapes10", or "folder:/path" with
-        /path/CLASS/*.png (the split "train") or /path/train/CLASS/*.png, /path/test/... The images
-        of a folder come in an order that mixes the classes.
+        /path/CLASS/*.png (the split "train") or /path/train/CLASS/*.png, /path/test/... The order
+        of a folder's images mixes the classes.
       split: TFDS syntax: "train", "train[:45000]", "train[90%:]", "train+test".
       data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       image_size: pixels; every image is center-cropped to a square and resized to this side.
@@ -30,7 +30,7 @@ def open_split(
       skip_bad: skips images that cannot be decoded. Without it they raise UserError. Skipping does
         not shift the other images from one part of a split to another.
       streaming: returns a Stream, which decodes an image each time it is read, and reports an
-        unusable one only then. Otherwise returns a Dataset, which holds all images in memory and
+        unusable one only then. Otherwise returns a Dataset, which keeps all images in memory and
         caches them on disk.
 
     Raises:
@@ -60,7 +60,7 @@ def _parts(source: Source, split: str) -> list[tuple[str, range]]:
     sizes = ", ".join(f"{key} ({info.num_examples} images)" for key, info in infos.items())
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-    except Exception as error:  # TFDS raises many kinds for a split that it cannot parse
+    except Exception as error:  # TFDS raises many types for a split that it cannot parse
         raise UserError(
             f"split {split!r} of {source.title}: {one_line(error)}; use one of: {sizes}"
         ) from error

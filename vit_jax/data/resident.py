@@ -58,8 +58,8 @@ def load_resident(
 ) -> Dataset | None:
     """Loads the parts of a split, given as (base split, range of indices).
 
-    Each base split is decoded completely unless it is cached. The other arguments and errors are
-    those of `open_split`. Returns None if no image can be decoded.
+    Each base split is decoded completely unless it is cached. Other arguments and errors are as in
+    `open_split`. Returns None if no image can be decoded.
     """
     bases = {name: _load_base(source, name, image_size, skip_bad) for name, _ in parts}
     images, labels = [], []
@@ -181,7 +181,7 @@ def _read_cache(path: Path, fingerprint: str, count: int) -> _Base | None:
             raise ValueError(f"{shapes}, not {kept}")
         if base.images.dtype != np.uint8 or base.labels.dtype != np.int32:
             raise ValueError(f"{base.images.dtype} images and {base.labels.dtype} labels")
-    except Exception as error:  # damage can surface anywhere in zipfile and in NumPy's parser
+    except Exception as error:  # corruption can fail anywhere in zipfile or NumPy's parser
         raise UserError(
             f"the cache {path} is corrupted ({one_line(error)}): delete it, and it is made again"
         ) from error
@@ -189,7 +189,7 @@ def _read_cache(path: Path, fingerprint: str, count: int) -> _Base | None:
 
 
 def _write_cache(path: Path, **arrays: np.ndarray) -> None:
-    """Writes a cache atomically: two processes may write it at once, and either may be killed."""
+    """Writes a cache atomically: two processes may write it concurrently, and be killed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The origin of a dataset, described alike for TFDS and image folders, and its files on disk."""
+"""The source of a dataset, one class for TFDS and image folders, and its files on disk."""
 
 import dataclasses
 import hashlib
@@ -70,7 +70,7 @@ def user_cache(name: str, path: Path | None = None) -> Path:
 def writable(folder: Path) -> bool:
     """Returns whether files can be created in a folder.
 
-    A folder without a write bit in its mode is read-only, for root too.
+    A folder without a write bit in its mode is read-only, even for root.
     """
     folder = next(f for f in (folder, *folder.parents) if f.exists())
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)

@@ -110,8 +110,8 @@ def open_stream(
 ) -> Stream | None:
     """Opens the parts of a split, given as (base split, range of indices), as a Stream.
 
-    The other arguments and errors are those of `open_split`. Returns None if no image of the first
-    part can be decoded.
+    Other arguments and errors are as in `open_split`. Returns None if no image of the first part
+    can be decoded.
     """
     readers = {name: source.reader(name) for name in dict(parts)}
     parts = tuple((indices, readers[name]) for name, indices in parts if indices)

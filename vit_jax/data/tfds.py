@@ -38,7 +38,7 @@ _WAYS = (
 def open_tfds(name: str, data_dir: str | None) -> Source:
     """Opens a TFDS dataset by its name, preparing it first if it is not on disk.
 
-    Its images and labels are the supervised keys or else the first features of these kinds.
+    Images and labels are the supervised keys, or else the first features of these types.
     Raises UserError if it does not exist, cannot be prepared, or has no uint8 images with labels.
     """
     import tensorflow_datasets as tfds
@@ -187,7 +187,7 @@ def _prepared_builder(name: str, data_dir: str | None):
             return builder
     problem = _prepare_missing(builder, name, folder)
     builder = _builder(name, folder)
-    if not _is_prepared(builder):  # else it is there, even if another process was first
+    if not _is_prepared(builder):  # it may be, even if this process's attempt failed
         raise UserError(
             f"{builder.info.full_name} is not in {' or '.join(map(str, folders))} and"
             f" {problem}: {_WAYS}"
@@ -196,7 +196,7 @@ def _prepared_builder(name: str, data_dir: str | None):
 
 
 def _prepare_missing(builder, name: str, folder: Path) -> str | None:
-    """Prepares a dataset; returns the reason that it is missing if it still is."""
+    """Prepares a dataset; returns the reason if it is still missing."""
     urls = list(builder.url_infos or ())
     if not urls and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         problem = _prepare(name, folder)
@@ -216,7 +216,7 @@ def _prepare_missing(builder, name: str, folder: Path) -> str | None:
 
 
 def _connection_error(url: str) -> str | None:
-    """Returns the reason that a URL's server gives no answer, or None if it gives one."""
+    """Returns the reason that a URL's server does not respond, or None if it does."""
     import requests  # as TFDS does: the same proxies and certificates
 
     try:
@@ -265,5 +265,5 @@ def _prepare(name: str, folder: Path) -> str | None:
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(download_config=config)
-    except Exception as error:  # whatever a dataset's own code raises
+    except Exception as error:  # a dataset's code can raise anything
         return one_line(error)

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, several hosts, preemption, peak rates."""
+"""Devices and processes: mesh, multi-process setup, preemption, and peak FLOP/s."""

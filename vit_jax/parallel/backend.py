@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, expand_home
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a command's second start is much shorter."""
+    """Caches compiled programs on disk, to shorten later startups."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
@@ -20,8 +20,8 @@ def enable_compilation_cache() -> None:
 def check_backend() -> None:
     """Raises UserError if JAX cannot start, or fell back to the CPU despite an NVIDIA GPU.
 
-    JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs. This starts
-    JAX's backend.
+    JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs. This
+    initializes JAX's backend.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     try:

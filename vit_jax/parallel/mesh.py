@@ -17,7 +17,7 @@ _SMALLEST_SHARDED = 2**12
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a (data, fsdp) mesh over a list of devices (default: all).
 
-    `data` = 0 takes the devices that `fsdp` leaves. Raises UserError if the product is not the
+    `data` = 0 means all devices divided by `fsdp`. Raises UserError if the product is not the
     number of devices.
     """
     n = len(devices or jax.devices())
@@ -35,8 +35,8 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
 def to_devices(tree: Any, shardings: Any) -> Any:
     """Transfers host arrays to the devices; `shardings` is one for all arrays or a tree of them.
 
-    Each of several processes has the whole of each array and transfers its own devices' part,
-    without communication.
+    Every process has each array in full and transfers its own devices' shards, without
+    communication.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -54,13 +54,13 @@ def to_devices(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Returns arrays of the devices as numpy arrays. Every process gets all of each array."""
+    """Copies device arrays to numpy arrays, in full, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 
     def fetch(x):
         if isinstance(x, jax.Array) and not x.is_fully_replicated:
-            # One array at a time, so that no device ever stores the whole state.
+            # One array at a time, so that no device ever stores the entire state.
             x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
         return jax.device_get(x)
 
@@ -92,12 +92,12 @@ def put_rows(tree: Any, rows: np.ndarray, num_rows: int, sharding: NamedSharding
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding with the whole array on every device."""
+    """The sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding with the leading axis split over all devices."""
+    """The sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: the first stops the run at a step, the second ends it."""
+"""SIGTERM and SIGINT during training: the first stops the run after a step, the second exits."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """A context in which a signal is only recorded, for the loop to ask `reached` after each step.
+    """A context that records signals; the loop calls `reached` after each step.
 
-    Outside it, where there is nothing to save, the signals keep their usual effect. With several
+    Outside it, there is nothing to save, and the signals keep their usual effect. With several
     processes, a signal to one stops all after the same step: JAX's preemption service notifies
-    them, whose own handler takes SIGTERM from `jax.distributed.initialize` on.
+    them. Its own handler receives SIGTERM after `jax.distributed.initialize`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StopSignal:
 
     def __enter__(self):
         self._previous = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows no other
+        if threading.current_thread() is threading.main_thread():  # required by Python
             for number in (signal.SIGINT,) if self._several else _SIGNALS:
                 self._previous[number] = signal.signal(number, self._record)
         return self
@@ -50,7 +50,7 @@ class StopSignal:
         os.write(2, text.encode())
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step: the same answer in every process, asked at each step."""
+        """Whether to stop after this step, the same in every process. Call it at each step."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             if self.signal is None:
                 self.signal = signal.SIGTERM

@@ -28,9 +28,9 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 
 
 class Processes(NamedTuple):
-    """The processes of a run as the environment describes them, and this one's place."""
+    """The processes of a run according to the environment, and this process's index."""
 
-    # None: JAX asks the launcher.
+    # None: JAX gets it from the launcher.
     count: int | None  # type: ignore[assignment]
     index: int | None  # type: ignore[assignment]
     coordinator: str | None  # host:port, on which process 0 listens
@@ -42,7 +42,7 @@ class Processes(NamedTuple):
         """Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID, or the variables of a launcher.
 
         Launchers are SLURM's srun, Open MPI's mpirun, and indexed Kubernetes jobs. Without any of
-        these the run has one process. Raises UserError for values that do not fit together.
+        these the run has one process. Raises UserError for inconsistent values.
         """
         names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
         given = {name: environment[name] for name in names if environment.get(name)}
@@ -96,7 +96,7 @@ class Processes(NamedTuple):
         return f"process {self.index} of {self.count} (numbered from 0) at {where}"
 
     def join(self) -> None:
-        """Joins the other processes, before anything uses a device.
+        """Joins the other processes. Must be called before anything uses a device.
 
         Raises UserError if JAX cannot start. JAX aborts this process if another does not join.
         """
@@ -124,11 +124,11 @@ class Processes(NamedTuple):
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """A context in which this process has joined the run's other processes, if there are any.
+    """A context in which this process has joined the run's other processes, if any.
 
     Must be entered before anything uses a device. If the body raises in one process, that process
     reports the error and exits immediately, and JAX ends the others when it misses the heartbeat.
-    After an error of `check_same` or `shared_errors`, all leave together.
+    After an error of `check_same` or `shared_errors`, all exit together.
     """
     processes = Processes.find(os.environ)
     if processes.count == 1:
@@ -158,7 +158,7 @@ def _report(line):
 
 
 def _exit(error):
-    """Reports an error and ends this process: an orderly exit would wait for the others."""
+    """Reports an error and ends this process: a normal exit would wait for the others."""
 
     def fail():
         raise error
@@ -182,10 +182,10 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Checks that a dict {name: JSON value} is the same in every process. Every process must call.
+    """Checks that a dict {name: JSON value} is the same in every process; each must call it.
 
     Raises UserError, in every process, with the first process that differs from process 0 and the
-    values. With one process there is nothing to check.
+    values. With one process it does nothing.
     """
     if jax.process_count() == 1:
         return
@@ -213,7 +213,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Raises a UserError of the body in every process. Every process must enter.
+    """Reraises a UserError of the body in every process. Every process must enter it.
 
     Otherwise a process that fails alone leaves the others waiting until JAX ends them. The body
     must not wait for another process.

@@ -1,4 +1,4 @@
-"""What a run leaves on disk."""
+"""The files of a run."""
 
 from vit_jax.workdir.checkpoints import newest_intact_step, restore_for_inference, saved_steps
 from vit_jax.workdir.files import write_errors, write_json, write_text

@@ -45,8 +45,8 @@ def _quiet():
 class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """The temporary directory of a checkpoint: the checksums are written last, then it is renamed.
 
-    As in orbax, the checkpoint and each item contain commit_success.txt: in a bucket, where nothing
-    can be renamed, orbax reads only what contains it.
+    As in orbax, the checkpoint and each item contain commit_success.txt: in a bucket, which has no
+    rename, orbax reads only folders with this file.
     """
 
     async def finalize(self):
@@ -60,7 +60,7 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class _Keep:
-    """orbax's preservation policy: the newest two, the best, and every so many steps.
+    """orbax's preservation policy: the newest two, the best, and a cadence.
 
     orbax's own BestN breaks ties toward the newest step; the best here is the earliest.
     """
@@ -79,7 +79,7 @@ class _Keep:
 class Checkpoints:
     """The checkpoints in one directory, opened for saving. Every process must open them together.
 
-    Keeps the newest two, the best by validation accuracy, and those of the cadence `keep`. A save
+    Keeps the newest two, the best by validation accuracy, and the cadence `keep`. A save
     is written under a temporary name and renamed when complete, so a kill leaves the previous
     checkpoint as the newest. `best_accuracy` is -1 before there is a best.
     """
@@ -91,7 +91,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,
-            todelete_subdir=_DELETED,  # renamed first, so none is half deleted under its own name
+            todelete_subdir=_DELETED,  # renamed first: none is partly deleted under its name
             temporary_path_class=_ChecksummedPath,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -113,7 +113,7 @@ class Checkpoints:
 
         Args:
           arrays: {item: tree of host arrays}; an item of None is omitted.
-          documents: {item: JSON value}; `progress` must be among them, a dict.
+          documents: {item: JSON value}; must include `progress`, a dict.
           val_accuracy: of this step, if it was validated.
         """
         self.wait()
@@ -155,7 +155,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _save_errors(self):
-        """Raises UserError for a write that fails. orbax raises it at the next save or at the end.
+        """Raises UserError for a failed write, which orbax raises at the next save or at the end.
 
         orbax waits for the other processes with multihost_utils.sync_global_devices, which fetches
         its result from the device without jax.device_get: the transfer guard must allow it.
@@ -186,12 +186,12 @@ def list_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
-    """The newest step that is intact in each of several directories of checkpoints, one per seed.
+    """The newest step that is intact in every directory of checkpoints, one per seed.
 
     Returns (step, corrupted): 0 if there are no checkpoints; {folder: description} of the newer
     corrupted ones. Changes nothing. Raises UserError if one cannot be read, if some are corrupted
-    and none is intact, or if a seed lacks more than the last step, which is all that a kill between
-    the saves of two seeds explains.
+    and none is intact, or if a seed lacks more than the last step: a kill between the
+    saves of two seeds loses only that one.
     """
     saved = {d: list_steps(d) for d in directories}
     corrupted: dict[pathlib.Path, str] = {}
@@ -222,7 +222,7 @@ def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[p
 def clear_after(
     directory: pathlib.Path, step: int, corrupted: Mapping[pathlib.Path, str]
 ) -> dict[pathlib.Path, pathlib.Path]:
-    """Clears the way for a run that resumes from `step`, before any process opens `directory`.
+    """Prepares `directory` for resuming from `step`, before any process opens it.
 
     Renames the later checkpoints in `corrupted` to STEP.corrupted, and deletes the others, which
     were saved for some seeds only. Returns {folder: its new path} of the renamed ones.
@@ -275,7 +275,7 @@ def restore_for_inference(
     """(params, config item, step): the weights to evaluate, as numpy arrays.
 
     These are `ema_params` if the run keeps them, else `params`. Raises UserError if there is no
-    complete checkpoint, or not that one.
+    complete checkpoint, or none of `step`.
     """
     steps = saved_steps(directory)
     if not steps or (step is not None and step not in steps):

@@ -17,7 +17,7 @@ _SUMS = "SHA256SUMS"
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes the checksums of a folder's files, and returns when all of them are on the disk."""
+    """Writes the checksums of a folder's files, and returns when all are on disk."""
     sums = "".join(
         f"{_sha256(path, sync=True)}  {path.relative_to(folder).as_posix()}\n"
         for path in _files(folder)
@@ -29,7 +29,7 @@ def write(folder: pathlib.Path) -> None:
 
 
 def find_corruption(folder: pathlib.Path) -> str | None:
-    """Describes the corruption of a checkpoint's files; returns None if they are as saved.
+    """Describes the corruption of a checkpoint's files; returns None if they are intact.
 
     Raises UserError if a file cannot be read: it may be intact.
     """
@@ -71,7 +71,7 @@ def _sha256(path, *, sync=False):
 
 
 def _files(folder):
-    """The regular files under a folder, sorted, without symbolic links, which may lead anywhere.
+    """The regular files under a folder, sorted, without symbolic links, which may point anywhere.
 
     Raises OSError for a subfolder that cannot be listed, which Path.rglob would skip.
     """

@@ -11,7 +11,7 @@ from vit_jax.errors import UserError
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a file's content atomically, and returns when it is on the disk."""
+    """Replaces a file's content atomically, and returns when it is on disk."""
     temporary = path.with_name(f".{path.name}.tmp")  # a fixed name, so a killed writer's is reused
     with open(temporary, "w") as file:
         file.write(text)

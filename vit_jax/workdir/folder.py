@@ -26,7 +26,7 @@ from vit_jax.workdir import checkpoints as checkpoints_lib
 from vit_jax.workdir import metrics
 from vit_jax.workdir.files import write_errors, write_json
 
-# Fields that a resumed run may change: they do not change what a healthy run computes.
+# Fields that may change on resume: they do not affect the results of a healthy run.
 RESUMABLE_CHANGES = (
     *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
     *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every", "histograms_every"),
@@ -34,7 +34,7 @@ RESUMABLE_CHANGES = (
 
 
 class Workdir:
-    """What one seed keeps on disk.
+    """The files of one seed.
 
     Several processes share a workdir: process 0 writes everything except the other processes'
     parts of a checkpoint.
@@ -51,13 +51,13 @@ class Workdir:
     def locked(self) -> Iterator[None]:
         """Creates the workdir and its config.json, or checks that it has this config's.
 
-        Holds a lock, which one process at a time can have. Raises UserError if the workdir cannot
-        be written, is locked, contains a run with a different config, or contains a symbolic link.
+        Holds an exclusive lock. Raises UserError if the workdir cannot be written, is locked,
+        contains a run with a different config, or contains a symbolic link.
         """
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (*self.path.iterdir(), *self.checkpoint_dir.glob("*")):
-                if path.is_symlink():  # its target was chosen by whoever made the workdir
+                if path.is_symlink():  # an untrusted workdir could point it anywhere
                     raise UserError(
                         f"{path} is a symbolic link, and a run writes only into its workdir: "
                         "remove it, or use another --workdir"
@@ -95,7 +95,7 @@ class Workdir:
             )
 
     def begin(self, step: int, *, command: str, corrupted: Mapping[pathlib.Path, str]) -> None:
-        """Writes run.json, and clears what is later than `step` out of the way (process 0)."""
+        """Writes run.json and clears the checkpoints after `step` (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
             moved = checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
@@ -133,7 +133,7 @@ class Workdir:
         self._checkpoints.save(step, arrays, documents, val_accuracy=val_accuracy)
 
     def is_best(self, val_accuracy: float) -> bool:
-        """Whether a validation accuracy is above that of every checkpoint so far."""
+        """Whether a validation accuracy exceeds every checkpoint's so far."""
         return val_accuracy > self._checkpoints.best_accuracy
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -154,11 +154,11 @@ class Workdir:
             self._tensorboard.histograms(step, params)
 
     def wait(self) -> None:
-        """Waits for the save that was started."""
+        """Waits for a pending save."""
         self._checkpoints.wait()
 
     def close(self) -> None:
-        """Waits for the save that was started, and closes the checkpoints and the sinks."""
+        """Waits for a pending save, and closes the checkpoints and the sinks."""
         if self._checkpoints:
             self._checkpoints.close()
         for sink in self._sinks:
@@ -167,7 +167,7 @@ class Workdir:
 
 
 def _lock(folder):
-    """An open file in the workdir that one process at a time can lock."""
+    """Locks a workdir; returns the open lock file. Raises UserError if it is locked."""
     file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,7 +179,7 @@ def _lock(folder):
             raise UserError(
                 f"{folder} is in use by {owner}: wait for it, end it, or use another --workdir"
             ) from e
-        # Otherwise this file system has no locks.
+        # Otherwise this file system does not support locks.
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -195,10 +195,10 @@ def read_config(path: pathlib.Path) -> ConfigDict:
 
 
 def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
-    """Raises UserError if the disk of a run's workdirs lacks room for its checkpoints.
+    """Raises UserError if the disk lacks space for a run's checkpoints.
 
-    `checkpoint_bytes` counts all seeds. There must be room for four: two and the best are kept
-    while another is written. Existing ones count, except corrupted ones, which stay.
+    `checkpoint_bytes` counts all seeds. There must be space for four: two and the best are
+    kept while another is written. Existing ones count, except corrupted ones, which stay.
     """
     needed = 4 * checkpoint_bytes
     for step_folder in (p for folder in folders for p in folder.glob("checkpoints/*")):
@@ -206,7 +206,7 @@ def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> 
             continue
         for parent, _, names in os.walk(step_folder):
             for name in names:
-                with contextlib.suppress(OSError):  # another run may be at work there
+                with contextlib.suppress(OSError):  # another run may delete it
                     needed -= os.lstat(os.path.join(parent, name)).st_size
     path = folders[0].absolute()
     with write_errors(path):
@@ -220,7 +220,7 @@ def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> 
 
 
 def _data_difference(saved, current):
-    """Describes how two data identities differ, one text per class list or split."""
+    """Describes how two data identities differ, one string per class list or split."""
     classes = [data["class_names"] for data in (saved, current)]
     if classes[0] != classes[1]:
         pairs = enumerate(itertools.zip_longest(*classes))
@@ -240,7 +240,7 @@ def _data_difference(saved, current):
 def commit_of(path: pathlib.Path) -> str | None:
     """The commit of the repository that tracks a file, with -dirty if it has changes; else None.
 
-    A package installed inside another repository, in an environment that it ignores, has none.
+    A package in an environment that the surrounding repository ignores has none.
     """
 
     def git(*arguments):

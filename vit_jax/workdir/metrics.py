@@ -43,10 +43,10 @@ class JsonLines:
         self._path = path
         _drop_lines_after(path, step)
         self._file = open(path, "ab", buffering=0)
-        self._pending = b""  # bytes that the disk has not taken yet
+        self._pending = b""  # bytes not yet written
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends a line. Bytes that the disk does not take are kept for the next call."""
+        """Appends a line. Bytes that cannot be written are kept for the next call."""
         self._pending += (json.dumps({"step": step, **scalars}) + "\n").encode()
         with contextlib.suppress(OSError):
             self._flush()
@@ -56,10 +56,7 @@ class JsonLines:
             self._pending = self._pending[self._file.write(self._pending) :]
 
     def sync(self) -> None:
-        """Makes the lines survive a crash of the machine.
-
-        Raises UserError if the disk does not take them, or the file is no longer there.
-        """
+        """Syncs the lines to disk. Raises UserError if that fails or the file is gone."""
         try:
             self._flush()
             os.fsync(self._file.fileno())
@@ -91,7 +88,7 @@ def _drop_lines_after(path, step):
 
 
 class TensorBoard:
-    """TensorBoard events, with pictures and histograms."""
+    """TensorBoard events, with images and histograms."""
 
     def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:
         from tensorboardX import SummaryWriter  # slow to import
@@ -132,7 +129,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run, which a resumed training continues. WANDB_MODE=offline works."""
+    """A Weights & Biases run, resumed with the training run. WANDB_MODE=offline works."""
 
     def __init__(self, project: str, folder: pathlib.Path, config: ConfigDict) -> None:
         """Starts the run. Raises UserError if wandb is not installed or does not start."""

@@ -25,7 +25,7 @@ class BadStep(Exception):
 class Throughput:
     """Counts training images and seconds, without compilation, evaluation, and saving.
 
-    `images` and `seconds` start from the values of an earlier part of the run.
+    `images` and `seconds` are the totals before a resume.
     """
 
     def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
@@ -34,11 +34,11 @@ class Throughput:
         self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
 
     def wait(self, seconds: float) -> None:
-        """Adds seconds that the step waited for its batch."""
+        """Adds the time that a step waited for its batch."""
         self._lap_waited += seconds
 
     def tick(self, images: int) -> None:
-        """Ends a step of so many images."""
+        """Ends a step of `images` images."""
         now = time.perf_counter()
         if self._last is not None:
             passed = now - self._last
@@ -64,7 +64,7 @@ class Throughput:
 
 
 class Terminal:
-    """A live bar on a terminal; elsewhere one line per `seconds` at most. Silent unless `shown`."""
+    """A progress bar on a terminal, else a line per `seconds` at most; nothing unless `shown`."""
 
     def __init__(self, plan: Plan, *, step: int, shown: bool, seconds: float = 30) -> None:
         self._plan, self._shown, self._seconds = plan, shown, seconds
@@ -78,7 +78,7 @@ class Terminal:
         )
 
     def move(self, step: int) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         self._bar.update(step - self._bar.n)
 
     def update(self, step: int, metrics: dict[str, Any], images_left: int) -> None:
@@ -105,22 +105,22 @@ class Terminal:
             print(line, flush=True)
 
     def say(self, text: str) -> None:
-        """Prints a line without tearing the bar."""
+        """Prints a line above the bar."""
         if self._shown:
             self._bar.write(text)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar."""
         self._bar.close()
 
 
 class TrainLog:
     """Writes a run's metrics to its workdir and terminal.
 
-    A step's metrics are read one step late, when the next step is already under way, so that
-    neither host nor device waits. Whatever else uses the state runs under `paused`, which reads the
-    rest first and is not training time.
+    A step's metrics are read one step late, when the next step is already running, so that neither
+    host nor device waits. Other uses of the state run under `paused`, which reads the pending
+    metrics first and is excluded from the training time.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class TrainLog:
         peak_flops: float | None,
         streaming: bool,
     ) -> None:
-        """Continues after `step`.
+        """Starts after `step`.
 
         Args:
           workdir: has `write(step, scalars)` and `is_best(val_accuracy)`.
           plan: a `durations.Plan`.
           progress: {"timed_images", "timed_seconds"} of the run so far.
-          patience: bad steps in a row that end the run.
+          patience: number of consecutive bad steps that ends the run.
           peak_flops: FLOP/s of all devices, or None if unknown.
           streaming: whether to record the time spent waiting for data.
         """
@@ -154,16 +154,16 @@ class TrainLog:
         self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
         self.step = step  # the last one pushed
         self.has_new_best = False
-        self.val_accuracy = None  # of the present step, if it was validated
+        self.val_accuracy = None  # of the current step, if it was validated
 
     @property
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint stores of the log, as JSON."""
+        """The log's state in a checkpoint, as JSON."""
         images, seconds = self.throughput.images, self.throughput.seconds
         return {"timed_images": images, "timed_seconds": seconds}
 
     def push(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes a step's metrics, on the devices, and reads the step before."""
+        """Queues a step's metrics, on the devices, and reads the previous step's."""
         self.step, self.has_new_best, self.val_accuracy = step, False, None
         self._queue.append((step, metrics))
         if len(self._queue) > 1:
@@ -171,7 +171,7 @@ class TrainLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for the steps that were pushed, reads them, and stops the clock for a `with`."""
+        """Waits for and reads the pushed steps, and stops the clock during the context."""
         while self._queue:
             self._read()
         yield
@@ -192,7 +192,7 @@ class TrainLog:
         step, metrics = self._queue.popleft()
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
         images = self._plan.images(step) - self._plan.images(step - 1)
-        self.throughput.tick(images * np.size(bad))  # of every seed
+        self.throughput.tick(images * np.size(bad))  # over all seeds
         self._bad_in_a_row = np.where(bad, self._bad_in_a_row + 1, 0)
         if self._bad_in_a_row.max() >= self._patience:
             values = jax.device_get(metrics)
@@ -239,14 +239,14 @@ class TrainLog:
 
 
 def epoch_means(state: Any, steps: int) -> dict[str, Any]:
-    """{"loss", "accuracy"}: means over the epoch's first `steps` steps, without skipped ones."""
+    """{"loss", "accuracy"}: means over the epoch's first `steps` steps, except skipped ones."""
     sums = jax.device_get(state.sums)
     counted = np.maximum(steps - sums.pop("skipped", 0), 1)
     return {name: value / counted for name, value in sums.items()}
 
 
 def peak_memory() -> float:
-    """Peak bytes in use: of the first device, or of this process if that is the CPU."""
+    """Peak bytes in use on the first device, or by this process if that is the CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return (
@@ -255,7 +255,7 @@ def peak_memory() -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people: '42 s', '3 min', '1 h 20 min'."""
+    """Formats seconds: '42 s', '3 min', '1 h 20 min'."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
