@@ -1,4 +1,4 @@
-"""Recipes, overrides, durations and the one-line errors for each way they can be wrong."""
+"""Recipes, overrides, durations, and their one-line errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from vit_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_notebook_recipe_is_the_notebook():
+def test_notebook_recipe_matches_the_notebook():
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
     assert (c.batch_size, c.epochs, c.data.name) == (64, 20, "cifar10")
     m = c.model
@@ -31,7 +31,7 @@ def test_notebook_recipe_is_the_notebook():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_is_valid_and_explained(path):
+def test_every_shipped_recipe_is_valid_and_documented(path):
     config.validate(config.from_file(path))
     text = path.read_text()
     assert text.startswith('"""') and f"--config configs/{path.name}" in text
@@ -64,7 +64,7 @@ def test_json_round_trip_keeps_every_field():
         ("save_every", "", ""),
     ],
 )
-def test_overrides_take_the_type_of_their_field(name, text, value):
+def test_overrides_are_converted_to_the_type_of_their_field(name, text, value):
     c = config.defaults()
     config.set_field(c, name, text)
     assert config.get_field(c, name) == value and type(config.get_field(c, name)) is type(value)
@@ -92,7 +92,7 @@ def test_overrides_take_the_type_of_their_field(name, text, value):
         ("augment.mix_off_last_percent", 15, "write --config.augment.mix_off_last='15%'"),
     ],
 )
-def test_wrong_overrides_say_why(name, text, says):
+def test_invalid_overrides_are_rejected(name, text, says):
     with pytest.raises(UserError) as e:
         config.set_field(config.defaults(), name, text)
     assert says in str(e.value) and "\n" not in str(e.value)
@@ -133,7 +133,7 @@ def test_wrong_overrides_say_why(name, text, says):
         ({"augment.cutmix_alpha": 1.0, "batch_size": 1}, "mixes pairs of images"),
     ],
 )
-def test_values_outside_their_range_are_refused(changes, says):
+def test_values_out_of_range_are_rejected(changes, says):
     c = config.defaults()
     for name, value in changes.items():
         config.set_field(c, name, value)
@@ -142,7 +142,7 @@ def test_values_outside_their_range_are_refused(changes, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_duration_set_by_a_program_is_checked():
+def test_duration_set_in_python_is_checked():
     c = config.defaults()
     c.log_every = "often"
     with pytest.raises(UserError, match=r"config.log_every takes a number with its unit"):
@@ -186,7 +186,7 @@ def test_help_lists_every_field_once():
         ),
     ],
 )
-def test_wrong_recipe_files_say_why(tmp_path, source, says):
+def test_invalid_recipe_files_are_rejected(tmp_path, source, says):
     path = tmp_path / "recipe.py"
     path.write_text(source)
     with pytest.raises(UserError) as e:
@@ -196,11 +196,11 @@ def test_wrong_recipe_files_say_why(tmp_path, source, says):
 
 def test_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10_vit").mkdir()  # a folder of that name does not hide it
+    (tmp_path / "cifar10_vit").mkdir()  # a directory with that name does not shadow it
     assert config.recipe_path("cifar10_vit").samefile(ROOT / "configs" / "cifar10_vit.py")
     assert config.from_file("cifar10_vit").optim.peak_lr == 3e-4
     (tmp_path / "cifar10_vit").rmdir()
-    (tmp_path / "cifar10_vit").touch()  # but a file does: a path is a path
+    (tmp_path / "cifar10_vit").touch()  # but a file does
     assert config.recipe_path("cifar10_vit") == pathlib.Path("cifar10_vit")
 
 
@@ -213,21 +213,21 @@ def test_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         (".", "the config file . is a directory"),
     ],
 )
-def test_unknown_recipe_names_the_nearest(name, says):
+def test_unknown_recipe_suggests_the_nearest(name, says):
     with pytest.raises(UserError) as e:
         config.from_file(name)
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_recipe_that_misses_a_file_is_not_called_missing(tmp_path):
+def test_missing_file_in_a_recipe_is_not_a_missing_recipe(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text("open('/none')")
     with pytest.raises(UserError, match=r"recipe.py fails: FileNotFoundError: .*/none"):
         config.from_file(path)
 
 
-def test_wheel_finds_its_recipes_beside_a_stranger_called_configs(tmp_path):
-    # The layout that pyproject.toml gives a wheel, in a site-packages with another `configs`.
+def test_wheel_finds_its_recipes_next_to_an_unrelated_configs_package(tmp_path):
+    # The layout of a wheel (see pyproject.toml) in a site-packages with another `configs`.
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wheel = wheel["tool"]["hatch"]["build"]["targets"]["wheel"]
     site, ignore = tmp_path / "site-packages", shutil.ignore_patterns("__pycache__")

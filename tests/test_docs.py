@@ -1,4 +1,4 @@
-"""The documents: commands, paths, links, and config fields that they name exist.
+"""The documentation: the commands, paths, links, and config fields that it names exist.
 
 python tests/test_docs.py rewrites docs/config.md.
 """
@@ -53,7 +53,7 @@ def test_named_commands_paths_links_and_fields_exist(path):
             assert field in config.FIELDS, field
 
 
-def test_links_of_the_log_exist():
+def test_links_in_the_log_exist():
     for path in ROOT.glob("docs/log/*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -1,4 +1,4 @@
-"""Durations in each unit, their one spelling, cadences, and the plan of a run."""
+"""Durations in each unit, their canonical spelling, cadences, and the plan of a run."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_duration_in_steps(text, steps):
         ("  ", ""),
     ],
 )
-def test_duration_has_one_spelling(text, canonical):
+def test_duration_has_a_canonical_spelling(text, canonical):
     assert durations.canonical(text) == canonical
     assert durations.canonical(canonical) == canonical
 
@@ -73,7 +73,7 @@ def test_plan_counts_in_steps(make_plan):
     assert make_plan(epochs=3, steps=8).total_steps == 8
 
 
-def test_plan_bounds_warmup_and_mixing_by_the_run(make_plan):
+def test_plan_caps_warmup_and_mixing_at_the_run(make_plan):
     plan = make_plan(steps=2, **{"optim.warmup": "4 epochs", "augment.mix_off_last": "2 epochs"})
     assert (plan.warmup_steps, plan.mix_steps) == (2, 0)
 
@@ -86,7 +86,7 @@ def test_plan_evaluates_and_saves_at_the_last_step_too(make_plan):
     assert [s for s in steps if plan.keep(s)] == [6]
 
 
-def test_plan_knows_epochs_and_images(make_plan):
+def test_plan_counts_epochs_and_images(make_plan):
     plan = make_plan(steps=20)
     assert [plan.epoch(s) for s in (1, 6, 7, 20)] == [(1, 1), (1, 6), (2, 1), (4, 2)]
     assert [s for s in range(1, 21) if plan.ends_epoch(s)] == [6, 12, 18, 20]

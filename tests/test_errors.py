@@ -1,4 +1,4 @@
-"""How a command ends: errors and signals, and a missing home directory."""
+"""Exit codes and messages of errors and signals, and a missing home directory."""
 
 import errno
 import pwd
@@ -28,7 +28,7 @@ def test_missing_home_directory_is_an_error(expand, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def unknown(uid):
-        raise KeyError(uid)  # as for a user without an entry in the password database
+        raise KeyError(uid)  # as for a user without a passwd entry
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(UserError, match="this user has no home directory; set HOME"):
@@ -46,7 +46,7 @@ def test_missing_home_directory_is_an_error(expand, monkeypatch):
     ],
     ids=["user error", "full disk", "Ctrl-C", "SIGTERM", "SIGINT"],
 )
-def test_errors_end_in_one_line_and_a_code(error, code, message, monkeypatch, capsys):
+def test_errors_print_one_line_and_set_the_exit_code(error, code, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test
 
     def command():

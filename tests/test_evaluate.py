@@ -1,4 +1,4 @@
-"""The exact pass over a split: every example counts once, at any batch size."""
+"""Exact evaluation of a split: every example counts once, at any batch size."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_evaluation_counts_each_example_once(tiny_config):
         assert result == {**first, "loss": pytest.approx(first["loss"], rel=1e-6)}
 
 
-def test_sums_of_several_seeds_are_kept_apart(tiny_config):
+def test_sums_of_several_seeds_are_separate(tiny_config):
     tiny_config.num_seeds = 2
     experiment = make_experiment(tiny_config)
     result = experiment.evaluate(experiment.init().params, "test")

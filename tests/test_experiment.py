@@ -1,4 +1,4 @@
-"""From a config to an experiment: its description, and what it rejects."""
+"""Experiments built from configs: their description, and invalid configs."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import describe, make_experiment
 
 
-def test_description_names_every_part(tiny_config, tmp_path):
+def test_description_lists_every_part(tiny_config, tmp_path):
     c = tiny_config
     text = "\n".join(describe(make_experiment(c), tmp_path))
     for part in (
@@ -73,11 +73,11 @@ def test_unusable_image_in_a_folder_is_named(tiny_config, tmp_path):
         make_experiment(tiny_config)
 
 
-def test_stored_batch_is_what_the_step_gathers(tiny_config):
+def test_stored_batch_equals_the_batch_of_the_step(tiny_config):
     tiny_config.seed, tiny_config.num_seeds = 3, 2
     experiment = make_experiment(tiny_config)
     for step, inputs in experiment.batches(after=5):
-        if step in (6, 8):  # the last step of an epoch, which has 10 examples; epoch 2
+        if step in (6, 8):  # the last step of epoch 1, with 10 examples; epoch 2
             split, order = inputs
             for i, seed in enumerate((3, 4)):
                 rows = np.asarray(order)[i, (step - 1) % 6]

@@ -1,4 +1,4 @@
-"""Resident and streamed data give the step the same batches, in the same order."""
+"""Resident and streamed data yield the same batches in the same order."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def test_resident_and_streamed_batches_are_the_same(tiny_config):
         assert jax.tree.all(same)
 
 
-def test_no_step_left_starts_no_feed(tiny_config):
+def test_feed_is_not_started_when_no_step_is_left(tiny_config):
     for tiny_config.data.streaming in (False, True):
         experiment = make_experiment(tiny_config)
         assert list(experiment.batches(after=experiment.plan.total_steps)) == []

@@ -1,4 +1,4 @@
-"""scripts/gpu_all.py with and without PyTorch. Its commands are not run."""
+"""scripts/gpu_all.py with and without PyTorch; its commands are not run."""
 
 import json
 import pathlib
@@ -47,7 +47,7 @@ def test_without_pytorch_vit_jax_is_measured_after_a_notice(gpu_all, capsys):
     assert "| bench_64 | 10 |" in printed and "PyTorch eager: 1.25 times as fast" in printed
 
 
-def test_comparison_is_measured_when_pytorch_is_installed_and_then_kept(gpu_all):
+def test_comparison_is_measured_once_pytorch_is_installed_and_then_kept(gpu_all):
     assert len(gpu_all(torch=False)) == 1
     assert gpu_all(torch=False) == []
     (command,) = gpu_all(torch=True)

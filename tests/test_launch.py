@@ -1,4 +1,4 @@
-"""launch.sh, with a Python that installs nothing and an nvidia-smi that sees what a test says."""
+"""launch.sh, with a fake Python that installs nothing and a fake nvidia-smi."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 from vit_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Makes an environment whose Python is this script. Installing is a line in $LOG; $FAIL is its code.
+# Creates an environment with this script as Python. Installing logs a line and exits with $FAIL.
 PYTHON = f"""#!/bin/bash
 case "$*" in
 "-m venv --clear "*)
@@ -44,7 +44,7 @@ class Checkout:
         (self.programs / name).chmod(0o755)
 
     def gpus(self, lines):
-        """nvidia-smi lists a GPU, then so many lines more."""
+        """Makes nvidia-smi list a GPU and then `lines` more lines."""
         self.program(
             "nvidia-smi", f"#!/bin/bash\necho 'GPU 0: NVIDIA H100'\nseq {lines} || exit 1\n"
         )
@@ -75,7 +75,7 @@ class Checkout:
         return pathlib.Path(environment)
 
     def installed(self):
-        """How often something was installed."""
+        """Number of installations so far."""
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
 
 
@@ -84,7 +84,7 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-def test_environment_is_made_once_and_runs_the_command(checkout):
+def test_environment_is_created_once_and_runs_the_command(checkout):
     assert checkout.environment() == checkout.environment()
     assert checkout.installed() == 1 and checkout.log.read_text().endswith("[dev,prepare]\n")
     assert checkout.launch("bash", "-c", "exit 7")[0] == 7
@@ -100,12 +100,12 @@ def test_each_kind_of_machine_has_its_own_environment(checkout):
     assert (cpu / "of_a_running_job").exists()
 
 
-def test_gpu_is_seen_whatever_else_nvidia_smi_prints(checkout):
-    checkout.gpus(lines=100_000)  # more than a pipe takes: the writer meets a closed one
+def test_gpu_is_detected_in_long_nvidia_smi_output(checkout):
+    checkout.gpus(lines=100_000)  # more than a pipe buffers: the writer gets SIGPIPE
     assert checkout.environment().name.startswith("cuda12-")
 
 
-def test_changed_requirements_make_another_environment_and_leave_the_old_one(checkout):
+def test_changed_requirements_create_a_new_environment_and_keep_the_old_one(checkout):
     old = checkout.environment()
     (old / "of_a_running_job").touch()
     path = checkout.root / "pyproject.toml"
@@ -119,7 +119,7 @@ def test_changed_requirements_make_another_environment_and_leave_the_old_one(che
     assert checkout.environment() == old and checkout.installed() == 2
 
 
-def test_moved_checkout_gets_an_environment_of_its_own(checkout):
+def test_moved_checkout_gets_its_own_environment(checkout):
     checkout.environment()
     moved = checkout.root.with_name("moved")
     checkout.root = checkout.root.rename(moved)
@@ -128,14 +128,14 @@ def test_moved_checkout_gets_an_environment_of_its_own(checkout):
     assert f"{moved}[dev,prepare]" in checkout.log.read_text()
 
 
-def test_interrupted_installation_is_made_again(checkout):
+def test_interrupted_installation_is_repeated(checkout):
     code, _, _ = checkout.launch("true", FAIL="3")
     assert code == 3
     checkout.environment()
     assert checkout.installed() == 2
 
 
-def test_of_several_processes_one_installs(checkout):
+def test_one_of_several_processes_installs(checkout):
     first = checkout.start("true", INSTALL_SECONDS="1")
     deadline = time.monotonic() + 30
     while not checkout.installed() and time.monotonic() < deadline:
@@ -146,18 +146,18 @@ def test_of_several_processes_one_installs(checkout):
     assert "Waiting for the process that makes" in err
 
 
-def test_venv_names_the_folder(checkout, tmp_path):
+def test_venv_variable_sets_the_folder(checkout, tmp_path):
     chosen = tmp_path / "chosen"
-    chosen.mkdir()  # as of mktemp -d
+    chosen.mkdir()  # as mktemp -d does
     assert checkout.environment(VENV=str(chosen)) == chosen
     assert checkout.environment(VENV=str(chosen)) == chosen and checkout.installed() == 1
 
 
-def test_venv_that_something_else_uses_is_left_alone(checkout, tmp_path):
+def test_venv_made_for_something_else_is_not_overwritten(checkout, tmp_path):
     theirs = tmp_path / "theirs"
     (theirs / "bin").mkdir(parents=True)
     ours = checkout.environment(VENV=str(tmp_path / "ours"))
-    checkout.gpus(lines=0)  # which `ours` was not made for
+    checkout.gpus(lines=0)  # `ours` was created without a GPU
     for folder in (theirs, ours):
         code, _, err = checkout.launch("true", VENV=str(folder))
         assert code == 2 and err.count("\n") == 1
@@ -165,7 +165,7 @@ def test_venv_that_something_else_uses_is_left_alone(checkout, tmp_path):
         assert (folder / "bin").is_dir() and checkout.installed() == 1
 
 
-def test_missing_python_is_one_line(checkout):
+def test_missing_python_is_reported_in_one_line(checkout):
     code, _, err = checkout.launch("true", PYTHON="no_python")
     assert code == 2 and err.startswith("error: Python 3.11 or newer is needed (tried: no_python)")
 

@@ -118,7 +118,7 @@ def test_attention_maps_are_sown_and_their_rows_sum_to_one():
 
 
 def test_skipping_unread_tokens_of_the_last_block_keeps_logits_and_gradients():
-    """They equal those of the complete last block, which is computed for attention maps."""
+    """Requesting attention maps computes the complete last block."""
     model = VisionTransformer(**SMALL | {"qk_norm": True, "layer_scale": 0.5, "remat": True})
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)

@@ -114,7 +114,7 @@ def test_muon_orthogonalizes_only_hidden_matrices():
     )  # Adam's first update
 
 
-def test_backbone_lr_factor_scales_all_updates_but_the_head():
+def test_backbone_lr_factor_scales_all_updates_except_the_head():
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     for name in ("sgd", "adamw"):
         full, quarter = (
@@ -129,7 +129,7 @@ def test_backbone_lr_factor_scales_all_updates_but_the_head():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), quarter, expected)
 
 
-def test_frozen_parameters_have_no_update_no_state_and_no_part_in_the_clipped_norm():
+def test_frozen_parameters_are_not_updated_and_have_no_state_or_share_of_the_clipped_norm():
     o = optim_config(name="adamw", freeze="pos_embed, block_?/norm*", grad_clip_norm=1.0)
     tx = make_optimizer(o, lambda _: 0.1)
     state = tx.init(PARAMS)

@@ -1,4 +1,4 @@
-"""The compiled training step by its counts, never by seconds: no load moves them."""
+"""Operation counts of the compiled training step, which do not depend on machine load."""
 
 import collections
 import math
@@ -17,7 +17,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w
 
 
 class Program:
-    """What a compiled step does, from its text."""
+    """The instructions of a compiled step, from its text."""
 
     def __init__(self, experiment):
         self.compiled = compile_step(experiment)
@@ -27,11 +27,11 @@ class Program:
         self.entry = [m for m in map(_INSTRUCTION.match, entry.splitlines()) if m]
 
     def count(self, kind, instructions=None):
-        """Instructions of a kind, those inside fusions too unless a list is given."""
+        """Number of instructions of a kind in a list (default: all, including fusions)."""
         return sum(m[3] == kind for m in instructions or self.everywhere)
 
     def large(self, kind, size):
-        """Of a kind, those that write arrays of at least so many elements."""
+        """Number of instructions of a kind that write arrays of at least `size` elements."""
         found = (m for m in self.everywhere if m[3] == kind)
         return sum(math.prod(int(n) for n in m[2].split(",") if n) >= size for m in found)
 
@@ -62,29 +62,29 @@ def program(experiment):
 
 
 def test_every_matrix_product_is_computed_once(program):
-    """Forward 6 per block, backward twice that; the patches have no gradient to pass on.
+    """Forward 6 per block, backward twice that; no gradient with respect to the patches.
 
-    One query, in the last block, needs no product for the gradients of its keys and values.
+    With one query, in the last block, the gradients of keys and values need no product.
     """
     assert program.count("dot") == 18 * DEPTH + 2 + 3 - 2
 
 
-def test_remat_pays_for_memory_with_the_forward_products(make, program):
+def test_remat_recomputes_only_the_forward_products(make, program):
     again = Program(make(remat=True))
     assert 18 * DEPTH + 5 < again.count("dot") <= 24 * DEPTH + 5
 
 
-def test_nothing_crosses_to_the_host_or_another_device(program):
+def test_nothing_is_transferred_to_the_host_or_another_device(program):
     assert transfers(program.text) == {}
 
 
-def test_all_is_float32_and_no_product_is_padded(program):
+def test_all_floats_are_float32(program):
     kinds = collections.Counter(m[1] for m in program.everywhere)
     assert not {"f64", "bf16", "f16", "c64"} & set(kinds)
 
 
-def test_the_optimizer_updates_its_arrays_in_place(experiment, program):
-    """Weights and moments are donated: a copy first would be three for each matrix."""
+def test_optimizer_updates_its_arrays_in_place(experiment, program):
+    """Weights and moments are donated; otherwise each matrix would have three copies."""
     matrices = [
         p for p in jax.tree.leaves(experiment.state_shapes.params) if p.size >= WIDTH * WIDTH
     ]
@@ -97,31 +97,31 @@ def test_the_optimizer_updates_its_arrays_in_place(experiment, program):
     assert memory.alias_size_in_bytes >= state
 
 
-def test_transposes_do_not_multiply(program):
-    """Of arrays as large as the activations: around the heads, and operands of weight gradients."""
+def test_number_of_large_transposes_is_bounded(program):
+    """Activation-size arrays are transposed for the heads and for weight gradients."""
     activation = BATCH * TOKENS * WIDTH
     moved = program.large("transpose", activation) + program.large("copy", activation)
     assert moved <= 16 * DEPTH
 
 
 def test_gelu_is_a_polynomial_and_one_exponential(program):
-    """erf vectorizes; erfc, of jax.nn.gelu, takes branches and exponentials in both directions."""
+    """erf vectorizes; jax.nn.gelu's erfc has branches and exponentials in both directions."""
     assert program.large("exponential", BATCH * 4 * WIDTH) == DEPTH
     assert program.large("select", BATCH * TOKENS * 4 * WIDTH) <= DEPTH
 
 
-def test_the_last_block_computes_the_class_token_alone(program):
+def test_last_block_computes_only_the_class_token(program):
     assert program.large("exponential", BATCH * TOKENS * 4 * WIDTH) == DEPTH - 1
 
 
-def test_memory_of_a_step_follows_its_activations(experiment, program):
-    """Floats kept for the backward pass, a token and block, in units of the width."""
+def test_memory_of_a_step_is_proportional_to_its_activations(experiment, program):
+    """Counts floats kept for the backward pass per token and block, in units of the width."""
     memory = program.compiled.memory_analysis().temp_size_in_bytes
     gradients = 4 * experiment.num_params
     kept = (memory - gradients) / (4 * BATCH * TOKENS * WIDTH * DEPTH)
     assert 8 < kept < 40
 
 
-def test_fusions_do_not_multiply(program):
+def test_number_of_fusions_is_bounded(program):
     fusions, dots = program.count("fusion", program.entry), program.count("dot")
     assert fusions / dots < 12

@@ -1,4 +1,4 @@
-"""Several seeds as one program: the axis of seeds, their losses, and their workdirs."""
+"""Several seeds in one program: the axis of seeds, their losses, and their workdirs."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def config_of(num_seeds):
     return c
 
 
-def test_one_seed_has_no_axis():
+def test_one_seed_has_no_seed_axis():
     def fn(x, y):
         return x + y
 
@@ -34,7 +34,7 @@ def test_one_seed_has_no_axis():
     assert seeds.unstack_shapes({"a": shape}, one) == {"a": shape}
 
 
-def test_several_seeds_lead_with_their_axis():
+def test_several_seeds_have_a_leading_axis():
     two = config_of(2)
     added = seeds.vmap_seeds(lambda x, y: x + y, two, (0, None))(jnp.array([1, 2]), 10)
     np.testing.assert_array_equal(added, [11, 12])
@@ -46,7 +46,7 @@ def test_several_seeds_lead_with_their_axis():
     assert shapes["a"].shape == (3,) and shapes["a"].dtype == np.int32
 
 
-def test_axis_of_seeds_is_replicated():
+def test_seed_axis_is_replicated():
     mesh = make_mesh(1, 1)
     shapes = {"a": jax.ShapeDtypeStruct((2, 64, 128), np.float32)}
     assert seeds.state_sharding(mesh, shapes, config_of(2))["a"].spec[:1] == (None,)
@@ -62,7 +62,7 @@ def losses(experiment, num_steps):
             return np.stack(values)
 
 
-def test_several_seeds_have_the_losses_of_each_alone(tiny_config):
+def test_several_seeds_have_the_same_losses_as_separate_runs(tiny_config):
     c = tiny_config
     c.seed, c.num_seeds, c.augment.flip, c.optim.peak_lr = 5, 2, "random", 1e-4
     together = losses(make_experiment(c), 7)  # into the second epoch
@@ -85,7 +85,7 @@ def finished(make_tiny_config, tiny_run, tmp_path_factory):
         return c, workdir, train(c, workdir)
 
 
-def test_each_seed_has_a_workdir_of_its_own(finished):
+def test_each_seed_has_its_own_workdir(finished):
     _, workdir, result = finished
     for i, seed in enumerate((5, 6)):
         own = json.loads((workdir / f"seed_{seed}" / "result.json").read_text())
@@ -109,7 +109,7 @@ def test_result_has_mean_and_standard_deviation(finished, capsys):
 
 
 def test_run_killed_between_the_saves_of_two_seeds_repeats_the_step(finished, tmp_path, capsys):
-    """It was the first save: the folder of one seed is not a checkpoint of the run."""
+    """At the first save, the folder of one seed is not yet a checkpoint of the run."""
     c, workdir, result = finished
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "seed_6" / "checkpoints" / "2")
@@ -121,7 +121,7 @@ def test_run_killed_between_the_saves_of_two_seeds_repeats_the_step(finished, tm
     assert lines(tmp_path / "run" / "seed_5") == lines(workdir / "seed_5")
 
 
-def test_several_seeds_resume_from_the_newest_step_of_all(finished, tmp_path, capsys):
+def test_several_seeds_resume_from_the_newest_common_step(finished, tmp_path, capsys):
     c = config_lib.from_dict(finished[0].to_dict())
     c.steps, c.save_every = 3, "1 step"
     whole = train(c, tmp_path / "run")

@@ -114,7 +114,7 @@ def test_training_lowers_the_loss_and_reports_metrics():
     assert metrics["lr"] == np.float32(1e-2) and metrics["grad_norm"] > 0
 
 
-def test_evaluation_counts_over_the_mask():
+def test_evaluation_counts_only_the_mask():
     _, state = make()
     eval_step = jax.jit(make_eval_step(MODEL, **PIXELS))
     sums = eval_step(state.params, gather(DATA, np.array([5, 6, 7, -1])))
@@ -126,7 +126,7 @@ def test_evaluation_counts_over_the_mask():
     assert float(sums["loss"]) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
-def test_microbatches_give_the_gradients_of_the_batch():
+def test_microbatch_gradients_equal_the_gradients_of_the_batch():
     c = config.defaults()
     c.augment.flip, c.augment.mixup_alpha = "random", 0.8
     model = MODEL.clone(dropout=0.0)
@@ -153,8 +153,8 @@ def test_microbatches_give_the_gradients_of_the_batch():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_microbatches_are_strided_and_draw_their_own_dropout():
-    """Microbatch i is every second row from i on, with the dropout key folded with i."""
+def test_microbatches_are_strided_and_have_separate_dropout():
+    """Microbatch i is every second row starting at i; its dropout key is folded with i."""
     _, state = make()
     images = augment.normalize(DATA["image"][:8], **PIXELS)
     inputs = images, jax.nn.one_hot(DATA["label"][:8], 4), np.arange(8) < 7
@@ -176,7 +176,7 @@ def test_microbatches_are_strided_and_draw_their_own_dropout():
         np.testing.assert_allclose(logits[i::2], parts[i][2], rtol=1e-5, atol=1e-6)
 
 
-def test_skipped_step_changes_nothing_but_the_counts():
+def test_skipped_step_changes_only_the_counts():
     train_step, state = make(ema_decay=0.5)
     state = state.replace(sums={**state.sums, "skipped": jnp.float32(0)})
     batch = gather(DATA, np.arange(8))

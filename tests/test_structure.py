@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-# These import from anywhere, and nothing imports them.
+# These may import anything, and nothing imports them.
 ENTRIES = ("__init__", "__main__", "main")
 # Modules without a test file of their own, and the tests that cover them.
 COVERED_BY = {
@@ -58,7 +58,7 @@ def import_list():
     return {name: i for i, line in enumerate(block.splitlines()) for name in line.split()}
 
 
-def test_imports_go_down_the_list_and_never_within_a_line():
+def test_imports_go_down_the_list_and_not_within_a_line():
     lines = import_list()
     for name, path in FILES.items():
         importer = name.split("/")[0].removesuffix(".py")
@@ -137,7 +137,7 @@ def run(code):
     ).stdout.strip()
 
 
-def test_importing_the_package_is_light():
+def test_importing_the_package_is_lightweight():
     code = "import sys, vit_jax; print(*(m for m in ('jax', 'numpy', 'orbax') if m in sys.modules))"
     assert run(code) == ""
 

@@ -78,14 +78,14 @@ def test_validation_split_is_evaluated_during_and_the_test_split_after_training(
     assert [p["step"] for p in lines(workdir, "test/")] == [12]
     assert lines(workdir, "val/")[-1]["val/accuracy"] == result["val_accuracy"]
     assert f"Validation Accuracy: {100 * result['val_accuracy']:.2f}%" in printed
-    # The EMA weights are what is evaluated, saved, and loaded.
+    # The EMA weights are evaluated, saved, and loaded.
     params, _, _ = restore_for_inference(workdir / "checkpoints")
     again = make_experiment(c).evaluate(params, "test")
     assert again["accuracy"] == result["test_accuracy"]
     assert again["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
 
 
-def test_complete_run_is_left_unchanged(finished, capsys):
+def test_complete_run_is_unchanged(finished, capsys):
     c, workdir, result, _ = finished
     before = files(workdir)
     assert train(c, workdir) == result
@@ -114,7 +114,7 @@ def test_tensorboard_has_config_images_and_histograms(finished):
     assert b"| optim.peak_lr | 0.01 |" in text.tensor.string_val[0]
     assert [step for step, _ in values["params/head/kernel"]] == [4, 8, 12]
 
-    # The images of epochs 1 and 2 are the batch that the step trains on, augmented.
+    # The images of epochs 1 and 2 are the augmented batch of the step.
     assert [step for step, _ in values["train/images"]] == [1, 5]
     encoded = values["train/images"][0][1].image.encoded_image_string
     shown = np.asarray(Image.open(io.BytesIO(encoded)))
@@ -193,7 +193,7 @@ def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):
     assert len(traces) == 1
 
 
-def test_steps_bound_a_run_of_any_recipe(tiny_config, tmp_path, capsys):
+def test_steps_field_sets_the_length_of_any_recipe(tiny_config, tmp_path, capsys):
     c = tiny_config
     c.steps, c.tensorboard = 2, False
     c.optim.warmup, c.augment.mix_off_last = "4 epochs", "2 epochs"  # longer than the run
@@ -203,7 +203,7 @@ def test_steps_bound_a_run_of_any_recipe(tiny_config, tmp_path, capsys):
 
 
 class TestOtherData:
-    """A run resumes only on the data that it started with."""
+    """A run resumes only on its original data."""
 
     def test_resuming_on_other_data_is_rejected(self, tiny_config, tiny_folder, tmp_path):
         c, folder, workdir = tiny_config, tmp_path / "data", tmp_path / "run"
@@ -293,7 +293,7 @@ class TestErrors:
         assert train(c, tmp_path / "run")["test_loss"] == result["test_loss"]
 
     def test_disk_that_fills_while_training(self, tiny_config, tmp_path):
-        """A file-size limit stands in for a full disk: the save fails in orbax's threads."""
+        """A file-size limit simulates a full disk: the save fails in orbax's threads."""
         tiny_config.model.mlp_dim = 4096  # checkpoints of 3 MB
         code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (500_000, 500_000))"
         arguments = command_after(code, tiny_config, tmp_path / "w")
@@ -334,7 +334,7 @@ def test_weights_and_biases_offline(tiny_config, tmp_path, monkeypatch, require)
     tiny_config.wandb, tiny_config.steps = "a-project", 2
     train(tiny_config, tmp_path)
     (record,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    # Another process of wandb writes the file, and may still do so.
+    # A separate wandb process writes the file, possibly later.
     parts, deadline = (b"a-project", b"test/accuracy", b"optim.peak_lr"), time.monotonic() + 30
     while missing := [part for part in parts if part not in record.read_bytes()]:
         assert time.monotonic() < deadline, missing
@@ -342,7 +342,7 @@ def test_weights_and_biases_offline(tiny_config, tmp_path, monkeypatch, require)
 
 
 def test_notebook_recipe_learns_real_cifar10(tmp_path):
-    """The shipped recipe on the real data, with a width and a length that CI can pay for."""
+    """The shipped recipe on the real data, narrower and shorter to fit CI."""
     place = os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds"
     if not (pathlib.Path(place) / "cifar10").is_dir():
         pytest.skip("no prepared CIFAR-10 in TFDS_DATA_DIR")

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of vit_jax.data share."""
+"""Shared fixtures for the tests of vit_jax.data."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def tiny(prepared, tmp_path):
-    """A copy of the prepared directory, which a test may damage."""
+    """A copy of the prepared directory, which a test may modify."""
     shutil.copytree(prepared, tmp_path / "tfds")
     return tmp_path / "tfds"
 

@@ -1,4 +1,4 @@
-"""Small TFDS datasets and helpers that the tests of vit_jax.data share."""
+"""Small TFDS datasets and helpers for the tests of vit_jax.data."""
 
 import io
 
@@ -12,7 +12,7 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from vit_jax.data import open_split
 from vit_jax.errors import UserError
 
-URL = "http://127.0.0.1:9/nothing.zip"  # the discard port: nobody listens
+URL = "http://127.0.0.1:9/nothing.zip"  # the discard port: nothing listens
 
 
 def picture(i, height=8, width=8, channels=3):

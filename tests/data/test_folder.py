@@ -21,13 +21,15 @@ def test_folder(folder, user_cache, monkeypatch):
     np.testing.assert_array_equal(part.images, train.images[:20])
     assert 5 <= part.labels.sum() <= 15  # mixed
 
-    moved = folder.rename(folder.with_name("moved"))  # the order depends on no absolute path
+    moved = folder.rename(
+        folder.with_name("moved")
+    )  # the order does not depend on the absolute path
     np.testing.assert_array_equal(open_split(f"folder:{moved}", "train").labels, train.labels)
     monkeypatch.setattr(resident, "_decode", None)
     np.testing.assert_array_equal(open_split(f"folder:{moved}", "train").images, train.images)
 
 
-def test_changed_folder_is_read_again(folder):
+def test_changed_folder_is_reread(folder):
     open_split(f"folder:{folder}", "train")
     Image.fromarray(picture(99)).save(folder / "dog" / "0.png")
     Image.fromarray(picture(98)).save(folder / "dog" / "98.png")
@@ -49,13 +51,13 @@ def test_folder_with_splits(folder, tmp_path):
     user_error(name, "val", says=["'val'", "train (40 images)", "test (1 images)"])
 
 
-def test_split_folders_beside_class_folders_are_an_error(tmp_path):
+def test_split_folders_next_to_class_folders_are_an_error(tmp_path):
     put_image(tmp_path / "rides" / "plane" / "1.png")
     put_image(tmp_path / "rides" / "train" / "freight" / "1.png")
     user_error(f"folder:{tmp_path / 'rides'}", "train", says=["mixes", "train", "plane"])
 
 
-def test_split_folders_are_known_in_any_case(tmp_path):
+def test_split_folder_names_are_case_insensitive(tmp_path):
     for split, count in (("Training", 3), ("Testing", 1)):
         for i in range(count):
             put_image(tmp_path / "scans" / split / "glioma" / f"{i}.png", i)
@@ -97,14 +99,14 @@ def test_file_names_need_not_be_utf_8(folder, tmp_path):
     user_error(f"folder:{latin}", "train", says=[r"caf\xe9/dog/\xe9t\xe9.png"]).encode()
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_may_be_named_train(tmp_path):
     for name in ("plane", "train"):
         (tmp_path / "rides" / name).mkdir(parents=True)
         Image.fromarray(picture(1)).save(tmp_path / "rides" / name / "1.png")
     assert open_split(f"folder:{tmp_path / 'rides'}", "train").class_names == ("plane", "train")
 
 
-def test_bad_folders(folder, tmp_path):
+def test_invalid_folders(folder, tmp_path):
     user_error(f"folder:{tmp_path / 'none'}", "train", says=[tmp_path / "none"])
     (folder / "eel").mkdir()
     user_error(f"folder:{folder}", "train", says=[folder / "eel", "no images"])

@@ -48,7 +48,7 @@ def test_other_formats_and_more_than_8_bits_are_rejected(tmp_path):
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(wide)
     floats = tmp_path / "floats.tiff"
     Image.fromarray(np.ones((8, 8), np.float32)).save(floats)
-    script = tmp_path / "script.png"  # Pillow would hand it to Ghostscript
+    script = tmp_path / "script.png"  # Pillow would pass it to Ghostscript
     script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     for path, says in ((wide, "mode I;16"), (floats, "mode F"), (script, "not a file of")):
         with pytest.raises(UserError, match=f"{path} is not a usable image .*{says}"):
@@ -65,7 +65,9 @@ def bomb(side):
     return png + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [10_001, 20_000])  # Pillow warns of one, rejects the other
+@pytest.mark.parametrize(
+    "side", [10_001, 20_000]
+)  # Pillow warns about the first and rejects the second
 def test_size_limit_is_checked_in_the_header_before_decoding(side, tmp_path, monkeypatch):
     def decode(*args):
         raise AssertionError("decoded")
@@ -80,7 +82,7 @@ def test_size_limit_is_checked_in_the_header_before_decoding(side, tmp_path, mon
             images.decode_image(bomb(side), 3, "a record")
 
 
-def test_stored_image_size_changes_nothing(tiny):
+def test_stored_image_size_is_a_no_op(tiny):
     plain, sized = (open_split("tiny", "test", data_dir=tiny, image_size=s) for s in (None, 8))
     np.testing.assert_array_equal(plain.images, sized.images)
 

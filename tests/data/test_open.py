@@ -1,4 +1,4 @@
-"""The entry: split specifications, data directories, and what an import loads."""
+"""Split specifications, data directories, and imported modules."""
 
 import subprocess
 import sys
@@ -29,11 +29,11 @@ def test_subsplits(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["vall", "train[", "", "train[:601]", "train[5:5]"])
-def test_bad_split(split, tiny):
+def test_invalid_split(split, tiny):
     user_error("tiny", split, data_dir=tiny, says=[repr(split), "train (600", "test (8"])
 
 
-def test_data_dir_comes_from_argument_then_environment_then_home(tiny, tmp_path, monkeypatch):
+def test_data_dir_precedence_is_argument_environment_home(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny))
     check_tiny(open_split("tiny", "test"), 8)
     open_split("tiny", "test", data_dir=tmp_path / "argument")
@@ -44,7 +44,7 @@ def test_data_dir_comes_from_argument_then_environment_then_home(tiny, tmp_path,
     assert cache_file(tmp_path / "home" / "tensorflow_datasets", "test").exists()
 
 
-def test_importing_is_light():
+def test_importing_is_lightweight():
     code = (
         "import sys, vit_jax.data;"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'jax', 'cv2'} & set(sys.modules);"

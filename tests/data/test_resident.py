@@ -86,7 +86,7 @@ def test_read_only_dataset_is_cached_in_the_user_cache(tiny, user_cache, monkeyp
     check_tiny(open_split("tiny", "test", data_dir=tiny), 8)
 
 
-def test_full_disk_leaves_nothing_behind(tiny, monkeypatch):
+def test_full_disk_leaves_no_files_behind(tiny, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -96,7 +96,7 @@ def test_full_disk_leaves_nothing_behind(tiny, monkeypatch):
     assert not list((tiny / "tiny" / "1.0.0").glob(".*"))
 
 
-def test_two_processes_write_the_cache_at_once(tiny):
+def test_two_processes_write_the_cache_concurrently(tiny):
     code = (
         "import sys, vit_jax.data as d; x = d.open_split('tiny', 'train', data_dir=sys.argv[1]);"
         "assert x.images.shape == (600, 8, 8, 3); print(x.images.sum())"
@@ -111,7 +111,7 @@ def test_two_processes_write_the_cache_at_once(tiny):
 
 
 def test_bad_images_are_skipped_and_counted(folder, tmp_path):
-    """Skipping moves no image to another part of a split, so held-out parts stay apart."""
+    """Skipping does not move images between parts of a split, so held-out parts stay disjoint."""
     whole = open_split(f"folder:{folder}", "train")
     bad = [folder / "cat" / "1.png", folder / "dog" / "0.png"]
     for path in bad:
@@ -127,7 +127,7 @@ def test_bad_images_are_skipped_and_counted(folder, tmp_path):
     np.testing.assert_array_equal(whole.images[rows], images)
     np.testing.assert_array_equal(whole.labels[rows], np.concatenate([p.labels for p in parts]))
     assert "2 skipped, for example " in parts[0].source and str(folder) in parts[0].source
-    # Their cache does not serve a run that needs all images.
+    # A run that needs all images does not use this cache.
     with pytest.raises(UserError, match="is not a usable image"):
         open_split(f"folder:{folder}", "train")
 
@@ -149,7 +149,9 @@ def test_cifar10(tmp_path):
     if not found:
         pytest.skip("no prepared cifar10 in TFDS_DATA_DIR or ../shared/tfds")
     version = next(Path(found[0]).glob("cifar10/*/dataset_info.json")).parent
-    copy = tmp_path / "tfds" / "cifar10" / version.name  # links, so that the cache goes to tmp_path
+    copy = (
+        tmp_path / "tfds" / "cifar10" / version.name
+    )  # symlinks, so that the cache is in tmp_path
     copy.mkdir(parents=True)
     for path in version.iterdir():
         if "vit_jax" not in path.name:

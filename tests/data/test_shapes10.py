@@ -24,12 +24,12 @@ def splits():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes the splits 300 and 100 images large, so that preparing takes a moment."""
+    """Reduces the splits to 300 and 100 images, to prepare them quickly."""
     monkeypatch.setattr(shapes10, "SPLIT_SIZES", {"train": 300, "test": 100})
 
 
 def prepared(data_dir, split):
-    """Prepares shapes10 under `data_dir`, reads `split` back: images and labels in file order."""
+    """Prepares shapes10 under `data_dir`; returns images and labels of `split` in file order."""
     builder = shapes10.Shapes10(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
     rows = list(builder.as_data_source(split))
@@ -55,7 +55,7 @@ def test_no_image_occurs_twice_within_or_across_splits(splits):
 
 
 def test_shape_is_brighter_or_darker(splits):
-    """Discs cover the middle: both signs of contrast are common there."""
+    """Discs cover the center, where both signs of contrast are common."""
     images, labels = splits["test"]
     discs = images[labels == shapes10.NAMES.index("disc")].astype(np.float32).mean(-1)
     brighter = discs[:, 12:20, 12:20].mean((1, 2)) > discs[:, [0, -1]].mean((1, 2))
@@ -63,7 +63,7 @@ def test_shape_is_brighter_or_darker(splits):
 
 
 def test_linear_classifier_stays_under_60_percent(splits):
-    """Ridge regression on standardised pixels: above chance (10%), well under 60%."""
+    """Ridge regression on standardized pixels: above chance (10%), well under 60%."""
     (x, y), (x_test, y_test) = splits["train"], splits["test"]
     x, x_test = x.reshape(len(x), -1), x_test.reshape(len(x_test), -1)
     mean, std = x.mean(0, dtype=np.float32), x.std(0, dtype=np.float32)
@@ -74,7 +74,7 @@ def test_linear_classifier_stays_under_60_percent(splits):
     assert 0.2 < accuracy < 0.6
 
 
-def test_draw_follows_labels_and_generator():
+def test_draw_depends_on_labels_and_generator():
     labels = np.array([3, 3, 7])
     first, again, other = (
         shapes10.draw(labels, np.random.Generator(np.random.Philox(seed))) for seed in (5, 5, 6)
@@ -85,7 +85,7 @@ def test_draw_follows_labels_and_generator():
 
 
 @pytest.mark.usefixtures("small")
-def test_prepared_twice_gives_what_is_drawn(tmp_path):
+def test_prepared_data_equals_drawn_data_each_time(tmp_path):
     images, labels = prepared(tmp_path / "a", "train")
     images_b, labels_b = prepared(tmp_path / "b", "train")
     np.testing.assert_array_equal(images, images_b)

@@ -95,7 +95,7 @@ def cropped(photos):
 def test_crops_belong_to_the_example_and_the_epoch(cropped):
     whole, part = cropped(np.arange(16), 0), cropped(np.arange(16), 3)
     assert len(whole) == 6 and len(part) == 3
-    for a, b in zip(whole[3:], part, strict=True):  # as a resumed run reads them
+    for a, b in zip(whole[3:], part, strict=True):  # as in a resumed run
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
     assert whole[0]["image"].shape == (16, 32, 32, 3) and whole[0]["image"].dtype == np.uint8
@@ -107,7 +107,7 @@ def test_crops_belong_to_the_example_and_the_epoch(cropped):
 
 
 def test_alternating_flip_is_rejected_with_decoded_crops():
-    """It recognizes an image by its pixels, and these change with every crop."""
+    """It identifies an image by its pixels, which change with every crop."""
     c = config_lib.defaults()
     c.data.streaming, c.data.image_size = True, 32
     c.augment.crop, c.augment.flip = "decoded", "random"
@@ -132,7 +132,7 @@ def test_boxes_match_random_resized_crop():
     assert [int(side[0]) for side in boxes] == [0, 193, 10, 13]
 
 
-def test_mixed_sizes_train(photos, tiny_config, tmp_path):
+def test_training_on_mixed_sizes(photos, tiny_config, tmp_path):
     c = tiny_config
     c.data.name, c.data.image_size, c.data.streaming = f"folder:{photos}", 16, True
     c.augment.crop, c.augment.flip = "decoded", "random"
@@ -154,7 +154,7 @@ def one_bad(tiny_config, tmp_path):
     return c
 
 
-def test_bad_image_is_named(one_bad):
+def test_bad_image_is_reported(one_bad):
     with pytest.raises(UserError, match=r"3.png is not a usable image"):
         list(make_experiment(one_bad).batches())
 

@@ -1,4 +1,4 @@
-"""TFDS: records, preparing, and every kind of corruption."""
+"""TFDS: records, preparation, and every kind of corruption."""
 
 import socket
 import time
@@ -17,7 +17,7 @@ def test_array_record(tiny):
     check_tiny(train, 600)
     check_tiny(test, 8)
     stored = tfds.builder("tiny", data_dir=tiny).as_data_source("train")
-    for i in (0, 255, 256, 599):  # TFDS's own order, across the blocks of the threads
+    for i in (0, 255, 256, 599):  # TFDS's own order, across the threads' blocks
         np.testing.assert_array_equal(train.images[i], stored[i]["image"])
         assert train.labels[i] == stored[i]["label"]
     assert "tiny/1.0.0 (array_record)" in train.source and "\n" not in train.source
@@ -44,7 +44,7 @@ def test_prepared_data_needs_no_network(tiny, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     check_tiny(open_split("tiny", "train", data_dir=tiny), 600)
-    check_tiny(open_split("tiny", "test", data_dir=tiny / "elsewhere"), 8)  # and preparing
+    check_tiny(open_split("tiny", "test", data_dir=tiny / "elsewhere"), 8)  # including preparation
 
 
 def test_dataset_without_labels(tmp_path):
@@ -95,7 +95,7 @@ def test_corrupted_dataset_info(tiny):
     user_error("tiny", "train", data_dir=tiny, says=["'tiny'", tiny])
 
 
-def test_unknown_name_reports_the_nearest(tmp_path):
+def test_unknown_name_suggests_the_nearest(tmp_path):
     user_error("cifar11", "train", data_dir=tmp_path, says=["'cifar11'", "'cifar10'", tmp_path])
     user_error("shape10", "train", data_dir=tmp_path, says=["'shapes10'"])
     user_error("tiny:9.9.9", "train", data_dir=tmp_path, says=["9.9.9"])
@@ -105,7 +105,7 @@ WAYS = ["TFDS_DATA_DIR", "--config.data.dir", "'vit-jax[prepare]'"]
 WAYS += ["python -m vit_jax.main --config shapes10_vit"]
 
 
-def test_absent_without_tensorflow(tmp_path, monkeypatch):
+def test_missing_dataset_without_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_module.importlib.util, "find_spec", lambda name: None)
     start = time.monotonic()
     says = ["cifar10/3.0.2", tmp_path, "TensorFlow", *WAYS]
@@ -113,7 +113,7 @@ def test_absent_without_tensorflow(tmp_path, monkeypatch):
     assert time.monotonic() - start < 8
 
 
-def test_absent_without_network(tmp_path, monkeypatch):
+def test_missing_dataset_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_module.importlib.util, "find_spec", lambda name: True)
     refused = [URL, "cannot be reached", "Connection refused", tmp_path, *WAYS]
     user_error("online", "train", data_dir=tmp_path, says=refused)
@@ -139,7 +139,7 @@ def test_failing_generator(tmp_path):
     user_error("fails", "train", data_dir=tmp_path, says=["the generator broke", tmp_path])
 
 
-def test_preparing_where_another_process_was_first(tmp_path, monkeypatch):
+def test_dataset_prepared_first_by_another_process(tmp_path, monkeypatch):
     prepare = tfds_module._prepare
     monkeypatch.setattr(
         tfds_module, "_prepare", lambda *args: prepare(*args) or "it was there already"

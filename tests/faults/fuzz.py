@@ -1,9 +1,9 @@
-"""Whatever bytes come in, what comes out is a value or one line: no traceback, no hang, no file.
+"""Fuzzer: any input bytes give a value or a one-line error; no traceback, hang, or stray file.
 
     python tests/faults/fuzz.py --examples 5000                 hypothesis, every target
     python tests/faults/fuzz.py --atheris image --seconds 300   coverage-guided, with atheris
 
-tests/faults/test_fuzz.py runs a few hundred of the first in CI.
+tests/faults/test_fuzz.py runs a few hundred hypothesis examples in CI.
 """
 
 import argparse
@@ -83,7 +83,7 @@ OBJECTS = {
     "report_result": RESULT,
     "report_metrics": METRICS,
 }
-SECONDS = 20  # an input that takes longer hangs
+SECONDS = 20  # an input that takes longer counts as a hang
 
 
 class Targets:
@@ -124,7 +124,7 @@ class Targets:
                 file = io.BytesIO()
                 try:
                     image.save(file, kind)
-                except (OSError, KeyError, ValueError):  # not every format has every mode
+                except (OSError, KeyError, ValueError):  # not every format supports every mode
                     continue
                 images.append(file.getvalue())
         flat = layouts.from_params(params, layouts.GOOGLE, num_heads=2)
@@ -197,7 +197,7 @@ class Targets:
         self.saved.write_bytes(given)
         folder = self.saved.parents[1]
         (folder / "SHA256SUMS").unlink()
-        checksums.write(folder)  # whoever made it made the sums fit
+        checksums.write(folder)  # as an attacker would
         trained.load(self.workdir)
         weights.load_weights(self.workdir)
 
@@ -239,7 +239,7 @@ class Targets:
         (self.report / "metrics.jsonl").write_bytes(self.seeds["metrics"][0])
 
     def run(self, name, given):
-        """'value' or 'refused'. Raises whatever else happens."""
+        """'value', or 'refused' for a UserError. Reraises other exceptions."""
 
         def hangs(*_):
             raise AssertionError(f"no end after {SECONDS} s")
@@ -251,14 +251,16 @@ class Targets:
             getattr(self, name)(given)
             return "value"
         except UserError as e:
-            assert len(" ".join(str(e).split())) < 3000 + 8 * len(given)  # it may repeat it
+            assert len(" ".join(str(e).split())) < 3000 + 8 * len(
+                given
+            )  # the message may quote the input
             return "refused"
         finally:
             _watched.pop()
             signal.alarm(0)
 
 
-_watched = []  # the folder under which files may be written, while there is one
+_watched = []  # the folder under which files may be written, during a run
 
 
 def _audit(event, args):
@@ -278,7 +280,7 @@ sys.addaudithook(_audit)
 
 
 def mutated(seeds):
-    """A strategy: one of the valid inputs, with a few of its bytes changed, cut out or put in."""
+    """A strategy: one of the valid inputs, with a few bytes changed, removed, or inserted."""
     edits = st.lists(
         st.tuples(
             st.floats(0, 1), st.sampled_from(["set", "cut", "insert"]), st.binary(max_size=8)
@@ -299,7 +301,7 @@ def mutated(seeds):
 
 
 def texts_of(names):
-    """A strategy for overrides: a field, perhaps mistyped, and a value of any kind."""
+    """A strategy for overrides: a field, possibly misspelled, and a value of any type."""
     values = st.one_of(
         st.integers().map(str),
         st.floats().map(str),
@@ -312,7 +314,7 @@ def texts_of(names):
 
 
 def values_in(names):
-    """A strategy for JSON values of any type; objects have some of these names, or others."""
+    """A strategy for JSON values of any type; objects use these names and others."""
     scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     scalar |= st.sampled_from(['"', "--config '", "\ud800", 10**400])
     return st.recursive(
@@ -333,7 +335,7 @@ def changed(valid):
 
 
 def jsons():
-    """A strategy for the JSON of a config: fields with values of any kind, and any other JSON."""
+    """A strategy for a config's JSON: fields with values of any type, and any other JSON."""
     names = st.sampled_from(list(config.FIELDS)) | st.text(max_size=9)
     value = values_in(names)
 
@@ -367,7 +369,7 @@ def strategy(targets, name):
 
 
 def check(targets, name, examples):
-    """Runs a target on so many inputs; counts of what became of them."""
+    """Runs a target on `examples` inputs; returns a count of each outcome."""
     ends = collections.Counter()
 
     @hypothesis.settings(

@@ -1,4 +1,4 @@
-"""Disks that fill, fail, or vanish, corrupted checkpoints, and two runs that want one workdir."""
+"""Full, failing, and vanishing disks, corrupted checkpoints, and two runs with one workdir."""
 
 import builtins
 import errno
@@ -20,7 +20,7 @@ from vit_jax.workdir import Workdir, saved_steps
 from vit_jax.workdir.checksums import find_corruption
 from vit_jax.workdir.metrics import JsonLines
 
-# A file system of its own for a child process: 2 MB, and no more.
+# Gives a child process its own 2 MB file system.
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
 MOUNT = 'mount -t tmpfs -o size=2M none "$0"; exec "$@"'
 
@@ -31,7 +31,7 @@ def saves(make_tiny_config):
 
 
 def saving(c):
-    """Six steps, a checkpoint every two."""
+    """Six steps, with a checkpoint every two."""
     c.steps, c.save_every = 6, "2 steps"
     c.log_every, c.tensorboard = "1 step", False
     return c
@@ -51,7 +51,7 @@ class TestCorruption:
         (tmp_path / "run" / "result.json").unlink()
         return tmp_path / "run"
 
-    def test_flipped_bit_in_each_file_is_found(self, workdir):
+    def test_flipped_bit_in_each_file_is_detected(self, workdir):
         folder = workdir / "checkpoints" / "6"
         paths = [p for p in folder.rglob("*") if p.is_file()]
         assert {p.name for p in paths} >= {"SHA256SUMS", "manifest.ocdbt", "metadata"}
@@ -69,7 +69,7 @@ class TestCorruption:
         self, saves, workdir, original, capsys
     ):
         checkpoints = workdir / "checkpoints"
-        shutil.copytree(checkpoints / "4", checkpoints / "6.corrupted")  # from an earlier start
+        shutil.copytree(checkpoints / "4", checkpoints / "6.corrupted")  # from an earlier run
         for path in (checkpoints / "6" / "params").rglob("*"):
             if path.is_file():
                 path.write_bytes(path.read_bytes()[:10])
@@ -107,14 +107,14 @@ class TestCorruption:
     def test_unreadable_checkpoint_stops_the_run_and_stays(
         self, saves, workdir, owner, call, name, monkeypatch
     ):
-        """A stale handle of a network file system does not mean that the file is corrupted."""
+        """A stale network file handle does not mean that the file is corrupted."""
         path, before, works = workdir / "checkpoints" / "6" / name, files(workdir), False
         function = getattr(owner, call)
 
         def stale(file, *args, **options):
             opened = file.name if owner is hashlib else file
             if not works and str(opened) == str(path):
-                # An open file that fails to read does not name itself.
+                # The error of an open file has no file name.
                 named = () if owner is hashlib else (str(path),)
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), *named)
             return function(file, *args, **options)
@@ -128,12 +128,12 @@ class TestCorruption:
         assert vit_jax.load(workdir).step == 6
 
 
-def test_best_checkpoint_is_saved_at_whatever_step_and_kept(saves, tmp_path, monkeypatch):
-    """The newest two, the best by validation, and every eighth."""
+def test_best_checkpoint_is_saved_at_any_step_and_kept(saves, tmp_path, monkeypatch):
+    """Keeps the newest two, the best by validation, and every eighth."""
     saves.steps, saves.keep_every = 20, "8 steps"
     saves.data.train_split, saves.data.val_split = "train[:60]", "train[60:]"
     saves.eval_every, saves.data.test_split = "5 steps", ""
-    # Five is the best, and no step that the recipe saves; ten is as good.
+    # Step 5, which the recipe does not save, is the best; step 10 ties with it.
     accuracies = iter((0.5, 0.5, 0.4, 0.3))
     monkeypatch.setattr(
         Experiment, "evaluate", lambda *_: {"accuracy": next(accuracies), "loss": 1.0}
@@ -145,7 +145,7 @@ def test_best_checkpoint_is_saved_at_whatever_step_and_kept(saves, tmp_path, mon
 
 
 def run_on_two_megabytes(c, place, *, before=""):
-    """(exit code, last line, a copy of the workdir) of a run on a file system of its own."""
+    """(exit code, last line, a copy of the workdir) of a run on its own file system."""
     place.mkdir()
     copy = place.with_name("copy")
     script = f'{before}"$@" || code=$?; cp -r "$0/w" {copy}; exit ${{code:-0}}'
@@ -163,7 +163,7 @@ def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     code, line, copy = run_on_two_megabytes(saves, tmp_path / "disk")
     assert code == 2, line
     assert "No space left on device" in line and "is the last one saved; make room" in line
-    # What was complete is intact, and room is all that was missing.
+    # The complete checkpoints are intact, and with more space the run resumes.
     step = saved_steps(copy / "checkpoints")[-1]
     assert f"step {step} is the last one saved" in line
     assert find_corruption(copy / "checkpoints" / str(step)) is None
@@ -172,7 +172,7 @@ def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     assert_same(content(copy), content(tmp_path / "whole"))
 
 
-def test_workdir_that_vanished_is_reported(saves, tmp_path, monkeypatch):
+def test_deleted_workdir_is_reported(saves, tmp_path, monkeypatch):
     write = JsonLines.write
 
     def remove(self, step, scalars):
@@ -186,7 +186,7 @@ def test_workdir_that_vanished_is_reported(saves, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_read_only_disk_is_named(saves, tmp_path):
+def test_read_only_disk_is_reported(saves, tmp_path):
     code, line, _ = run_on_two_megabytes(
         saves, tmp_path / "disk", before='mkdir "$0/w"; mount -o remount,ro "$0"; '
     )
@@ -194,7 +194,7 @@ def test_read_only_disk_is_named(saves, tmp_path):
     assert line.startswith("error: cannot write ") and "Read-only file system" in line
 
 
-def test_workdir_takes_one_run_at_a_time(saves, tmp_path):
+def test_workdir_allows_one_run_at_a_time(saves, tmp_path):
     """Another process holds the lock; when that process is killed, the workdir is free."""
     code = (
         "import pathlib, sys, time\n"

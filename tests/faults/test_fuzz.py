@@ -1,4 +1,4 @@
-"""Untrusted input, as the fuzzer makes it; tests/faults/fuzz.py says how to run it for longer."""
+"""Untrusted input from the fuzzer; for longer runs, see tests/faults/fuzz.py."""
 
 import pytest
 from fuzz import Targets, check
@@ -17,6 +17,6 @@ def targets(tmp_path_factory):
         ("report_run", 60), ("report_result", 60), ("report_metrics", 40),
     ],
 )  # fmt: skip
-def test_any_input_is_a_value_or_one_line(targets, name, examples):
+def test_any_input_gives_a_value_or_a_one_line_error(targets, name, examples):
     ends = check(targets, name, examples)
-    assert ends["value"] and ends["refused"]  # else it tests but one of the two
+    assert ends["value"] and ends["refused"]  # both outcomes are tested

@@ -1,6 +1,6 @@
-"""Real runs, killed at random moments and in the middle of chosen file-system calls.
+"""Real runs, killed at random times and during chosen file-system calls.
 
-`pytest -m faults --kills 100` kills a hundred; CI a few.
+`pytest -m faults --kills 100` kills 100 runs; CI kills a few.
 """
 
 import collections
@@ -25,13 +25,13 @@ def recipe(make_tiny_config):
     c.eval_every = "5 steps"
     c.save_every, c.keep_every = "4 steps", "12 steps"
     c.augment.flip, c.augment.crop, c.augment.crop_padding = "random", "pad", 1
-    c.tensorboard = False  # each start makes an event file of its own
+    c.tensorboard = False  # each start writes a new event file
     c.optim.ema_decay, c.optim.peak_lr = 0.5, 1e-3
     return c
 
 
 def start_in(place, recipe, at=0, log=os.devnull):
-    """Starts a run in place/run, with its caches in place too, to be killed at call number `at`."""
+    """Starts a run in place/run, with its caches also in `place`, to be killed at call `at`."""
     place.mkdir(exist_ok=True)
     return start(
         command(recipe, place / "run"),
@@ -44,7 +44,7 @@ def start_in(place, recipe, at=0, log=os.devnull):
 
 @pytest.fixture(scope="module")
 def untouched(recipe, tmp_path_factory):
-    """(content of a run that is not killed, its file-system calls, its seconds)."""
+    """(content, file-system calls, duration in seconds) of an uninterrupted run."""
     place = tmp_path_factory.mktemp("untouched")
     began = time.monotonic()
     code, output = finish(start_in(place, recipe, log=place / "calls"))
@@ -53,13 +53,13 @@ def untouched(recipe, tmp_path_factory):
     return content(place / "run"), calls, time.monotonic() - began
 
 
-def test_killed_runs_end_as_the_untouched_one(recipe, untouched, tmp_path, request):
-    """Every second run dies in a file-system call, the others at a random moment; a third of them
-    once more after they have resumed.
+def test_killed_runs_end_like_the_uninterrupted_run(recipe, untouched, tmp_path, request):
+    """Half of the runs are killed in a file-system call, the others at a random time; a third are
+    killed again after resuming.
     """
     expected, calls, seconds = untouched
     kills, places = request.config.getoption("kills"), collections.Counter()
-    # Calls of each kind alternately: a save makes many of one and few of another.
+    # Cycle through the kinds of calls: a save makes many of one and few of another.
     kinds = collections.defaultdict(list)
     for number, call in enumerate(calls, 1):
         kinds[kind(call)].append(number)
@@ -70,7 +70,7 @@ def test_killed_runs_end_as_the_untouched_one(recipe, untouched, tmp_path, reque
         place = tmp_path / str(i)
         for deaths in range(1 + (i % 3 == 2)):
             code = None
-            while code is None or (code == 0 and not deaths):  # the run ended first: again
+            while code is None or (code == 0 and not deaths):  # the run ended first: retry
                 if not deaths:
                     shutil.rmtree(place, ignore_errors=True)
                 at = choose.choice(kinds[i // 2 % len(kinds)]) if i % 2 == 0 else 0

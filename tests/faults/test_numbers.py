@@ -1,4 +1,4 @@
-"""Losses that are not finite: reported with the batch and the last good checkpoint, or skipped."""
+"""Non-finite losses: reported with the batch and the last good checkpoint, or skipped."""
 
 import json
 
@@ -19,7 +19,7 @@ from vit_jax.workdir import saved_steps
 
 @pytest.fixture
 def poisoned(tiny_config, tmp_path, monkeypatch):
-    """A config whose 31 images contain a white one, whose loss is multiplied by `factor`."""
+    """A config for 31 images, one of them white, with its loss multiplied by `factor`."""
     rng, folder = np.random.default_rng(0), tmp_path / "data"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
@@ -57,8 +57,8 @@ def white_steps(c):
     return [s for s, b in batches.items() if (b["image"] == 255).all((1, 2, 3)).any()]
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_config, tmp_path):
-    """The loss of the step was finite; only its update was not."""
+def test_non_finite_weights_are_not_saved(tiny_config, tmp_path):
+    """The loss of the step is finite, but its update is not."""
     c = tiny_config
     c.optim.schedule, c.optim.peak_lr = "constant", 1e39  # infinite in float32
     c.save_every, c.tensorboard = "1 step", False
@@ -81,7 +81,7 @@ def test_nan_names_the_last_good_checkpoint_and_stores_the_batch(poisoned, tmp_p
     split = make_experiment(c).train
     assert (split.images[batch["index"][row]] == 255).all()
     np.testing.assert_array_equal(batch["label"], split.labels[batch["index"]])
-    # With such steps skipped, the same workdir resumes to its end.
+    # When bad steps are skipped, the same workdir resumes and completes.
     c.on_bad_loss = "skip"
     result = train(c, tmp_path / "run")
     assert result["steps"] == 24 and np.isfinite(result["train_loss"])
@@ -91,7 +91,7 @@ def test_skipped_steps_are_excluded_from_the_means(poisoned, tmp_path):
     c = poisoned(jnp.nan)
     c.on_bad_loss, c.optim.ema_decay, c.log_every = "skip", 0.9, "1 step"
     train(c, tmp_path)
-    # Strict JSON, which has no NaN.
+    # Strict JSON does not allow NaN.
     text = (tmp_path / "metrics.jsonl").read_text()
     lines = [json.loads(x, parse_constant=pytest.fail) for x in text.splitlines()]
     losses = {p["step"]: p.get("train/loss") for p in lines if "train/lr" in p}
@@ -104,7 +104,7 @@ def test_skipped_steps_are_excluded_from_the_means(poisoned, tmp_path):
     assert max(skipped) == 1 and skipped[0] == 0
 
 
-def test_run_of_nothing_but_bad_steps_ends(tiny_config, tmp_path):
+def test_run_with_only_bad_steps_ends(tiny_config, tmp_path):
     tiny_config.optim.peak_lr, tiny_config.on_bad_loss = 1e30, "skip"
     tiny_config.log_every = "4 steps"
     with pytest.raises(UserError, match="at step"):

@@ -1,4 +1,4 @@
-"""A signal stops a run after a step, saved; a second one ends it immediately."""
+"""A signal stops a run after it finishes the step and saves; a second one exits immediately."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from vit_jax.workdir.checksums import find_corruption
 
 @pytest.fixture
 def long(tiny_config):
-    """Minutes of steps, saved only at the end, of a model small enough to compare."""
+    """A run of several minutes that saves only at the end, with a small model."""
     c = tiny_config
     c.epochs, c.log_every, c.save_every = 300, "1 step", ""
     c.optim.peak_lr, c.tensorboard = 1e-4, False
@@ -36,7 +36,7 @@ def wait_for_steps(processes, workdir, steps=5):
     assert steps_logged(workdir) >= steps
 
 
-def test_interrupt_saves_and_has_its_own_exit_code(long, tmp_path):
+def test_interrupt_saves_and_exits_with_its_own_code(long, tmp_path):
     process = start(command(long, tmp_path))
     wait_for_steps([process], tmp_path)
     process.send_signal(signal.SIGINT)
@@ -65,11 +65,11 @@ def write_and_stop(self, step, scalars):
 JsonLines.write = write_and_stop"""
 
 
-def test_stopped_run_ends_as_the_complete_one(long, tmp_path):
-    """Stopped in the middle of an epoch, at a step that the recipe does not name."""
+def test_stopped_run_ends_like_the_uninterrupted_run(long, tmp_path):
+    """Stopped in the middle of an epoch, at a step that the recipe does not save."""
     long.epochs = 2  # of 6 steps
     train(long, tmp_path / "whole")
-    # The signal comes while the third step is under way, from the process itself.
+    # The process signals itself during the third step.
     code, output = finish(start(command_after(SIGNAL_AT_STEP_2, long, tmp_path / "stopped")))
     assert code == 143, output
     assert saved_steps(tmp_path / "stopped" / "checkpoints") in ([3], [4])
@@ -85,7 +85,7 @@ from vit_jax.workdir.checkpoints import Checkpoints
 Checkpoints.save = lambda *_, **__: time.sleep(60)"""
 
 
-def test_second_signal_ends_it_immediately(long, tmp_path):
+def test_second_signal_exits_immediately(long, tmp_path):
     process = start(command_after(SAVE_HANGS, long, tmp_path))
     wait_for_steps([process], tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -124,7 +124,7 @@ def test_signal_during_the_last_save_is_not_lost(long, tmp_path):
 
 
 def test_two_processes_save_the_same_step(long, tmp_path):
-    """One of them gets the signal; both save one checkpoint together and end."""
+    """One of them receives the signal; both save one checkpoint together and exit."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         coordinator = {"COORDINATOR": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}

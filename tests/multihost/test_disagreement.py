@@ -1,4 +1,4 @@
-"""Processes that do not fit together end with one line each, or name whom they wait for."""
+"""Inconsistent processes end with one line each, or report which process is missing."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ from runs import command, command_after
 
 
 def refusals(processes, timeout=90):
-    """The error lines of processes that all end with exit code 2."""
+    """The error lines of processes, all of which must exit with code 2."""
     began = time.monotonic()
     ended = finish(processes, timeout)
     assert time.monotonic() - began < 60
@@ -58,7 +58,7 @@ def test_hosts_with_different_configs(small, tmp_path):
     ids=["SLURM", "Open MPI"],
 )  # fmt: skip
 def test_processes_of_a_launcher_join(small, tmp_path, launcher):
-    """JAX reads the launcher's variables; that both see the difference shows that they joined."""
+    """JAX reads the launcher's variables; both report the difference, so they joined."""
     first = command(small, tmp_path / "w")
     of_each = {k: v if v == "01" else [v] * 2 for k, v in launcher.items()}
     of_each |= {k: ["", ""] for k in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")}
@@ -96,7 +96,7 @@ def test_different_numbers_of_devices(small, tmp_path):
 
 
 def test_error_of_one_process_ends_all(small, tiny_folder, tmp_path):
-    """Only process 1 finds the error in its data, and only process 0 the one in the workdir."""
+    """Only process 1 has an error in its data, and only process 0 one in the workdir."""
     shutil.copytree(tiny_folder, tmp_path / "a" / "tiny")
     small.data.name = "folder:~/tiny"
     homes = [str(tmp_path / "a"), str(tmp_path)]
@@ -113,12 +113,12 @@ def test_error_of_one_process_ends_all(small, tiny_folder, tmp_path):
 
 
 def test_missing_or_duplicate_process(small, tmp_path):
-    """Each process says whom it waits for, where and how long; JAX then ends it."""
+    """Each process prints which processes it waits for, where, and how long; JAX then ends it."""
     code = "from vit_jax.parallel import processes as p; p._JOIN_SECONDS = 3"
     waiting = command_after(code, small, tmp_path / "w")
     runs = [
         (ids, start([waiting] * len(ids), PROCESS_ID=ids, NUM_PROCESSES="3" * len(ids)))
-        for ids in ("01", "12", "011")  # process 2 is missing; process 0; 2, and 1 is there twice
+        for ids in ("01", "12", "011")  # 2 missing; 0 missing; 2 missing and 1 duplicated
     ]
     for ids, processes in runs:
         for index, (code, _, stderr) in zip(ids, finish(processes, timeout=60), strict=True):

@@ -13,7 +13,7 @@ from runs import command, command_after
 
 from vit_jax.train import train
 
-# A lost process is noticed sooner.
+# Shortens the time to detect a lost process.
 SOONER = "from vit_jax.parallel import processes as p; p._HEARTBEAT_SECONDS = 5"
 
 
@@ -23,7 +23,7 @@ def losses(workdir):
 
 
 @pytest.mark.parametrize(("fsdp", "streaming"), [(1, False), (4, True)])
-def test_two_processes_train_as_one(small, tmp_path, fsdp, streaming):
+def test_two_processes_train_like_one(small, tmp_path, fsdp, streaming):
     """Two processes of two devices each; streamed, each decodes only its share."""
     train(small, tmp_path / "one")
     small.mesh.fsdp, small.data.streaming = fsdp, streaming
@@ -31,7 +31,7 @@ def test_two_processes_train_as_one(small, tmp_path, fsdp, streaming):
     for code, _, stderr in (ended := finish(processes)):
         assert code == 0, stderr
     assert "devices: 4 x cpu" in ended[0][1] and "Test Accuracy" in ended[0][1]
-    # Only process 0 prints. (Gloo, which carries the arrays between CPUs, prints its peers, in
+    # Only process 0 prints. (Gloo, which transfers arrays between CPUs, prints its peers, in
     # pieces from several threads: such a line may begin anywhere.)
     printed = ended[1][1].splitlines()
     assert [x for x in printed if "Gloo" not in x and "peer ranks" not in x] == []
@@ -75,7 +75,7 @@ def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
 
 @pytest.fixture
 def runs(small, tmp_path):
-    """Two runs of two processes that train until they are ended: (workdir, processes) of each."""
+    """(workdir, processes) of two runs of two processes, which train until killed."""
     small.steps, small.save_every = 100_000, ""
     with contextlib.ExitStack() as stack:
         pairs = []
@@ -83,7 +83,7 @@ def runs(small, tmp_path):
             pairs.append((workdir, start([command_after(SOONER, small, workdir)] * 2)))
             for process in pairs[-1][1]:
                 stack.callback(process.communicate)
-                stack.callback(process.kill)  # the first of the two
+                stack.callback(process.kill)  # called before communicate
         yield pairs
 
 

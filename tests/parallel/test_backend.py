@@ -1,4 +1,4 @@
-"""A GPU that JAX does not use stops the command."""
+"""A GPU that JAX does not use is an error."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def test_unused_gpu_stops_the_command(nvidia_smi, tmp_path, monkeypatch):
     assert not (tmp_path / "w").exists()
 
 
-def test_cpu_can_be_chosen_on_a_machine_with_a_gpu(nvidia_smi, monkeypatch):
+def test_cpu_can_be_selected_on_a_machine_with_a_gpu(nvidia_smi, monkeypatch):
     backend.check_backend()  # the tests set JAX_PLATFORMS=cpu
     chosen = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)

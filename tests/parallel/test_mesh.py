@@ -16,12 +16,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 AUGMENTED = {"augment.crop": "pad", "augment.crop_padding": 2, "augment.flip": "random"}
 AUGMENTED |= {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0}
-MESHES = [(1, 1), (4, 1), (8, 8)]  # devices, of them on fsdp; more: device_table.py
+MESHES = [(1, 1), (4, 1), (8, 8)]  # (devices, fsdp); device_table.py has more
 
 
 @pytest.fixture(scope="module")
 def found(tiny_folder, tmp_path_factory):
-    """The results of all jobs, from one process with eight devices: starting one is what costs."""
+    """The results of all jobs, from one process with eight devices, since startup is slow."""
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
     c.data.name = f"folder:{tiny_folder}"
     c.batch_size = 16
@@ -52,7 +52,7 @@ def found(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), MESHES[1:])
-def test_any_mesh_trains_as_one_device(found, devices, fsdp):
+def test_any_mesh_trains_like_one_device(found, devices, fsdp):
     one, several = found["1,1"]["losses"], found[f"{devices},{fsdp}"]["losses"]
     assert len(one) == 20 and one[0] != one[-1]
     np.testing.assert_allclose(several, one, atol=1e-5)
@@ -64,14 +64,14 @@ def test_accumulated_and_rematerialized_steps_train_the_same(found):
     np.testing.assert_allclose(several, one, atol=1e-5)
 
 
-def test_data_parallel_step_sends_only_the_gradients_once(found):
+def test_data_parallel_step_sends_only_the_gradients(found):
     gradients = 4 * found["not mixed"]["num_params"]
     sent = found["not mixed"]["transfers"]
-    assert sent.keys() == {"all-reduce"}  # nothing to the host either
+    assert sent.keys() == {"all-reduce"}  # and nothing to the host
     assert gradients <= sent["all-reduce"][1] <= gradients + 256  # and scalars: loss, counts
 
 
-def test_mixing_sends_single_images_to_neighbors_and_gathers_none(found):
+def test_mixing_sends_single_images_to_neighbors_without_gathering(found):
     sent, gradients = found["4,1"]["transfers"], 4 * found["4,1"]["num_params"]
     assert "all-gather" not in sent and "all-to-all" not in sent
     assert sum(b for _, b in sent.values()) - gradients < found["4,1"]["image_bytes"]

@@ -1,4 +1,4 @@
-"""Peak rates: each card has its own, and an unknown one has none."""
+"""Peak FLOP/s of known devices; unknown devices have none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Signals while training; tests/faults sends them to whole runs."""
+"""Signals during training; tests/faults sends them to complete runs."""
 
 import concurrent.futures
 import os

@@ -1,4 +1,4 @@
-"""The processes of a run, as the environment describes them."""
+"""The processes of a run, from environment variables."""
 
 import pytest
 
@@ -26,7 +26,7 @@ from vit_jax.parallel.processes import Processes
             },
             Processes(4, 1, None, "SLURM on a,b", whole_host=False),
         ),
-        (  # srun --gpus-per-task=1: each task sees only its own
+        (  # srun --gpus-per-task=1: each task sees only its own GPU
             {
                 "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "2",
                 "SLURM_STEP_NODELIST": "a,b", "CUDA_VISIBLE_DEVICES": "0",
@@ -57,6 +57,6 @@ def test_processes_of_an_environment(environment, processes):
         ({"COORDINATOR": "a:70000", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}, "host:port"),
     ],
 )
-def test_wrong_variables(environment, says):
+def test_invalid_variables(environment, says):
     with pytest.raises(UserError, match=says):
         Processes.find(environment)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, restored, cleared away, and used after a kill or corruption."""
+"""Checkpoints: retention, restoring, and recovery after a kill or corruption."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Twenty steps, saved at every other one: 5 is the best, and 10 as good. Do not write to it."""
+    """20 steps, every other one saved: 5 is the best, and 10 ties with it. Do not write to it."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     opened = Checkpoints(directory, keep=Every(8))
     accuracies = {5: 0.5, 10: 0.5, 15: 0.4, 20: 0.3}
@@ -45,7 +45,7 @@ def saved(tmp_path_factory):
     return directory
 
 
-def test_newest_two_the_first_best_and_a_cadence_are_kept(saved):
+def test_newest_two_first_best_and_cadence_are_kept(saved):
     assert saved_steps(saved) == [5, 8, 16, 18, 20]
     with ocp.CheckpointManager(saved) as manager:
         assert manager.all_steps() == [5, 8, 16, 18, 20]
@@ -72,7 +72,7 @@ def test_checkpoint_of_another_model_is_an_error(saved):
 
 
 def test_orbax_accepts_a_copy_in_a_bucket(saved):
-    """A bucket has no rename, so orbax looks for a file that marks what is complete."""
+    """A bucket has no rename, so orbax requires a file that marks complete checkpoints."""
     from etils import epath
     from orbax.checkpoint._src.path import atomicity_defaults, temporary_paths
 
@@ -86,7 +86,7 @@ def test_orbax_accepts_a_copy_in_a_bucket(saved):
     assert "  commit_success.txt\n" in (folder / "SHA256SUMS").read_text()
 
 
-def test_restore_for_inference_names_what_is_there(saved, tmp_path):
+def test_restore_for_inference_lists_the_available_steps(saved, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint 3 in .*: it has 5, 8, 16, 18, 20"):
         checkpoints.restore_for_inference(saved, 3)
     with pytest.raises(UserError, match="train with this --workdir first"):
@@ -104,7 +104,7 @@ def test_restore_for_inference_names_what_is_there(saved, tmp_path):
 
 
 class TestSeveralSeeds:
-    """`newest_intact_step` and `clear_after` of two directories that a kill left different."""
+    """`newest_intact_step` and `clear_after` on two directories that differ after a kill."""
 
     @pytest.fixture
     def directories(self, tmp_path):
@@ -132,12 +132,12 @@ class TestSeveralSeeds:
         with pytest.raises(UserError, match="cannot read"):
             newest_intact_step(directories)
 
-    def test_seed_that_lost_its_checkpoints_stops_the_run(self, directories):
+    def test_seed_with_lost_checkpoints_stops_the_run(self, directories):
         shutil.rmtree(directories[1])
         message = r"missing \(.*/b/6, .*/b/4\) that the other seeds have"
         with pytest.raises(UserError, match=message):
             newest_intact_step(directories)
 
-    def test_folders_that_are_no_checkpoints_are_ignored(self, tmp_path):
+    def test_folders_that_are_not_checkpoints_are_ignored(self, tmp_path):
         (tmp_path / "a" / "tmp").mkdir(parents=True)
         assert newest_intact_step([tmp_path / "a", tmp_path / "b"]) == (0, {})

@@ -1,4 +1,4 @@
-"""Checksums: any change of any file is found, and sha256sum agrees."""
+"""Checksums: any change to any file is detected, and sha256sum agrees."""
 
 import os
 import subprocess
@@ -22,13 +22,13 @@ def folder(tmp_path):
 
 
 def flip(path, i):
-    """Flips a bit of a byte of a file; twice restores it."""
+    """Flips a bit in byte `i` of a file; a second call restores it."""
     content = bytearray(path.read_bytes())
     content[i] ^= 1 << i % 8
     path.write_bytes(content)
 
 
-def test_flipped_bit_in_any_file_is_found(folder):
+def test_flipped_bit_in_any_file_is_detected(folder):
     assert find_corruption(folder) is None
     for name in ("params/d/0", "params/_METADATA"):
         flip(folder / name, 3)
@@ -37,7 +37,7 @@ def test_flipped_bit_in_any_file_is_found(folder):
     assert find_corruption(folder) is None
 
 
-def test_flipped_bit_in_each_byte_of_the_checksums_is_found(folder):
+def test_flipped_bit_in_each_byte_of_the_checksums_is_detected(folder):
     path = folder / "SHA256SUMS"
     for i in range(len(path.read_bytes())):
         flip(path, i)
@@ -46,7 +46,7 @@ def test_flipped_bit_in_each_byte_of_the_checksums_is_found(folder):
     assert find_corruption(folder) is None
 
 
-def test_missing_files_are_found(folder):
+def test_missing_files_are_detected(folder):
     (folder / "empty").unlink()
     assert find_corruption(folder) == "'empty' of SHA256SUMS is missing"
     (folder / "SHA256SUMS").write_text("")
@@ -61,7 +61,7 @@ def test_sha256sum_agrees(folder):
     assert "link" not in (folder / "SHA256SUMS").read_text()
 
 
-def test_file_that_cannot_be_read_is_not_called_corrupted(folder, monkeypatch):
+def test_unreadable_file_is_not_reported_as_corrupted(folder, monkeypatch):
     monkeypatch.setattr(checksums, "_sha256", lambda *_: os.stat("/none"))
     with pytest.raises(UserError, match="cannot read /none"):
         find_corruption(folder)

@@ -17,7 +17,7 @@ def config():
     return config_lib.defaults()
 
 
-def test_lock_is_held_for_as_long_as_the_context(config, tmp_path):
+def test_lock_is_held_during_the_context(config, tmp_path):
     workdir = Workdir(tmp_path / "w", config)
     with workdir.locked():
         assert json.loads((tmp_path / "w" / "config.json").read_text()) == json.loads(
@@ -29,7 +29,7 @@ def test_lock_is_held_for_as_long_as_the_context(config, tmp_path):
         pass
 
 
-def test_different_config_is_rejected_and_frees_the_lock(config, tmp_path):
+def test_different_config_is_rejected_and_releases_the_lock(config, tmp_path):
     with Workdir(tmp_path, config).locked():
         pass
     other = config_lib.defaults()
@@ -53,7 +53,7 @@ def test_unreadable_config_is_reported(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/5"])
-def test_link_in_a_workdir_is_not_followed(config, tmp_path, name):
+def test_symlink_in_a_workdir_is_not_followed(config, tmp_path, name):
     (tmp_path / "w" / "checkpoints").mkdir(parents=True)
     (tmp_path / "victim").write_text("mine\n")
     (tmp_path / "w" / name).symlink_to(tmp_path / "victim")
@@ -67,7 +67,7 @@ def test_link_in_a_workdir_is_not_followed(config, tmp_path, name):
 
 
 @pytest.mark.parametrize("saved", [None, [], {"class_names": 1}, {"class_names": ["a"]}])
-def test_data_item_of_another_shape_is_rejected(config, saved, tmp_path, monkeypatch):
+def test_malformed_data_item_is_rejected(config, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(folder.checkpoints_lib, "read_document", lambda *_: saved)
     splits = {"train": {"num_examples": 1, "digest": "", "digest_of": ""}}
     with pytest.raises(UserError, match="5/data is not what vit_jax writes"):
@@ -80,7 +80,7 @@ def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
 
 
 def test_commit_belongs_to_the_repository_that_tracks_the_file(tmp_path):
-    """An environment inside another project's checkout is ignored there, not tracked."""
+    """An environment inside another project's checkout is ignored, not tracked."""
     installed, tracked = tmp_path / ".venv" / "folder.py", tmp_path / "src" / "folder.py"
     for path in (installed, tracked):
         path.parent.mkdir()

@@ -8,7 +8,7 @@ from vit_jax.errors import UserError
 from vit_jax.workdir.metrics import JsonLines, read_lines
 
 
-def test_resuming_drops_later_torn_and_test_lines(tmp_path):
+def test_resuming_drops_later_truncated_and_test_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path, step=0)
     for step in (1, 2, 3):
@@ -38,8 +38,8 @@ def test_file_that_is_not_text_is_reported(tmp_path):
         JsonLines(tmp_path / "metrics.jsonl", step=1)
 
 
-def test_bytes_that_the_disk_does_not_take_are_kept(tmp_path):
-    """A full disk takes part of a line, then nothing, and has room again before the save."""
+def test_unwritten_bytes_are_kept(tmp_path):
+    """A full disk accepts part of a line, then nothing, and has space again before the save."""
 
     class Disk:
         def __init__(self, file, room):
@@ -68,7 +68,7 @@ def test_bytes_that_the_disk_does_not_take_are_kept(tmp_path):
     assert [values["step"] for _, values in read_lines(path)] == [1, 2]
 
 
-def test_file_that_vanished_is_reported(tmp_path):
+def test_deleted_file_is_reported(tmp_path):
     sink = JsonLines(tmp_path / "metrics.jsonl", step=0)
     sink.write(1, {"a": 1.0})
     (tmp_path / "metrics.jsonl").unlink()

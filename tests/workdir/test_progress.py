@@ -20,7 +20,7 @@ def plan():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves by hand: add seconds to its one element."""
+    """A manual clock: add seconds to its one element."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
@@ -41,7 +41,7 @@ def test_throughput_excludes_compilation_and_pauses(clock):
     assert (throughput.images, throughput.seconds) == (100 + 144, pytest.approx(14.0))
 
 
-def test_progress_without_a_terminal_is_an_occasional_line(plan, capsys):
+def test_progress_without_a_terminal_prints_occasional_lines(plan, capsys):
     terminal = Terminal(plan, step=0, shown=True)
     values = {"train/loss": np.array([2.0, 3.0]), "train/accuracy": 0.25, "train/lr": 1e-3}
     values |= {"time/images_per_second": 8.0, "time/mfu": 0.31}
@@ -54,7 +54,7 @@ def test_progress_without_a_terminal_is_an_occasional_line(plan, capsys):
         "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, "
         "1.0 GB, 2 s left\n"
     )
-    terminal.update(7, values, 12)  # not again so soon
+    terminal.update(7, values, 12)  # too soon for another line
     assert capsys.readouterr().out == ""
 
 
@@ -62,7 +62,7 @@ def test_progress_without_a_terminal_is_an_occasional_line(plan, capsys):
     ("seconds", "text"),
     [(42, "42 s"), (170, "3 min"), (4830, "1 h 20 min"), (90_000, "25 h 0 min")],
 )
-def test_durations_are_readable(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert progress.format_duration(seconds) == text
 
 
@@ -126,7 +126,7 @@ def test_time_spent_waiting_for_batches_is_recorded(plan, clock):
         log.push(step + 1, metrics())
         clock[0] += 0.75
     ((_, line),) = workdir.written
-    assert line["time/waiting_for_data"] == pytest.approx(0.75)  # the first batch's too
+    assert line["time/waiting_for_data"] == pytest.approx(0.75)  # including the first batch
 
 
 def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):
@@ -142,7 +142,7 @@ def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):
     np.testing.assert_array_equal(error.value.loss, [1, 11])
 
 
-def test_validation_of_a_step_is_known_until_the_next(plan):
+def test_validation_of_a_step_is_kept_until_the_next(plan):
     workdir = Workdir()
     log = make_log(workdir, plan)
     log.push(1, metrics())
