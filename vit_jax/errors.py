@@ -50,8 +50,8 @@ DISK_REFUSES = (
 def run_command(main: Callable[..., Any], *args: Any) -> Any:
     """Calls `main`; a UserError or a failed write is one line on stderr and exit code 2.
 
-    The exit code is 130 after Ctrl-C, and the signal's after a stopped run. None of these prints a
-    traceback.
+    The exit code is 130 after Ctrl-C, and `Stopped.code` after a signal stopped a run. None of
+    these prints a traceback.
     """
     # Paths need not be UTF-8: their bytes pass through unchanged.
     for stream in (sys.stdin, sys.stdout):

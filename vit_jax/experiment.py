@@ -73,8 +73,8 @@ class Experiment:
     def data_identity(self) -> dict[str, Any]:
         """The identity of the data, as JSON: class names, and each split's size and digest.
 
-        A streamed split's digest covers a sample of its images, so it is comparable only
-        with a streamed split's; "digest_of" records the kind.
+        A streamed split's digest covers a sample of its images, so it is comparable only with a
+        streamed split's; "digest_of" records the kind.
         """
         digest_of = "a sample" if self.config.data.streaming else "all images"
         return {

@@ -44,7 +44,7 @@ class _Feed:
 
 
 class ResidentFeed(_Feed):
-    """The step's inputs are the whole split and the epoch's order of rows."""
+    """The step's inputs are the entire split and the epoch's order of rows."""
 
     vmap_axes = (None, 0)  # the seeds share the split, and each has its own order
 

@@ -83,7 +83,7 @@ def parse(argv):
 
 
 def _shared_settings(config):
-    """{name: value} of all settings that must be equal in every process."""
+    """{name: value} of the settings that all processes must share before reading data."""
     import jax
 
     from vit_jax.config import flat

@@ -181,7 +181,7 @@ def _read_cache(path: Path, fingerprint: str, count: int) -> _Base | None:
             raise ValueError(f"{shapes}, not {kept}")
         if base.images.dtype != np.uint8 or base.labels.dtype != np.int32:
             raise ValueError(f"{base.images.dtype} images and {base.labels.dtype} labels")
-    except Exception as error:  # corruption can fail anywhere in zipfile or NumPy's parser
+    except Exception as error:  # corruption can raise anywhere in zipfile or NumPy
         raise UserError(
             f"the cache {path} is corrupted ({one_line(error)}): delete it, and it is made again"
         ) from error

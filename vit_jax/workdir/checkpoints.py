@@ -190,8 +190,8 @@ def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[p
 
     Returns (step, corrupted): 0 if there are no checkpoints; {folder: description} of the newer
     corrupted ones. Changes nothing. Raises UserError if one cannot be read, if some are corrupted
-    and none is intact, or if a seed lacks more than the last step: a kill between the
-    saves of two seeds loses only that one.
+    and none is intact, or if a seed lacks more than the last step: a kill between the saves of two
+    seeds loses only that one.
     """
     saved = {d: list_steps(d) for d in directories}
     corrupted: dict[pathlib.Path, str] = {}

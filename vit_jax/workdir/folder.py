@@ -197,8 +197,8 @@ def read_config(path: pathlib.Path) -> ConfigDict:
 def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
     """Raises UserError if the disk lacks space for a run's checkpoints.
 
-    `checkpoint_bytes` counts all seeds. There must be space for four: two and the best are
-    kept while another is written. Existing ones count, except corrupted ones, which stay.
+    `checkpoint_bytes` counts all seeds. There must be space for four: two and the best are kept
+    while another is written. Existing ones count, except corrupted ones, which stay.
     """
     needed = 4 * checkpoint_bytes
     for step_folder in (p for folder in folders for p in folder.glob("checkpoints/*")):
