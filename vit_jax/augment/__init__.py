@@ -5,7 +5,8 @@ fixed: crop, flip, policy, color jitter (uint8 up to here), normalize, erasing, 
 
 Image i of the global batch draws each operation from its own key, fold_in(fold_in(key, the
 operation's number), i). Images therefore share no draws, and an image's draws do not depend
-on batch size, device count, or the other operations. Only mixup and cutmix with `mix_per = "batch"` draw once per batch.
+on batch size, device count, or the other operations. Only mixup and cutmix
+with `mix_per = "batch"` draw once per batch.
 """
 
 from vit_jax.augment.decoded import make_crop

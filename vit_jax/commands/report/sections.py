@@ -161,7 +161,7 @@ def add_curves(page, groups):
 
 
 def _series(groups, *lines):
-    """Returns series for `figures.curves` from (metric, label, style) lines, one color per run or line."""
+    """Returns (metric, label, style) lines for `figures.curves`, colored by run or line."""
     several, series, labeled = len(groups) > 1, [], set()
     for i, (name, records) in enumerate(groups):
         for record, (j, (metric, label, style)) in itertools.product(records, enumerate(lines)):
