@@ -4,7 +4,7 @@
 #
 #     ./launch.sh scripts/clean_restore.sh [EXISTING_CLEAN_PYTHON]
 #
-# Exits 0 if the probabilities on 1 and on 3 devices equal those of vit_jax to 4 digits. Always uses the CPU.
+# Exits 0 if the probabilities on 1 and on 3 devices equal vit_jax's to 4 decimals. Always uses the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu

@@ -3,7 +3,7 @@
     python scripts/cost_table.py --config RECIPE [--only AXIS ...] [--config.FIELD=VALUE ...]
 
 Changes one size at a time and measures it with `vit-jax benchmark` in a child process. If a step's
-time is proportional to its FLOP, TFLOP/s stays constant along an axis; a row with a lower value
+time is proportional to its FLOPs, TFLOP/s stays constant along an axis; a row with a lower value
 shows where other costs dominate.
 """
 

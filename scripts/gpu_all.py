@@ -112,7 +112,7 @@ def torch_problem(rehearse):
 
 
 def command_of(name, folder, rehearse, *, against_torch):
-    """Returns the item's argv. With `rehearse`, a tiny model and so many steps per run."""
+    """Returns the item's argv. With `rehearse`, a tiny model trains that many steps."""
     arguments = [
         part.format(folder=folder)
         for part in ITEMS[name][1]

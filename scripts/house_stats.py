@@ -1,6 +1,6 @@
-"""Counts that describe the structure of the package: python scripts/house_stats.py [ROOT].
+"""Prints counts that describe the structure of the package: python scripts/house_stats.py [ROOT].
 
-Prints one table row per count. ROOT is a checkout (default: this one).
+One table row per count. ROOT is a checkout (default: this one).
 """
 
 import ast
@@ -17,12 +17,12 @@ def functions(trees):
 
 
 def place(path, package):
-    """The root module or package that a file belongs to."""
+    """Returns the root module or package that a file belongs to."""
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
 def imports(trees, package):
-    """The pairs (place, imported place) of different places."""
+    """Returns the pairs (place, imported place) of different places."""
     pairs = set()
     for path, tree in trees.items():
         for node in ast.walk(tree):

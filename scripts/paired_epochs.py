@@ -2,8 +2,8 @@
 
     python scripts/paired_epochs.py --epochs 3 --out OUT
 
-Both sides start from the JAX initialization of `cifar10_vit` (`--config.seed` chooses it) and visit
-the examples in the same order. Writes OUT/paired_epochs.json, a table, and a picture of both loss
+Both sides start from the JAX initialization of `cifar10_vit` (see `--config.seed`) and visit the
+examples in the same order. Writes OUT/paired_epochs.json, a table, and a picture of both loss
 curves, after each epoch, and prints the table. PyTorch runs the notebook's own classes and AdamW.
 On two CPU cores, both sides together take about half an hour per epoch of CIFAR-10.
 """
@@ -53,7 +53,7 @@ def train_both(experiment):
 
 
 def table(epochs):
-    """Markdown lines: the mean loss of each epoch on both sides, and their largest differences."""
+    """Yields a markdown table: mean loss of each epoch on both sides, and largest differences."""
     yield "| epoch | JAX | PyTorch | difference of the means | largest difference of a step |"
     yield "|---|---|---|---|---|"
     for i, losses in enumerate(epochs, 1):

@@ -33,7 +33,7 @@ def test_crop_boxes_have_a_uniform_area_and_a_log_uniform_aspect_ratio():
     assert np.all((columns + 0.5) / (rows - 0.5) >= 3 / 4)
     assert np.all((columns - 0.5) / (rows + 0.5) <= 4 / 3)
     assert abs(np.median(np.log(aspect))) < 0.03  # log-uniform is symmetric about a square
-    # The area is uniform up to where boxes start to be rejected because they do not fit.
+    # The area is uniform until boxes are rejected because they do not fit.
     area = rows * columns / 1024
     small = area[(area > 0.1) & (area < 0.5)]
     assert stats.kstest(small, stats.uniform(0.1, 0.4).cdf).statistic < 0.05
@@ -86,7 +86,7 @@ def test_alternating_flip_inverts_each_epoch_and_follows_the_image():
     assert stats.binomtest(int(epochs[0].sum()), 4000, 0.5).pvalue > SIGNIFICANCE
     for e in range(1, 4):
         np.testing.assert_array_equal(epochs[e], ~epochs[e - 1])
-    # The decision depends on the image, not on its place in the batch.
+    # The decision depends on the image, not on its position in the batch.
     moved = flipped(
         images[::-1], as_bytes(fn(jax.random.key(9), batch_of(images[::-1]), epoch=0)[0])
     )

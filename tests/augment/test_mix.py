@@ -107,7 +107,7 @@ def test_padding_is_not_mixed_in_and_labels_sum_to_one():
         ("01000000", [1]),
     ],
 )
-def test_partners_are_valid_rows_whatever_the_mask(mask, expected):
+def test_partners_are_valid_rows_for_any_mask(mask, expected):
     mask = np.array([c == "1" for c in mask])
     rows = np.asarray(jax.jit(mix.partner)(jnp.arange(8), jnp.asarray(mask)))
     np.testing.assert_array_equal(rows[mask], expected)

@@ -87,7 +87,7 @@ def test_unsuitable_image_shape_is_rejected(shape, changes, message):
     with pytest.raises(UserError, match=f"config.augment.{message}") as error:
         check_image_shape(group, shape)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=message):  # also where the caller did not check
+    with pytest.raises(UserError, match=message):  # even if the caller did not check
         make(**changes)(jax.random.key(0), batch_of(np.zeros((2, *shape), np.uint8)), epoch=0)
     check_image_shape(options(), shape)
     check_image_shape(group, (8, 8, 3))

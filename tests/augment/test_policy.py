@@ -1,4 +1,4 @@
-"""policy.py against the distributions that the papers state, and against PIL."""
+"""policy.py against the distributions in the papers, and against PIL."""
 
 import math
 from itertools import permutations

@@ -1,4 +1,4 @@
-"""The benchmark: it times the step and feed of training, and prints what it measured."""
+"""The benchmark: timing of the training step and feed, and its output."""
 
 import dataclasses
 import json

@@ -18,18 +18,18 @@ COMMANDS += ("benchmark",)
 
 
 def run(*arguments):
-    """python -m vit_jax in a process of its own."""
+    """Runs python -m vit_jax in its own process."""
     command = [sys.executable, "-m", "vit_jax", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_without_arguments_it_lists_every_command_with_a_line():
+def test_without_arguments_every_command_is_listed():
     done = run()
     listed = dict(re.findall(r"^  (\w+) +(\S.*)$", done.stdout, re.M))
     assert done.returncode == 0 and tuple(listed) == COMMANDS
 
 
-def test_unknown_command_is_one_line_and_exit_code_2():
+def test_unknown_command_prints_one_line_and_exits_with_2():
     done = run("trian")
     assert done.returncode == 2 and done.stdout == ""
     expected = f"error: unknown command trian: use one of {', '.join(COMMANDS)}\n"

@@ -1,4 +1,4 @@
-"""The description of a compiled program, and of a run that is not started."""
+"""The description of a compiled program and of a run."""
 
 import os
 import pathlib

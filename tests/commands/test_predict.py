@@ -145,7 +145,7 @@ def test_missing_home_directory_is_an_error(tiny_run, pictures):
     assert done.stderr == "error: ~/.cache: this user has no home directory; set HOME\n"
 
 
-def test_wrong_input_ends_with_one_line_and_exit_code_2(tiny_run, tmp_path):
+def test_invalid_input_prints_one_line_and_exits_with_2(tiny_run, tmp_path):
     command = [sys.executable, "-c", COMMAND, "--workdir"]
     for arguments, says in (
         ([tmp_path, "x.png"], "no checkpoints"),

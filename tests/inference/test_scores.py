@@ -1,4 +1,4 @@
-"""Accuracy, intervals, calibration, and loss against scipy, scikit-learn, and manual values."""
+"""Accuracy, intervals, calibration, and loss against scipy, scikit-learn, and known values."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
 """Fixtures of the parity tests.
 
-Tests that need PyTorch ask for the fixture `torch` or `reference`. Without PyTorch they are skipped
-and the golden file alone is checked; with VIT_JAX_REQUIRE_TORCH=1, as in CI, they fail instead.
+Tests that need PyTorch use the fixture `torch` or `reference`. Without PyTorch they are skipped,
+and only the golden file is checked; with VIT_JAX_REQUIRE_TORCH=1, as in CI, they fail instead.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def torch(require):
 
 @pytest.fixture(scope="session")
 def transformers(torch, require):
-    """The transformers module; tests/weights checks its layout by hand without it."""
+    """The transformers module; tests/weights checks its layout without it."""
     there = importlib.util.find_spec("transformers") is not None
     require("torch", there, "transformers is not installed: pip install 'vit-jax[parity]'")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,7 +40,7 @@ def reference(torch):
 
 @pytest.fixture(scope="module", autouse=True)
 def full_float32():
-    """Matrix products in full float32, where accelerators round to TF32 or bf16 by default."""
+    """Full float32 in matrix products; accelerators use TF32 or bf16 by default."""
     with jax.default_matmul_precision("highest"):
         yield
 

@@ -1,11 +1,11 @@
-"""Writes golden.npz: what PyTorch computes for a small model, for tests where it is not installed.
+"""Writes golden.npz: PyTorch's results for a small model, for tests without PyTorch.
 
     python tests/parity/make_golden.py
 
-The model is the notebook's with 16x16 images, width 32, depth 2 and 4 heads. The file holds its
-weights, 3 batches of 16 images and labels, the logits of all, loss and gradients of the first
-batch, the losses of 50 AdamW steps over the batches in turn, the transform of every byte, and
-quantiles of the starting weights.
+The model is the notebook's with 16x16 images, width 32, depth 2, and 4 heads. The file contains
+its weights, 3 batches of 16 images and labels, all logits, the loss and gradients of the first
+batch, the losses of 50 AdamW steps that cycle through the batches, the transform of every byte, and
+quantiles of the initial weights.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ QUANTILES = 100
 
 
 def make_inputs():
-    """Weights with no constant tensor left, and 3 batches, under their names in the file."""
+    """Returns weights without constant tensors and 3 batches, by their names in the file."""
     torch.manual_seed(0)
     model = notebook_torch.lively(notebook_torch.VisionTransformer(**SIZES))
     rng = np.random.default_rng(0)
@@ -34,12 +34,12 @@ def make_inputs():
 
 
 def every_byte():
-    """uint8[1, 16, 16, 3] whose channels each hold all 256 values."""
+    """Returns uint8[1, 16, 16, 3]; each channel contains all 256 values."""
     return np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1).reshape(1, 16, 16, 3)
 
 
 def measure(inputs):
-    """Everything PyTorch computes from the inputs, under its name in the file."""
+    """Returns PyTorch's results for the inputs, by their names in the file."""
     images, labels = inputs["images"], inputs["labels"]
     model = notebook_torch.VisionTransformer(**SIZES)
     prefix = "weights/"
@@ -64,7 +64,7 @@ def measure(inputs):
 
 
 def initial_quantiles():
-    """{"init/NAME": float32[QUANTILES - 1]} of the starting values of INIT_SEEDS fresh models."""
+    """Returns {"init/NAME": float32[QUANTILES - 1]} of the initial weights of INIT_SEEDS models."""
     pooled = {}
     for seed in range(INIT_SEEDS):
         torch.manual_seed(seed)

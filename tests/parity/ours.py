@@ -16,14 +16,14 @@ NUM_CLASSES = 10
 
 
 def notebook_config(**model_fields):
-    """The notebook's config, with other sizes for a smaller model of the same classes."""
+    """Returns the notebook's config, with some fields of `config.model` changed."""
     config = runpy.run_path(CONFIG)["get_config"]()
     config.model.update(model_fields)
     return config
 
 
 def sizes(width, depth, num_heads, patch_size):
-    """The fields of `config.model` for the notebook's model in these sizes."""
+    """Returns the fields of `config.model` for the notebook's model in these sizes."""
     return {
         "width": width,
         "depth": depth,
@@ -34,7 +34,7 @@ def sizes(width, depth, num_heads, patch_size):
 
 
 def _keep_gradients():
-    """Passes gradients on unchanged and holds the last ones as its state."""
+    """Returns gradients unchanged and stores the last ones as its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda grads, state, params: (grads,) * 2,
@@ -42,10 +42,10 @@ def _keep_gradients():
 
 
 class Trainer:
-    """The project's own model, optimizer, augmentation and step, on a resident split.
+    """vit_jax's model, optimizer, augmentation, and step, on a resident split.
 
-    `images` uint8[N, H, W, C] and `labels` int[N] are the split; `steps_per_epoch` is where the
-    sums of an epoch start anew.
+    `images` uint8[N, H, W, C] and `labels` int[N] are the split; the sums of an epoch restart
+    every `steps_per_epoch` steps.
     """
 
     def __init__(self, config, images, labels, *, steps_per_epoch):
@@ -75,7 +75,7 @@ class Trainer:
         )
 
     def start(self, params):
-        """The state before the first step, from given weights."""
+        """Returns the state before the first step, with these weights."""
         params = jax.tree.map(jnp.asarray, params)
         zeros = {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
         return step.TrainState(
@@ -83,7 +83,7 @@ class Trainer:
         )
 
     def train(self, params, batches):
-        """(losses, gradients of the last batch, final state) of one step a row of indices."""
+        """Runs one step per row of indices: (losses, gradients of the last batch, final state)."""
         state, losses = self.start(params), []
         for indices in batches:
             state, metrics = self._train_step(state, jnp.asarray(indices, jnp.int32))
@@ -91,7 +91,7 @@ class Trainer:
         return np.array(losses), jax.device_get(state.opt_state[0]), state
 
     def evaluate(self, params, batches):
-        """{"loss", "correct", "count"} summed over rows of indices."""
+        """Returns {"loss", "correct", "count"} summed over rows of indices."""
         sums = [self._eval_step(params, jnp.asarray(indices, jnp.int32)) for indices in batches]
         return {name: float(sum(s[name] for s in sums)) for name in sums[0]}
 
@@ -100,7 +100,7 @@ class Trainer:
 
 
 def relative_differences(ours, theirs):
-    """{name: max |a - b| / max |b|} of two dicts of arrays with the same names."""
+    """Returns {name: max |a - b| / max |b|} of two dicts of arrays with the same names."""
     assert set(ours) == set(theirs)
     return {
         name: np.abs(ours[name] - b).max() / max(np.abs(b).max(), 1e-30)
@@ -109,7 +109,7 @@ def relative_differences(ours, theirs):
 
 
 def assert_all_below(differences, limit):
-    """Fails with every name whose difference is not below the limit."""
+    """Fails with the names whose difference is not below the limit."""
     wrong = {name: float(d) for name, d in differences.items() if not d < limit}
     assert not wrong, f"not within {limit}: {wrong}"
 

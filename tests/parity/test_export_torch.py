@@ -1,4 +1,4 @@
-"""Exported files, loaded by the libraries they are for: equal logits."""
+"""Exported files have the same logits in the libraries they are for."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The port against golden.npz, which make_golden.py wrote with PyTorch. Needs no torch."""
+"""The port against golden.npz, which make_golden.py writes with PyTorch. Does not need PyTorch."""
 
 import importlib
 from pathlib import Path
@@ -25,7 +25,7 @@ from vit_jax.weights.layouts import NOTEBOOK
 
 PATH = Path(__file__).with_name("golden.npz")
 SIZES = sizes(width=32, depth=2, num_heads=4, patch_size=4)
-INIT_SEEDS = 64  # as many as the file's quantiles were taken over
+INIT_SEEDS = 64  # as for the file's quantiles
 FAMILY_SIGNIFICANCE = 1e-3
 
 
@@ -88,7 +88,7 @@ def test_50_adamw_steps(golden, params, trainer):
 
 
 def test_adamw_decays_every_parameter(params):
-    """By lr x wd of itself, torch's convention, when the gradient is zero."""
+    """With a zero gradient, the update is -lr wd times the parameter, as in torch."""
     optimizer = optim.make_optimizer(notebook_config().optim, optax.constant_schedule(3.0))
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
@@ -97,12 +97,12 @@ def test_adamw_decays_every_parameter(params):
 
 
 def _padded(i):
-    """Batch i of 16, and 8 places without an example."""
+    """Returns batch i of 16, padded by 8 rows."""
     return np.r_[np.arange(16) + 16 * i, np.full(8, -1)]
 
 
 def test_initial_weights(golden):
-    """Kolmogorov-Smirnov at the file's 99 quantiles, pooled over seeds, Bonferroni-corrected."""
+    """Kolmogorov-Smirnov test at 99 quantiles, pooled over seeds, Bonferroni-corrected."""
     vit = make_model(notebook_config(**SIZES).model, num_classes=NUM_CLASSES)
     init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (16, 16, 3)))
     seeds = [from_params(jax.device_get(init(i)), NOTEBOOK) for i in range(INIT_SEEDS)]
@@ -122,12 +122,12 @@ def test_initial_weights(golden):
     assert not wrong, f"starting weights are of another distribution: {wrong}"
 
 
-def test_file_is_what_torch_gives_now(torch, golden):
+def test_file_matches_the_installed_torch(torch, golden):
     make_golden = importlib.import_module("make_golden")
     for name, theirs in make_golden.measure(golden).items():
         limit = 1e-5 * max(1, np.abs(theirs).max()) if name != "losses" else 1e-4
         assert np.abs(golden[name] - theirs).max() < limit, name
     for name, theirs in make_golden.initial_quantiles().items():
-        # The draws may change with torch's version; the spread of a quantile may not.
+        # Draws may change with torch's version, so quantiles agree only approximately.
         spread = max(np.abs(theirs).max(), 1e-30)
         assert np.abs(golden[name] - theirs).max() / spread < 0.15, name

@@ -1,4 +1,4 @@
-"""`model.weight_init = "pytorch"` draws from the distributions that torch's layers start with."""
+"""`model.weight_init = "pytorch"` has the initial distributions of torch's layers."""
 
 import jax
 import numpy as np
@@ -11,19 +11,19 @@ from vit_jax.weights import from_params
 from vit_jax.weights.layouts import NOTEBOOK
 
 SEEDS = 4
-FAMILY_SIGNIFICANCE = 1e-3  # of one false alarm among all tensors, by Bonferroni
-LARGEST_SAMPLE = 100_000  # values a tensor, evenly spaced; the largest have 262,144 a seed
+FAMILY_SIGNIFICANCE = 1e-3  # probability of any false alarm, by Bonferroni
+LARGEST_SAMPLE = 100_000  # values per tensor, evenly spaced; the largest have 262,144 per seed
 
 
 @pytest.fixture(scope="module")
 def ours():
-    """[{notebook name: array}], one for each seed, at the notebook's own sizes."""
+    """[{notebook name: array}], one per seed, at the notebook's sizes."""
     vit = make_model(notebook_config().model, num_classes=NUM_CLASSES)
     init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (32, 32, 3)))
     return [from_params(jax.device_get(init(seed)), NOTEBOOK) for seed in range(SEEDS)]
 
 
-def test_initial_weights_are_drawn_as_torch_draws_them(torch, reference, ours):
+def test_initial_weights_have_the_distributions_of_torch(torch, reference, ours):
     theirs = []
     for seed in range(SEEDS):
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def test_initial_weights_are_drawn_as_torch_draws_them(torch, reference, ours):
     assert len(drawn) == 2 + 6 * 6 + 2  # patches; attention's two matrices and the MLP; head
     for name, array in theirs[0].items():
         assert all(mine[name].shape == array.shape for mine in ours)
-        if name not in drawn:  # norms at one; embeddings, attention's biases and the rest at zero
+        if name not in drawn:  # norms: one; embeddings, attention biases, and the rest: zero
             assert all(np.array_equal(mine[name], array) for mine in ours), name
     p_values = {}
     for name in drawn:
@@ -44,8 +44,8 @@ def test_initial_weights_are_drawn_as_torch_draws_them(torch, reference, ours):
     assert not wrong, f"starting weights are of another distribution: {wrong}"
 
 
-def test_no_two_draws_are_the_same(ours):
-    """Layers, and seeds, do not share their random numbers."""
+def test_no_two_draws_are_equal(ours):
+    """Layers and seeds do not share random numbers."""
     first = {}
     for seed, weights in enumerate(ours):
         for name, array in weights.items():

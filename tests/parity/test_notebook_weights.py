@@ -19,7 +19,7 @@ SIZES = sizes(width=16, depth=2, num_heads=2, patch_size=4)
 
 @functools.cache
 def make_params(num_classes=10, image_shape=(16, 16, 3), **fields):
-    """Random numbers in the shapes of our model, which is not initialized."""
+    """Returns random numbers in the shapes of our parameters."""
     vit = make_model(notebook_config(**SIZES | fields).model, num_classes=num_classes)
     shapes = jax.eval_shape(lambda key: init_params(vit, key, image_shape), jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def test_arrays_round_trip_bit_exact(fields):
     assert same_bits(from_params(notebook_to_params(arrays), NOTEBOOK), arrays)
 
 
-def test_axes_by_hand():
+def test_axes_match_the_notebook():
     params = make_params()
     arrays = from_params(params, NOTEBOOK)
     kernel = params["patch_embed"]["kernel"]
@@ -65,7 +65,7 @@ def test_state_dict_round_trips_and_loads_strictly(torch, reference, fields):
 
 
 def test_no_memory_is_shared_with_the_state_dict(torch, reference):
-    """Training in PyTorch must not change the converted arrays, nor the reverse."""
+    """Training in PyTorch must not change the converted arrays, nor vice versa."""
     vit = reference.VisionTransformer(16, 4, 10, 16, 2, 2)
     params = notebook_to_params(vit.state_dict())
     back = params_to_notebook(params)
@@ -159,7 +159,7 @@ def test_models_that_the_notebook_lacks_are_rejected(fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_without_torch_only_arrays_can_be_had(monkeypatch):
+def test_without_torch_only_arrays_are_available(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     params = make_params()
     with pytest.raises(UserError, match="pip install torch"):

@@ -1,4 +1,4 @@
-"""Weights of PyTorch's ViTs: transformers itself, timm by its names, and the notebook."""
+"""Weights of PyTorch ViTs: transformers itself, timm's names, and the notebook."""
 
 import json
 import pathlib
@@ -93,7 +93,7 @@ def test_hugging_face_backbone_has_no_head(hugging, tmp_path):
 
 
 def timm_logits(torch, tensors, images):
-    """The forward pass of timm's VisionTransformer, by its names, in torch's own operations."""
+    """Computes the forward pass of timm's VisionTransformer, by its names, in torch operations."""
     F = torch.nn.functional
     t = {name: torch.as_tensor(array) for name, array in tensors.items()}
 

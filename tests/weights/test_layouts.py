@@ -101,8 +101,8 @@ def test_round_trips_are_bit_exact(layout):
             assert same_bits(layouts.from_params(back, layout, num_heads=3), theirs)
 
 
-def test_names_and_axes_by_hand():
-    """Names and indices come from the published sources, none from our own tables."""
+def test_names_and_axes_match_the_published_sources():
+    """Names and indices come from the published sources, not from our tables."""
     _, params = random_model()
     attn = params["block_1"]["attn"]
     timm = layouts.from_params(params, layouts.TIMM, num_heads=3)

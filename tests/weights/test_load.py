@@ -1,4 +1,4 @@
-"""What a source records of its model besides the tensors, and runs of vit_jax as a source."""
+"""Model settings that a source records besides tensors, and vit_jax runs as a source."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def test_unrecorded_num_heads_is_an_argument_or_the_published_number(tmp_path):
         ("preprocessor_config", "image_mean", 0.5, "a list of numbers"),
     ],
 )
-def test_hugging_face_config_value_of_the_wrong_type_is_one_line(
+def test_hugging_face_value_of_the_wrong_type_is_rejected_in_one_line(
     tmp_path, name, field, value, allowed
 ):
     tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)

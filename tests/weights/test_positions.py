@@ -1,4 +1,4 @@
-"""Resized position embeddings; tests/parity compares the other methods with torch."""
+"""Resized position embeddings; tests/parity compares the torch methods."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Weights written in other formats, and read back: bit for bit, complete or not at all."""
+"""Weights written in other formats and read back: bit-exact, and written atomically."""
 
 import os
 import subprocess

@@ -4,9 +4,9 @@ Everything is off by default and is switched on by the `augment` group of the co
 fixed: crop, flip, policy, color jitter (uint8 up to here), normalize, erasing, mixup or cutmix.
 
 Image i of the global batch draws each operation from its own key, fold_in(fold_in(key, the
-operation's number), i). Images therefore share no draw, batch size and device count do not change
-the draws, and switching on one operation leaves the draws of the others unchanged. Only mixup and
-cutmix with `mix_per = "batch"` draw once per batch.
+operation's number), i). Images therefore share no draws, and an image's draws do not depend
+on batch size, device count, or the other operations. Only mixup and cutmix
+with `mix_per = "batch"` draw once per batch.
 """
 
 from vit_jax.augment.decoded import make_crop

@@ -10,8 +10,8 @@ from vit_jax.augment.geometric import random_boxes
 def make_crop(augment, *, size: int, seed: int, steps_per_epoch: int) -> Callable | None:
     """Returns the `crop` of `data.Stream.batches` for augment.crop = "decoded", else None.
 
-    It is torchvision's RandomResizedCrop on images of any size. The box derives from (seed, epoch,
-    index), so it belongs to the example.
+    Equals torchvision's RandomResizedCrop, for images of any size. The box is a function of (seed,
+    epoch, index) only.
     """
     if augment.crop != "decoded":
         return None
@@ -19,7 +19,7 @@ def make_crop(augment, *, size: int, seed: int, steps_per_epoch: int) -> Callabl
     def crop(image, step, index):
         import cv2
 
-        # The order draws from the low end of the counter; these words are disjoint from it.
+        # The data order uses the low end of the counter; these words do not overlap it.
         words = np.random.Philox(key=[seed, step // steps_per_epoch], counter=[0, 0, index + 1, 0])
         uniform = (words.random_raw(40) >> np.uint64(11)) * 2.0**-53
         uniform = uniform.reshape(10, 4).T.reshape(1, 40)

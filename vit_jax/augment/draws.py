@@ -27,7 +27,7 @@ def normal(keys, shape):
 def below(uniform, count):
     """Maps uniform draws on [0, 1) to integers int32, uniform on 0 .. count - 1.
 
-    The draws are an array of JAX or of NumPy.
+    `uniform` is a JAX or NumPy array.
     """
     xp = uniform.__array_namespace__()
     return xp.floor(uniform * count).astype(xp.int32)

@@ -14,7 +14,7 @@ from vit_jax.augment import draws
 
 
 def pad_crop(keys, images, padding, mode):
-    """Pads all four sides and cuts the original size out at a uniform offset.
+    """Pads all four sides and crops to the original size at a uniform offset.
 
     Source: torchvision's RandomCrop. Offsets are -padding .. padding in both directions.
 
@@ -42,8 +42,8 @@ def random_resized_crop(keys, images, scale, ratio):
 def random_boxes(uniform, height, width, scale, ratio, *, erasing=False):
     """Draws boxes with an area uniform in `scale` and a log-uniform aspect ratio in `ratio`.
 
-    Each box is the first that fits out of ten candidates, which `uniform`, float[B,40] on [0, 1),
-    defines; it is an array of JAX, or of NumPy for a crop on the host. Source: torchvision's
+    Each box is the first of ten candidates that fits. They are computed from `uniform`,
+    float[B,40] on [0, 1), a JAX array, or a NumPy array on the host. Source: torchvision's
     get_params. The aspect ratio of a crop is columns / rows, and its fallback is the largest
     centered box of an allowed ratio. The aspect ratio of an erased box is rows / columns; the box
     is smaller than the image, and its fallback is empty.
@@ -71,11 +71,11 @@ def random_boxes(uniform, height, width, scale, ratio, *, erasing=False):
 
 
 def resized_crop(images, top, left, rows, columns):
-    """Cuts boxes out of uint8[B,H,W,C] and resizes them to H, W bilinearly.
+    """Crops boxes from uint8[B,H,W,C] and resizes them to H, W bilinearly.
 
-    Within one level of PIL's crop().resize(BILINEAR), whose weights are fixed-point: across,
-    rounded to uint8, then down, rounded. Boxes are never larger than the image, so antialiasing,
-    which only applies to reduction, plays no role.
+    Resizes horizontally, then vertically, each rounded to uint8. The result is within one level
+    of PIL's crop().resize(BILINEAR), whose weights are fixed-point. Boxes are never larger than the
+    image, so antialiasing, which only applies to reduction, has no effect.
     """
 
     def weights(start, length, size):  # [B, size out, size in]
@@ -98,8 +98,8 @@ def resized_crop(images, top, left, rows, columns):
 def alternating_flip(images, epoch):
     """Returns bool[B]: whether each image is mirrored in this epoch; the next epoch inverts it.
 
-    Source: Jordan 2024 (airbench). It has to recognize an image in the next epoch. A batch
-    contains no indices, so a hash of the image's own bytes decides about epoch 0.
+    Source: Jordan 2024 (airbench). A batch contains no indices, so a hash of the
+    image's bytes identifies it and decides for epoch 0.
     """
     flat = images.reshape(images.shape[0], -1).astype(jnp.uint32)
     weights = np.arange(flat.shape[1], dtype=np.uint32) * np.uint32(2654435762) + np.uint32(1)

@@ -34,7 +34,7 @@ def partner(x, mask):
     """Returns the row that each row of x[B,...] mixes with, for the rows valid in mask, bool[B].
 
     It is the next row if that is valid, otherwise the first valid row, so valid rows only mix with
-    valid rows. If the mask has no gaps, no image meets itself and no pair is mixed twice. On
+    valid rows. If the mask has no gaps, no image is mixed with itself, and no pair twice. On
     several devices the shift moves one row between neighbors, and the gather sends one row.
     """
     num_rows = len(mask)

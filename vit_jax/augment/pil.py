@@ -1,8 +1,8 @@
 """PIL's image operations on a batch, each image with its own operation and magnitude.
 
 All equal PIL byte for byte, including the quirks of its float arithmetic, except Rotate, ShearX,
-and ShearY: their float32 matrices pick a neighboring pixel for one or two pixels in about one image
-of a thousand.
+and ShearY: their float32 matrices pick a neighboring pixel for one or two pixels in about one in a
+thousand images.
 
 Images are uint8[B,H,W,3]. A `lax.switch` under vmap would compute every branch anyway and share
 less: here geometry is one gather, the enhancements are one blend, and the tone curves are one table
@@ -182,9 +182,9 @@ def _divide(n, d):
 
 @functools.cache
 def _autocontrast_ties():
-    """Tabulates where PIL's `int(value * scale + offset)` in float64 is one below the exact value.
+    """Tabulates when PIL's `int(value * scale + offset)` in float64 is one below the exact value.
 
-    The exact value, 255 (value - low) / span, is an integer only where value - low is a multiple of
+    The exact value, 255 (value - low) / span, is an integer only if value - low is a multiple of
     span / gcd(span, 255). Returns (gcd[span], start[span], too_low): the entry of `too_low` at
     start + low (gcd + 1) + multiple is True if PIL's value is one too low.
     """
@@ -221,7 +221,7 @@ def shift_hue(images, shift):
     sector = lax.div(6 * hue, 255)
     rest = 6 * hue - 255 * sector
 
-    def darker(share):  # value * (1 - share / 255**2), rounded; never half-way
+    def darker(share):  # value * (1 - share / 255**2), rounded; never a tie
         return lax.div(2 * value * (65025 - share) + 65025, 130050)
 
     p, q, t = darker(255 * saturation), darker(saturation * rest), darker(saturation * (255 - rest))
@@ -242,8 +242,8 @@ def _choose(index, values):
 def _hue_bytes():
     """Tabulates PIL's hue byte for a hue of n / (6 chroma), at index 3 chroma (chroma - 1) + n.
 
-    PIL rounds to float32 on the way, so where 255 n / (6 chroma) is an integer the byte is
-    sometimes one below it. No arithmetic on the device would reproduce that everywhere.
+    PIL rounds intermediate values to float32, so if 255 n / (6 chroma) is an integer, the byte is
+    sometimes one below it: hence a table.
     """
     chroma = np.repeat(np.arange(1, 256), 6 * np.arange(1, 256))
     n = np.arange(len(chroma)) - 3 * chroma * (chroma - 1)

@@ -1,4 +1,4 @@
-"""The augmentation of a batch from end to end, and the checks and description of its config."""
+"""The complete augmentation of a batch, and the checks and description of its config."""
 
 import functools
 
@@ -13,7 +13,7 @@ from vit_jax.errors import UserError
 
 
 def normalize(images, mean, std):
-    """uint8[B,H,W,C] -> float32: (x / 255 - mean) / std, the bits of ToTensor() and Normalize().
+    """Normalizes uint8[B,H,W,C]: float32 (x / 255 - mean) / std, bit-equal to ToTensor, Normalize.
 
     Looks up a table of 256 values per channel, computed by numpy: XLA would turn the divisions by
     constants into multiplications by their reciprocals, which round differently.

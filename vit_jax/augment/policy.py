@@ -112,7 +112,7 @@ def _autoaugment(which, chance):
 def _randaugment_strength(keys, augment, shape):
     """Returns float32[rounds,B] in 0 .. 1 from `randaugment_magnitude` and its noise.
 
-    The magnitude m is timm's (rand-mM-mstdS: 0 to 10, plus normal noise, clipped) and stands for
+    The magnitude m is timm's (rand-mM-mstdS: 0 to 10, plus normal noise, clipped) and means
     m/10 of the range. torchvision's integer scale has 31 bins; its 9 is 3 here.
     """
     strength = jnp.full(shape, augment.randaugment_magnitude, jnp.float32)

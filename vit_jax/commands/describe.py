@@ -1,4 +1,4 @@
-"""vit-jax describe: what a run costs, read from its compiled program. Nothing is trained.
+"""vit-jax describe: the cost of a run, read from its compiled program. Nothing is trained.
 
 `transfers` reads the text of any compiled program.
 """
@@ -32,7 +32,7 @@ _INSTRUCTION = re.compile(
 
 
 def _num_bytes(shapes):
-    """Bytes of a shape or a tuple of shapes, as 'f32[16,64]{1,0}' or '(f32[], token[])'."""
+    """Returns the bytes of shapes, such as 'f32[16,64]{1,0}' or '(f32[], token[])'."""
     total = 0
     for kind, bits, sizes in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
         width = max(1, int(bits) // 8) if bits else int(kind == "pred")  # a token has no bytes
@@ -41,7 +41,7 @@ def _num_bytes(shapes):
 
 
 def _transferred(kind, shapes, rest):
-    """The shapes that an instruction transfers; `rest` is its text after the opening bracket."""
+    """Returns the shapes that an instruction transfers; `rest` is its text after the bracket."""
     if kind == "send":  # (data, context, token)
         return shapes.rpartition(", u32[]")[0]
     if kind == "outfeed":  # its result is a token
@@ -53,7 +53,7 @@ def transfers(program):
     """Returns {kind: (messages, bytes)} that a device sends to others or to the host in one call.
 
     `program` is the text of a compiled program (`compiled.as_text()`). A collective counts with
-    the bytes of its result: an all-gather with the whole array, a reduce-scatter with its part.
+    the bytes of its result: an all-gather with the complete array, a reduce-scatter with its part.
     Operations in a loop count once per iteration, or once if the trip count is unknown.
     """
     computations, calls = _parse(program)
@@ -75,7 +75,7 @@ def transfers(program):
 
 
 def _parse(program):
-    """({computation: [(kind, bytes)]}, [(caller, called, times)]) of a program's transfers."""
+    """Returns ({computation: [(kind, bytes)]}, [(caller, called, times)]) of the transfers."""
     computations, calls, name = collections.defaultdict(list), [], None
     for line in program.splitlines():
         if start := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -105,13 +105,13 @@ def _called(kind, rest):
 
 
 def compile_step(experiment):
-    """The compiled training step of an Experiment, for its mesh; no array is created."""
+    """Returns the compiled training step of an Experiment, for its mesh; no array is created."""
     shapes = experiment.feed.input_shapes()
     return experiment.train_step.lower(experiment.state_shapes, *shapes).compile()
 
 
 def describe_program(experiment):
-    """The lines that describe the compiled step: compute, memory, and communication."""
+    """Returns the lines that describe the compiled step: compute, memory, and communication."""
     compiled = compile_step(experiment)
     images = experiment.config.batch_size * experiment.config.num_seeds
     flops, steps = experiment.flops_per_image * images, experiment.plan.total_steps

@@ -38,7 +38,7 @@ def main(argv=None):
 
 
 def _table(result):
-    """The lines of a table of `score`."""
+    """Yields the lines of a table of `score`."""
     low, high = result["accuracy_interval"]
     yield (
         f"accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "

@@ -97,7 +97,7 @@ def image_paths(arguments, stdin):
 def picture_name(path):
     """Returns a file name for the attention image of `path`, different for every path.
 
-    It has the start of the file's own name and a hash of the whole path.
+    It consists of the start of the file's name and a hash of the complete path.
     """
     name = re.sub(r"[^\w.-]+", "_", path.stem)[:40].strip("_.")
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
@@ -105,7 +105,7 @@ def picture_name(path):
 
 
 def _answers(trained, paths, args):
-    """Yields ({"image", "classes", and "attention" if asked for}, None) or (None, error)."""
+    """Yields ({"image", "classes", and "attention" if requested}, None) or (None, error)."""
     with_attention = args.attention is not None
     classify = make_classify(trained, batch_size=args.batch_size, attention=with_attention)
     grid = patch_grid(trained)
@@ -156,6 +156,6 @@ def _write_png(path, pixels):
 
 
 def _as_line(answer):
-    """'cat.png  cat 93.1%  dog 4.2%  deer 1.0%'."""
+    """Formats an answer: 'cat.png  cat 93.1%  dog 4.2%  deer 1.0%'."""
     classes = "  ".join(f"{c['class']:<10} {c['probability']:6.1%}" for c in answer["classes"])
     return f"{answer['image']}  {classes}"

@@ -84,7 +84,7 @@ def grid(settings, *, one_at_a_time=False):
 
 
 def _split_at_commas(text):
-    """The parts of a text between the commas that are not in brackets."""
+    """Returns the parts of a text between the commas that are not in brackets."""
     values, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")
@@ -144,7 +144,7 @@ def _train_all(workdirs, arguments, processes):
 
 
 def _has_accelerator():
-    """Whether JAX's default backend is not the CPU.
+    """Returns whether JAX's default backend is not the CPU.
 
     Runs in a child process, which frees the accelerator's memory when it exits.
     """
@@ -181,7 +181,7 @@ def table(runs, results):
 
 
 def _columns(result):
-    """{column: text} of a result.json's content, or of a run without one."""
+    """Returns {column: text} of a result.json's content, or of a run without one."""
     if result is None:
         return {"val_accuracy": "failed", "val_loss": "", "train_loss": "", "images/s": ""}
     accuracy, std = result["val_accuracy"], result.get("val_accuracy_std")

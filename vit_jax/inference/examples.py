@@ -13,7 +13,7 @@ def load_examples(loaded, name=None, split=None):
     """Returns the split a model is evaluated on, as (data.Dataset or data.Stream, split name).
 
     A run that streamed its data is evaluated on a Stream: only the images of the split are
-    decoded, as they are classified, and nothing is cached.
+    decoded, during classification, and nothing is cached.
 
     Args:
       loaded: a model from `vit_jax.load`.

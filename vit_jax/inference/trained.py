@@ -32,7 +32,7 @@ def load(workdir, step="last"):
     Args:
       workdir: the run's directory.
       step: a saved step; "last", the newest one; or "best", the saved step with the highest
-        validation accuracy in metrics.jsonl (the earliest one of equals).
+        validation accuracy in metrics.jsonl (the earliest if tied).
     Returns:
       A TrainedModel. `model.apply({"params": params}, images)` maps normalized float32[B, H, W, C]
       images to float32[B, num_classes] logits. `params` are the EMA weights if the run has them.

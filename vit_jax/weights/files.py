@@ -16,7 +16,7 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which torc
 
 
 def read(path):
-    """Reads a file by its suffix. Returns (flat dict of float32 arrays, metadata dict of texts)."""
+    """Reads a file by its suffix: (flat dict of float32 arrays, dict of metadata strings)."""
     path, metadata = pathlib.Path(path), {}
     if path.suffix not in SUFFIXES:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Fine-tuning: pretrained weights made to fit a model with other classes or another grid."""
+"""Fine-tuning: pretrained weights adapted to a model with other classes or another grid."""
 
 import math
 
@@ -17,7 +17,7 @@ def start_from(weights, vit, image_shape, class_names):
 
     A head for other classes (another number, or other names if both are known) becomes zeros, and
     a pre-logits layer that the model lacks is dropped with it. Position embeddings of another grid
-    are resized as their source does it.
+    are resized by the method of their source.
 
     Returns (params, notes): the parameters, and a sentence fragment about each change.
     Raises UserError, with keys and both shapes, if the model has another architecture.

@@ -47,7 +47,7 @@ def read_configs(path):
 
 
 def make_configs(trained):
-    """Returns {file name: content} of the JSON files for what `vit_jax.load` returned."""
+    """Returns {file name: content} of the JSON files for a TrainedModel."""
     vit, names = trained.model, dict(enumerate(trained.class_names))
     H, W, C = model.resolution(vit, trained.image_shape)
     config = {
@@ -94,7 +94,7 @@ def _read_json(path):
 
 
 def _validate(saved, fields, path):
-    """{name: value, or its default if absent}, each value valid."""
+    """Returns {name: value, or its default if absent}, each value valid."""
     values = {name: saved.get(name, default) for name, (default, _, _) in fields.items()}
     for name, (_, is_valid, allowed) in fields.items():
         if not is_valid(values[name]):

@@ -58,9 +58,9 @@ _HEAD = {
 
 
 class Layout(NamedTuple):
-    """One library's tensors, and what it computes with if its files do not record it."""
+    """One library's tensors, and its settings that the files do not record."""
 
-    # Our path or module -> its name. "*" is the leaf; {q,k,v} are tensors that ours concatenate.
+    # Our path or module -> its name. "*" is the leaf; {q,k,v} are tensors that ours concatenates.
     names: Mapping[str, str]
     block: str  # prefix of the names in block {}
     norm_eps: float
@@ -84,7 +84,7 @@ _TORCH_NAMES = {
     "norm": "norm.*",
     "head": "head.*",
 }
-# The notebook's VisionTransformer, as in vit_jax/notebook_torch.py.
+# The notebook's VisionTransformer, as in commands/benchmark/notebook_torch.py.
 _NOTEBOOK = Layout(
     _TORCH_NAMES
     | {
@@ -196,7 +196,7 @@ class _Row(NamedTuple):
 
 
 def _rows(layout, depth):
-    """Every row of a model with `depth` blocks, optional ones included, in the layout's order."""
+    """Returns all rows, including optional ones, of a model with `depth` blocks, in order."""
     blocks = [(f"block_{i}/", layout.block.format(i), _BLOCK) for i in range(depth)]
     rows = []
     for ours, theirs, shapes in (("", "", _EMBEDDING), *blocks, ("", "", _HEAD)):
@@ -211,7 +211,7 @@ def _rows(layout, depth):
 
 
 def _rows_of(layout, name, path, shape):
-    """The row of one of our tensors, or its three rows for q, k, and v."""
+    """Returns the row of one of our tensors, or its three rows for q, k, and v."""
     shape = tuple(layout.sizes.get(size, size) for size in shape)
     group = next((part for part in layout.optional if part in path), "")
     before, *parts, after = re.split("[{,}]", name) if "{" in name else (name, "", "")
@@ -231,7 +231,7 @@ def _rows_of(layout, name, path, shape):
 
 
 def find_layout(names):
-    """The key in LAYOUTS of the layout with these tensor names; None if it is not known."""
+    """Returns the key in LAYOUTS for these tensor names; None if they are unknown."""
     for kind in LAYOUTS:
         layout = _layout(kind, names)
         rows = _rows(layout, _depth(layout, names))
@@ -241,7 +241,7 @@ def find_layout(names):
 
 
 def _layout(kind, names):
-    """A layout; for a Hugging Face ViTModel, the layout without prefix and classifier."""
+    """Returns a layout; for a Hugging Face ViTModel, without prefix and classifier."""
     layout = LAYOUTS[kind]
     if kind not in (HUGGINGFACE, HUGGINGFACE_5):
         return layout
@@ -267,7 +267,7 @@ def to_params(tensors, kind, where):
     Args:
       tensors: flat dict of numpy arrays or torch tensors of any float type.
       kind: the layout, a key of LAYOUTS.
-      where: what an error calls the tensors, such as their file.
+      where: the tensors' name in errors, such as their file.
     Returns (params, sizes): a nested dict of float32 arrays that share no memory with `tensors`,
       and {symbol: number}.
     Raises UserError if a tensor is missing, unused, or of the wrong shape.
@@ -316,12 +316,12 @@ def from_params(params, kind, *, num_heads=None):
 
 
 def _part(array, row):
-    """A view of a row's part of one of our arrays."""
+    """Returns a view of a row's part of one of our arrays."""
     return array if row.part is None else np.split(array, 3, axis=-1)[row.part]
 
 
 def _match(tensors, shapes, problem, requires):
-    """(float32 arrays, sizes) of tensors with exactly these names and symbolic shapes."""
+    """Returns (float32 arrays, sizes) of tensors with exactly these names and symbolic shapes."""
     difference = mismatches(dict.fromkeys(tensors), dict.fromkeys(shapes))
     if not difference:
         arrays = {name: _to_numpy(tensors[name]) for name in shapes}
@@ -336,10 +336,10 @@ def _match(tensors, shapes, problem, requires):
 
 
 def _sizes(shapes, arrays):
-    """{symbol: number}, from the arrays with these symbolic shapes.
+    """Returns {symbol: number} from the arrays with these symbolic shapes.
 
-    Element counts are used where they suffice, so that an array with the wrong number of axes is
-    reported itself instead of all others.
+    Element counts are used if they suffice, so that only an array with the wrong number of axes is
+    reported, and not all others.
     """
     found = defaultdict(list)
     for name, shape in shapes.items():
@@ -386,7 +386,7 @@ def mismatches(given, expected):
 
 
 def listed(names, limit=6):
-    """'a, b, c and 7 more'."""
+    """Formats names, as in 'a, b, c and 7 more'."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

@@ -37,7 +37,7 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 class Weights(NamedTuple):
-    """Parameters and everything that their source records of the model."""
+    """Parameters and everything that their source records about the model."""
 
     params: Any  # nested dict of float32 numpy arrays, with our names
     model: dict[str, Any]  # fields of config.model
@@ -63,7 +63,7 @@ def load_weights(path, *, num_heads=None):
       path: Google's .npz; a .safetensors, .pt, .pth, or .bin with the names of Hugging Face, timm,
         or the notebook; a Hugging Face folder; a .safetensors of ours; a workdir, or one of its
         checkpoints. "~" is expanded.
-      num_heads: of the model, for sources that do not record it (timm, the notebook, a Hugging
+      num_heads: the model's, for sources that do not record it (timm, the notebook, a Hugging
         Face file without its config.json). Defaults to the published models' number for the width,
         and to 8 for the notebook.
     Returns Weights.
@@ -91,7 +91,7 @@ def _file_in(folder):
 
 
 def _load_layout(path, arrays, num_heads):
-    """Weights from the tensors of another library's file."""
+    """Returns Weights from the tensors of another library's file."""
     kind = layouts.find_layout(arrays)
     if kind is None:
         raise UserError(
@@ -149,7 +149,7 @@ def _check_heads(path, width, heads, recorded):
 
 
 def _grid(path, patches, patch_size, recorded):
-    """(rows, columns) from the recorded image size or, if `patches` is a square, from its root."""
+    """Returns (rows, columns), from the recorded image size or as the root of `patches`."""
     if "image_size" not in recorded:
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else None
@@ -163,7 +163,7 @@ def _grid(path, patches, patch_size, recorded):
 
 
 def _load_run(path):
-    """Weights from a workdir or one of its checkpoints."""
+    """Returns Weights from a workdir or one of its checkpoints."""
     if (path / "checkpoints").is_dir():
         directory, step = path / "checkpoints", None
     else:
@@ -211,11 +211,11 @@ def _our_weights(flat, saved, path):
 
 
 def model_shapes(vit, image_shape):
-    """{path: shape} of a model's parameters, for images of (H, W, C). Computes nothing."""
+    """Returns {path: shape} of a model's parameters for images of (H, W, C); computes nothing."""
     init = lambda key: model.init_params(vit, key, tuple(image_shape))  # noqa: E731
     return shapes(flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/"))
 
 
 def shapes(flat):
-    """{path: shape} of a flat dict of arrays."""
+    """Returns {path: shape} of a flat dict of arrays."""
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}

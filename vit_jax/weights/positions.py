@@ -1,4 +1,4 @@
-"""Learned position embeddings resized to another grid of patches, as each source does it.
+"""Learned position embeddings resized to another grid of patches, by each source's method.
 
 zoom      Corners map to corners, linear: scipy.ndimage.zoom(order=1), as in google-research's
           vision_transformer and big_vision. For Google's .npz.
@@ -30,7 +30,7 @@ def resize_positions(pos_embed, grid, new_grid, *, method, class_token):
 
 
 def _matrix(old, new, method):
-    """float64[new, old]: the weight of each old sample in each new one, along one axis."""
+    """Returns float64[new, old]: the weight of each old sample in each new one, along one axis."""
     i = np.arange(new, dtype=np.float64)
     if method == "zoom":  # corners map to corners
         at = i * ((old - 1) / max(new - 1, 1))

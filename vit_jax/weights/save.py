@@ -1,4 +1,4 @@
-"""Trained weights written in other libraries' formats: complete, or not at all."""
+"""Atomic writing of trained weights in other libraries' formats."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
 
 
 def save_weights(trained, path, form):
-    """Writes what `vit_jax.load` returned to a path, in one of FORMATS.
+    """Writes a TrainedModel to a path, in one of FORMATS.
 
     The suffix of the path selects timm's .safetensors or .pt; nothing else depends on it.
     Raises UserError, before anything is written, if the format cannot represent the model or the
@@ -72,7 +72,7 @@ def serialize(trained):
 
 
 def _describe(trained):
-    """What `load_weights` needs to rebuild the model."""
+    """Returns the metadata from which `load_weights` rebuilds the model."""
     fields = {name: getattr(trained.model, name) for name in FIELDS}
     return {
         "model": {**fields, "image_size": trained.model.image_size},
@@ -83,7 +83,7 @@ def _describe(trained):
 
 
 def _tensors(trained, kind):
-    """The tensors of a layout. Raises UserError if its library computes something else."""
+    """Returns a layout's tensors. Raises UserError if its library computes something else."""
     layout, vit, params = layouts.LAYOUTS[kind], trained.model, trained.params
     if kind != layouts.HUGGINGFACE:  # its config.json records them
         _require(vit, kind, norm_eps=layout.norm_eps, gelu=layout.gelu)

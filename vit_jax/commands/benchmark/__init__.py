@@ -50,7 +50,7 @@ def main(argv=None):
 
 
 def _parse(argv):
-    """(arguments, the arguments that override fields of the config)."""
+    """Returns (arguments, the arguments that override config fields)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax benchmark",
         description="Measure training with a recipe: throughput, MFU, memory, and compilation "

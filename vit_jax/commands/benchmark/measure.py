@@ -1,7 +1,7 @@
 """Throughput, MFU, memory, and compilation time of an experiment, alone or alternating with others.
 
 Timing drives the jitted step and the feed that training uses. With several sides, a round times
-each of them once, so that the machine's other load affects all of them alike.
+each of them once, so that other load on the machine affects them equally.
 """
 
 import collections
@@ -83,7 +83,7 @@ class TorchSide:
 
     def close(self):
         """Ends the process."""
-        self._process.communicate()  # closes its stdin, at which it ends
+        self._process.communicate()  # closes its stdin, which ends it
 
 
 def start_torch_sides(experiment, variants):
@@ -193,7 +193,7 @@ def measure(experiment, *, rounds=5, round_seconds=2.0, rivals=None):
 
 
 def _time(sides, rounds, round_seconds):
-    """{name: {"median", "min", "max"}} of the seconds per step of each side."""
+    """Returns {name: {"median", "min", "max"}} of the seconds per step of each side."""
     counts, times = {}, {name: [] for name in sides}
     for name, side in sides.items():
         side.steps(2)  # compiles and allocates

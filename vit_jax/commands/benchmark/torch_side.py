@@ -7,7 +7,7 @@ JSON has the keys "variant", "dtype", "device", "batch_size", "seed", "data" (th
 
     written   the notebook's loop: PIL images are transformed one by one in the training process,
               and every loss is read immediately
-    eager     PyTorch at its best: uint8 data on the device, batches gathered and normalized there,
+    eager     optimized: uint8 data on the device, batches gathered and normalized there,
               fused AdamW, fused attention, losses left on the device
     compiled  eager with torch.compile, on a GPU with CUDA graphs
 
@@ -66,7 +66,7 @@ def written(split, spec, device):
 
 
 def best(split, spec, device):
-    """Runs one step per iteration as fast as PyTorch can, and yields its loss on the device."""
+    """Runs one optimized step per iteration, and yields its loss on the device."""
     TransformerBlock.need_weights = False
     torch.set_float32_matmul_precision("high")  # TF32, the default of JAX on a GPU
     model = VisionTransformer(**spec["model"]).to(device)

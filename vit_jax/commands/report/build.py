@@ -32,8 +32,8 @@ class Evaluation:
 def write_report(workdir, *, compare=(), step="last", data=None, split=None):
     """Writes the report of a run to WORKDIR/report and returns the page's path.
 
-    A run that is unfinished or diverged, or whose data is missing, gets the sections that are
-    possible and a notice.
+    A run that is unfinished or diverged, or whose data is missing, gets the remaining
+    sections and a notice.
 
     Args:
       workdir: the run's directory.
@@ -67,7 +67,7 @@ def printable(text):
 
 
 def _add_model(page, workdir, step, data, split):
-    """Adds what a checkpoint shows. Returns its Evaluation, or None if there is none."""
+    """Adds the sections about the model. Returns its Evaluation, or None if there is none."""
     try:
         trained = load(workdir, step)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(trained.params)):

@@ -1,4 +1,4 @@
-"""Reads what a run wrote to its workdir: config.json, run.json, result.json, metrics.jsonl.
+"""Reads the files of a workdir: config.json, run.json, result.json, metrics.jsonl.
 
 Every value is checked here: a workdir can come from an untrusted source.
 """
@@ -96,7 +96,7 @@ def _read_record(workdir, config):
 
 
 def _read_object(path):
-    """The object in a JSON file."""
+    """Returns the object in a JSON file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:

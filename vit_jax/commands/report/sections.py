@@ -114,18 +114,18 @@ def _comparison_row(name, records):
 
 
 def _results(records, name):
-    """float64[seeds]: a field of result.json, for the seeds that have it."""
+    """Returns float64[seeds]: a field of result.json, for the seeds that have it."""
     return np.array([r.result[name] for r in records if r.result and name in r.result], np.float64)
 
 
 def _mean_and_std(values):
-    """'0.5708', or '0.5708 ± 0.0031' for several values."""
+    """Formats '0.5708', or '0.5708 ± 0.0031' for several values."""
     std = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
     return f"{values.mean():.4f}{std}" if len(values) else "–"
 
 
 def _percent(values):
-    """'80.09%', or '80.09 ± 0.21%' for several values."""
+    """Formats '80.09%', or '80.09 ± 0.21%' for several values."""
     std = f" ± {100 * values.std(ddof=1):.2f}" if len(values) > 1 else ""
     return f"{100 * values.mean():.2f}{std}%" if len(values) else "–"
 
@@ -161,7 +161,7 @@ def add_curves(page, groups):
 
 
 def _series(groups, *lines):
-    """The input of `figures.curves` for (metric, label, style) lines; one color per run or line."""
+    """Returns (metric, label, style) lines for `figures.curves`, colored by run or line."""
     several, series, labeled = len(groups) > 1, [], set()
     for i, (name, records) in enumerate(groups):
         for record, (j, (metric, label, style)) in itertools.product(records, enumerate(lines)):
@@ -317,7 +317,7 @@ def add_weights(page, trained):
 
 
 def _patch_filters(kernel):
-    """Principal components of float[P, P, C, D] filters, in 0..1: [n, P, P] or [n, P, P, 3]."""
+    """Returns principal components of float[P, P, C, D] filters, in 0..1: [n, P, P(, 3)]."""
     P, _, C, D = kernel.shape
     components = np.linalg.svd(kernel.reshape(-1, D), full_matrices=False)[0].T[:32]
     filters = components.reshape(-1, P, P, C)
@@ -327,7 +327,7 @@ def _patch_filters(kernel):
 
 
 def _norms(params):
-    """(names, L2 norms) of the model's layers, from input to output."""
+    """Returns (names, L2 norms) of the model's layers, from input to output."""
     blocks = sum(name.startswith("block_") for name in params)
     order = ("conv_stem", "patch_embed", "cls_token", "pos_embed")
     order += (*(f"block_{i}" for i in range(blocks)), "norm", "pre_logits", "head")
