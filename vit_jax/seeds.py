@@ -154,7 +154,9 @@ class RunWorkdir:
         finite = [all(np.isfinite(x).all() for x in jax.tree.leaves(s.params)) for s in states]
         if not all(finite):
             raise BadStep(step, ~np.array(finite), None, None)
-        accuracies = np.broadcast_to(log.val_accuracy, len(states))  # None if not validated
+        accuracies: Sequence[Any] = [None] * len(states)
+        if log.val_accuracy is not None:
+            accuracies = np.atleast_1d(log.val_accuracy)
         for workdir, part, accuracy in zip(self._each, states, accuracies, strict=True):
             sums = {name: float(value) for name, value in part.sums.items()}
             progress = {"sums": sums, **log.progress}
