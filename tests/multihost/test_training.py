@@ -55,8 +55,8 @@ def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
         time.sleep(0.01)
     processes[1].kill()
     (code, _, stderr), _ = finish(processes)
-    # JAX ends the other process and names the lost one.
-    assert code == -signal.SIGABRT and "(stopped sending heartbeats):\n1\n" in stderr, stderr
+    # JAX ends the other process (or Gloo does, inside a collective); see the next test.
+    assert code == -signal.SIGABRT, stderr
     assert not (tmp_path / "one" / "result.json").exists()
     shutil.copytree(tmp_path / "one", tmp_path / "four")
     small.mesh.fsdp = 2
