@@ -129,10 +129,8 @@ def _read_upload(content, image_shape):
 
 def _make_answer(trained):
     """Returns a function from an image, uint8[H, W, C], to the JSON that the page shows."""
-    classify, grid = (
-        make_classify(trained, batch_size=1, attention=True),
-        patch_grid(trained.model, trained.image_shape),
-    )
+    classify = make_classify(trained, batch_size=1, attention=True)
+    grid = patch_grid(trained.model, trained.image_shape)
     classify(np.zeros((1, *trained.image_shape), np.uint8))  # compile before the first request
 
     def answer(image):
