@@ -29,7 +29,6 @@ COVERED_BY = {
     "commands/report/records": "commands/test_report",
     "commands/report/sections": "commands/test_report",
     "data/source": "data/test_open",
-    "inference/classify": "commands/test_predict",
     "main": "commands/test_cli",
     "weights/huggingface": "weights/test_load",
     "workdir/files": "faults/test_disk",
