@@ -14,8 +14,8 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 def open_folder(root: Path) -> Source:
     """Opens root/CLASS/*.png (the split "train") or root/SPLIT/CLASS/*.png.
 
-    A split is named like its folder, such as "train" or "Testing". Raises UserError if the folder
-    does not exist, mixes splits with other folders, or has no classes, or if a class has no images.
+    A split is named like its folder, such as "train" or "Testing". Raises UserError for a folder
+    of another layout, or if a class has no images.
     """
     title = f"folder {printable(root)}"
     fix = "use one subfolder of images per class, or one subfolder per split that has these"

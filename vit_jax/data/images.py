@@ -10,8 +10,7 @@ from vit_jax.data.source import user_errors
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_PIXELS = 100_000_000  # per image: a few kilobytes can decode to more than fits in memory
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Modes of at most 8 bits per sample. Samples of 16 or 32 bits would be clipped; LAB and HSV have no
-# conversion to RGB here.
+# Samples of more than 8 bits would be clipped; LAB and HSV have no conversion to RGB here.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
 
@@ -36,11 +35,11 @@ def decode_image(encoded: bytes, channels: int, where: str) -> np.ndarray:
     """
     import cv2
 
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
     with user_errors(f"{where} cannot be read"):
         _open_image(io.BytesIO(encoded))  # OpenCV's own limit is fixed at its import
-        pixels = np.frombuffer(encoded, np.uint8)
-        image = cv2.imdecode(pixels, flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
         if image is None:
             raise ValueError("not a decodable image")
     return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

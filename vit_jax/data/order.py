@@ -6,9 +6,9 @@ import numpy as np
 def epoch_order(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray:
     """Returns the training order of an epoch, shuffled by (seed, epoch).
 
-    int32[steps, batch_size] with every index once, padded with -1. It sorts Philox's raw words, the
-    same in every NumPy version (the output of `Generator.permutation` may change).
+    int32[steps, batch_size] with every index once, padded with -1.
     """
+    # Unlike the output of `Generator.permutation`, raw words are the same in every NumPy version.
     words = np.random.Philox(key=[seed, epoch]).random_raw(num_examples)
     return _in_batches(np.argsort(words, kind="stable"), batch_size)
 

@@ -50,13 +50,8 @@ class Dataset:
         return digest.hexdigest()[:16]
 
 
-def load_resident(
-    source: Source, parts: list[tuple[str, range]], image_size: int | None
-) -> Dataset:
-    """Loads the parts of a split, given as (base split, range of indices).
-
-    Each base split is decoded completely unless it is cached.
-    """
+def load_resident(source: Source, parts: list, image_size: int | None) -> Dataset:
+    """Loads the parts of a split, as `Stream` does; base splits are decoded unless cached."""
     bases = {name: _load_base(source, name, image_size) for name, _ in parts}
     images = [bases[name][0][rows.start : rows.stop] for name, rows in parts]
     labels = [bases[name][1][rows.start : rows.stop] for name, rows in parts]
@@ -64,13 +59,12 @@ def load_resident(
         problem = f"the splits {', '.join(bases)} of {source.title} cannot be joined"
         with user_errors(problem, "set config.data.image_size"):
             images, labels = [np.concatenate(images)], [np.concatenate(labels)]
-    caches = ", ".join(printable(cache) for _, _, cache in bases.values())
-    title = f"{source.title}, cached in {caches}"
+    title = f"{source.title}, cached in {printable(source.cache_dir)}"
     return Dataset(images[0], labels[0], source.class_names, title)
 
 
 def _load_base(source, split, image_size):
-    """Returns a base split as (images, labels, its cache)."""
+    """Returns the images and labels of a base split."""
     size = f"_{image_size}px" if image_size else ""
     path = source.cache_dir / f"vit_jax_{split}{size}_uint8.npz"
     fingerprint, count = source.fingerprint(split), source.num_examples[split]
@@ -78,7 +72,7 @@ def _load_base(source, split, image_size):
     if arrays is None:
         arrays = _decode(Stream(source, [(split, range(count))], image_size))
         _write_cache(path, *arrays, fingerprint)
-    return *arrays, path
+    return arrays
 
 
 def _decode(stream):

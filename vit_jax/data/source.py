@@ -7,8 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from vit_jax.errors import UserError, expand_home
 
@@ -23,7 +22,7 @@ class Source:
     cache_dir: Path  # for decoded images
     fingerprint: Callable[[str], str]  # split -> text that changes when its files change
     # split -> read(index) -> (name in errors, uint8[H, W, C], label), which any thread may call
-    reader: Callable[[str], Callable[[int], tuple[str, np.ndarray, int]]]
+    reader: Callable[[str], Callable[[int], tuple[str, Any, int]]]
 
 
 @contextlib.contextmanager

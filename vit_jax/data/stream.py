@@ -1,7 +1,7 @@
 """Splits on disk: each image is read, decoded, and cropped when it is needed.
 
-The order is that of a resident split, `order.epoch_order`. Each process reads only its own rows of
-a batch. grain provides the threads that decode and the queue of finished batches.
+Each process reads only its own rows of a batch. grain provides the threads that decode and the
+queue of finished batches.
 """
 
 import functools
@@ -17,25 +17,20 @@ from vit_jax.errors import UserError
 
 
 class Stream:
-    """A split on disk, with the attributes of a resident `Dataset` except its arrays.
-
-    It consists of parts of base splits, given as (base split, range of indices).
-    """
+    """A split on disk. Its parts are (base split, range of indices)."""
 
     def __init__(self, source: Source, parts: list[tuple[str, range]], image_size: int | None):
         self.num_examples = sum(len(indices) for _, indices in parts)
         self.class_names, self.source = source.class_names, source.title
         self._image_size = image_size
-        readers = {name: source.reader(name) for name, _ in parts}
-        self._parts = [(readers[name], indices) for name, indices in parts]
+        self._parts = [(source.reader(name), indices) for name, indices in parts]
         self.image_shape: Any = None  # until the first image is read
         self.image_shape = self.example(0)[0].shape
 
     def example(self, index: int, crop: Callable | None = None) -> tuple[np.ndarray, int]:
         """Returns an image, uint8[H, W, C], and its label.
 
-        `crop` maps the stored image to uint8[H, W, C]; the default is the resized center crop.
-        Raises UserError, which names the image, if it is unusable.
+        `crop` replaces the resized center crop. Raises UserError for an unusable image.
         """
         part = 0
         while index >= len(self._parts[part][1]):

@@ -165,15 +165,14 @@ def _builder(name, folder, **options):
     fix = "use NAME, NAME/CONFIG, NAME:VERSION, or folder:PATH, or prepare the dataset again"
     with user_errors(f"config.data.name = {name!r} cannot be opened in {folder}", fix):
         if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name):
-            # A namespace before a colon would fetch and run the code of an untrusted dataset.
+            # A namespace before a colon would download and run the code of an untrusted dataset.
             raise ValueError("not a dataset's name")
         try:
             return tfds.builder(name, data_dir=folder, **options)
         except tfds.core.DatasetNotFoundError as error:
             known = [*tfds.list_builders(with_community_datasets=False), "shapes10"]
             near = difflib.get_close_matches(re.split("[:/]", name)[0], known, 3, 0)
-            names = ", ".join(map(repr, near))
-            raise ValueError(f"neither TFDS nor the folder has it; the nearest: {names}") from error
+            raise ValueError(f"neither TFDS nor the folder has it; the nearest: {near}") from error
 
 
 def _prepare_missing(builder, name, folder):
