@@ -76,9 +76,9 @@ def _reader(info, split, features):
 
     record_file = TFRecordFile if info.file_format.value == "tfrecord" else ArrayRecordDataSource
     shards, lengths = [], info.splits[split].shard_lengths
-    for path, length in zip(info.splits[split].filepaths, lengths, strict=True):
+    for path, length in zip(map(str, info.splits[split].filepaths), lengths, strict=True):
         with user_errors(f"{path} cannot be read"):
-            records = record_file(str(path))
+            records = record_file(path)
             if len(records) != length:
                 raise ValueError(f"{len(records)} of {length} records")
         shards.append((path, records))
