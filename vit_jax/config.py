@@ -197,7 +197,6 @@ FIELDS: dict[str, Field] = {
     ),
     "data.streaming": flag(False, "decode images during training; for datasets larger than memory"),
     "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
-    "data.on_bad_image": choice("stop", "skip", doc="on an image that cannot be decoded"),
     "data.mean": numbers(
         (0.5,) * 3, "mean per channel of pixels in [0, 1]", "one number per channel", _any
     ),

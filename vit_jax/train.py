@@ -109,7 +109,7 @@ def _loop(experiment, workdir, log, state, stop):
         log.push(step, metrics)
         stopping = stop.reached(step)  # in every process and at every step, since it is collective
         if plan.ends_epoch(step):
-            log.epoch(step, state, skipped=experiment.skipped_images)
+            log.epoch(step, state)
         if plan.evaluate(step) and "val" in experiment.splits:
             with log.paused():
                 validated = experiment.evaluate(state.eval_params, "val")

@@ -88,7 +88,6 @@ def load_examples(trained, name=None, split=None):
         split,
         data_dir=config.data.dir or None,
         image_size=image_size or None,
-        skip_bad=config.data.on_bad_image == "skip",
         streaming=config.data.streaming,
     )
     unknown = sorted(set(examples.class_names) - set(trained.class_names))
@@ -109,14 +108,12 @@ def classify_examples(trained, examples):
     """Classifies every image of a split from `load_examples` once.
 
     Returns (logits float32[N, classes], labels int[N] numbered by the model's classes, indices
-    int[N] into `examples`). Images that a Stream skips are in none of the three.
+    int[N] into `examples`).
     """
     config = trained.config
     classify = make_classify(trained, batch_size=config.eval_batch_size)
     if isinstance(examples, data.Stream):
-        parts = list(_classify_stream(classify, examples, config))
-        if not parts:
-            raise UserError(f"{examples.source} contains no image that can be decoded")
+        parts = _classify_stream(classify, examples, config)
         logits, labels, indices = map(np.concatenate, zip(*parts, strict=True))
     else:
         logits, labels = classify(examples.images), examples.labels
@@ -126,7 +123,7 @@ def classify_examples(trained, examples):
 
 
 def _classify_stream(classify, stream, config):
-    """Yields (logits, labels, indices) of each batch that contains an image."""
+    """Yields (logits, labels, indices) of each batch."""
     order = data.eval_order(stream.num_examples, config.eval_batch_size)
     batches = stream.batches(
         order.__getitem__,
@@ -136,5 +133,4 @@ def _classify_stream(classify, stream, config):
     )
     for indices, batch in zip(order, batches, strict=True):
         valid = batch["mask"]
-        if valid.any():
-            yield classify(batch["image"][valid]), batch["label"][valid], indices[valid]
+        yield classify(batch["image"][valid]), batch["label"][valid], indices[valid]

@@ -214,11 +214,8 @@ class TrainLog:
         images = self._plan.images(self._plan.total_steps) - self._plan.images(step)
         self.terminal.update(step, line, images * np.size(metrics["loss"]))
 
-    def epoch(self, step: int, state: Any, *, skipped: Mapping[int, str] | None = None) -> None:
-        """Records the mean loss and accuracy of an epoch, from the sums in the state.
-
-        `skipped` is {index: reason} of the images that could not be decoded so far.
-        """
+    def epoch(self, step: int, state: Any) -> None:
+        """Records the mean loss and accuracy of an epoch, from the sums in the state."""
         with self.paused():
             epoch, steps = self._plan.epoch(step)
             means = {f"epoch/{name}": value for name, value in epoch_means(state, steps).items()}
@@ -226,9 +223,6 @@ class TrainLog:
             spe = self._plan.steps_per_epoch
             part = "" if steps == spe else f" ({steps} of its {spe} steps)"
             self.terminal.say(f"Epoch {epoch}, Loss: {np.mean(means['epoch/loss']):.4f}{part}")
-            if skipped:
-                example = next(iter(skipped.values()))
-                self.terminal.say(f"{len(skipped)} images skipped so far, for example {example}")
 
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {"loss", "accuracy", ...} of the validation split."""
