@@ -1,11 +1,10 @@
 """Peak arithmetic rates of known devices, for MFU.
 
-The rates are the vendors' dense (no structured sparsity) matrix rates on 16-bit inputs with float32
-accumulation: bfloat16, except for the two GPUs without bfloat16 units (V100 and T4), where they are
-float16 rates. If a data sheet lists only the rate with 2:4 sparsity, the value is half of it.
+The rates are the vendors' dense matrix rates on bfloat16 inputs (float16 on V100 and T4) with
+float32 accumulation: half the rate, where a data sheet lists only that with 2:4 sparsity.
 """
 
-# TFLOP/s per device, and `device_kind` as JAX reports it. On NVIDIA GPUs it is the driver's product
+# TFLOP/s per device, and `device_kind` as JAX reports it: on NVIDIA GPUs, the driver's product
 # name. Names are compared exactly: a variant of a card (PCIe, NVL, laptop, a MIG slice) runs at
 # other rates, and an unknown peak is better than a wrong one.
 _TFLOPS: list[tuple] = [

@@ -27,11 +27,11 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 
 
 def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
-    """The processes of a run: (a name to print, arguments of jax.distributed.initialize).
+    """Returns (a description, the arguments of jax.distributed.initialize); None for one process.
 
     Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID. Without them, JAX reads the variables of a
-    launcher: SLURM's srun, Open MPI's mpirun, or an indexed Kubernetes job. Returns None for one
-    process. Raises UserError for inconsistent values.
+    launcher: SLURM's srun, Open MPI's mpirun, or an indexed Kubernetes job. Raises UserError for
+    inconsistent values.
     """
     names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
     coordinator, count, index = values = [environment.get(name, "") for name in names]
@@ -72,8 +72,7 @@ def joined() -> Iterator[None]:
     """A context in which this process has joined the run's other processes, if any.
 
     Must be entered before anything uses a device. If the body raises in one process, that process
-    reports the error and exits immediately, and JAX ends the others when it misses the heartbeat.
-    After an error of `check_same` or `shared_errors`, all exit together.
+    reports the error and exits, and JAX ends the others when it misses the heartbeat.
     """
     processes = find_processes(os.environ)
     if processes is None:
@@ -98,8 +97,10 @@ def joined() -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except BaseException as e:
-        if isinstance(e, jax.errors.JaxRuntimeError):  # perhaps because another process was lost:
-            time.sleep(_HEARTBEAT_SECONDS + 5)  # JAX then names it, and aborts
+        if isinstance(e, jax.errors.JaxRuntimeError):
+            # Perhaps because another process was lost: JAX then names it, and aborts.
+            print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+            time.sleep(_HEARTBEAT_SECONDS + 5)
         _exit(e)
     jax.distributed.shutdown()
 
@@ -128,10 +129,9 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises UserError in every process if {name: JSON value} is not the same in all.
+    """Raises UserError in every process unless all have the same {name: JSON value}.
 
-    The error names the first process that differs from process 0, and the values. Every process
-    must call it.
+    Every process must call it. The error names the first process that differs, and the values.
     """
     if jax.process_count() == 1:
         return
@@ -142,7 +142,7 @@ def check_same(values: Mapping[str, Any]) -> None:
                 f"process {index} has {count} devices and process 0 {devices[0]}: give every "
                 "process the same number of devices"
             )
-    first, *others = [json.loads(text) for text in _gather(json.dumps(values))]
+    first, *others = _gather(values)
     for index, own in enumerate(others, start=1):
         differences = [
             f"{name}: {own.get(name)!r}, not {first.get(name)!r}"
@@ -175,11 +175,10 @@ def shared_errors() -> Iterator[None]:
             raise _RaisedInAll(f"process {index}: {problem}")
 
 
-def _gather(text):
-    """The text of every process, in order."""
-    data = text.encode()
+def _gather(value):
+    """The JSON value of every process, in order."""
+    data = json.dumps(value).encode()
     with jax.transfer_guard("allow"):  # process_allgather fetches without jax.device_get
         size = multihost_utils.process_allgather(np.int32(len(data))).max()
-        padded = np.frombuffer(data.ljust(size + 1, b"\0"), np.uint8)
-        rows = multihost_utils.process_allgather(padded)
-    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+        padded = np.frombuffer(data.ljust(size), np.uint8)
+        return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
