@@ -1,12 +1,12 @@
 """JAX's backend: the persistent compilation cache, and GPUs that JAX does not use."""
 
-import contextlib
 import os
-import subprocess
 
 import jax
 
 from vit_jax.errors import UserError, expand_home
+
+_NVIDIA_DRIVER = "/dev/nvidiactl"  # exists on a machine, or in a container, that has an NVIDIA GPU
 
 
 def enable_compilation_cache() -> None:
@@ -27,21 +27,12 @@ def check_backend() -> None:
         raise UserError(f"JAX cannot start: {e}") from e
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if backend != "cpu" or chosen or hidden or not (gpu := _nvidia_gpu()):
+    if backend != "cpu" or chosen or hidden or not os.path.exists(_NVIDIA_DRIVER):
         return
     try:
         jax.devices("cuda")
     except RuntimeError as e:
         raise UserError(
-            f"this machine has {gpu}, but JAX did not start CUDA ({e}): install 'jax[cuda13]' and "
-            "a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
+            f"this machine has an NVIDIA GPU, but JAX did not start CUDA ({e}): install "
+            "'jax[cuda13]' and a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
         ) from e
-
-
-def _nvidia_gpu():
-    """The first NVIDIA GPU, by name if nvidia-smi lists it; None if there is none."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-        if listed.stdout.startswith("GPU "):
-            return listed.stdout.partition(" (UUID")[0]
-    return "an NVIDIA GPU" if os.path.exists("/dev/nvidia0") else None
