@@ -45,7 +45,7 @@ class Experiment:
     splits: dict[str, data.Dataset | data.Stream]  # train, and val and test if the config has them
     plan: Plan
     model: VisionTransformer
-    feed: feed_lib.ResidentFeed | feed_lib.StreamedFeed
+    feed: feed_lib.Feed
     state_shapes: TrainState  # jax.ShapeDtypeStruct with shardings
     train_step: Any  # jitted: (state, *inputs) -> (state, metrics); donates the state
     augmented_images: Any  # jitted: (state, *inputs) -> uint8[n, H, W, C] of the next step
@@ -112,7 +112,7 @@ class Experiment:
 
         jit caches the trace, so the first step is not slower.
         """
-        self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes())
+        self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes)
 
     def init(self) -> TrainState:
         """The TrainState before the first step, on the devices."""

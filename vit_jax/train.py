@@ -43,7 +43,7 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             experiment.check()
         with shared_errors():  # only now, since process 0 creates the workdir
             check_free_space(workdir.folders, _checkpoint_bytes(experiment))
-            stack.enter_context(workdir.locked())
+            workdir.lock(stack)
         _check_same_data(experiment)
         _say(*describe(experiment, path))
         start = workdir.find_resume_step()
@@ -57,13 +57,12 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if result:
             _say(f"Already complete. {summary(result)}")
             return result
-        workdir.begin(start, command)
+        workdir.open(start, command=command, keep=experiment.plan.keep)
         return _train(experiment, workdir, start)
 
 
 def _train(experiment, workdir, start):
     """Trains from step `start` to the end, and returns the content of result.json."""
-    workdir.open(start, keep=experiment.plan.keep)
     if start:
         state, progress = workdir.restore(start, experiment.state_shapes)
         _say(f"Resuming from step {start:,} of {experiment.plan.total_steps:,}")
