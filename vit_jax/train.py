@@ -28,9 +28,9 @@ from vit_jax.workdir import (
 def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") -> dict[str, Any]:
     """Trains by a config in the workdir at `path`, and returns the content of result.json.
 
-    Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before
-    anything is written, and for a failed write or a non-finite step; Stopped if a signal ended the
-    run early, after saving. With several processes, only process 0 prints.
+    Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before the
+    first write, and for a failed write or a non-finite step; Stopped after a signal, with the state
+    saved. With several processes, only process 0 prints.
     """
     if config.wandb:
         import_wandb()
@@ -42,9 +42,13 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
         with shared_errors():  # only now, since process 0 creates the workdir
-            check_free_space(workdir.folders, _checkpoint_bytes(experiment))
+            state = experiment.state_shapes
+            arrays = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
+            check_free_space(workdir.folders, sum(x.size * x.dtype.itemsize for x in arrays))
             stack.enter_context(workdir.locked())
-        _check_same_data(experiment)
+        if jax.process_count() > 1:  # otherwise the digests are not needed yet
+            splits = experiment.data_identity["splits"]
+            check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
         _say(*describe(experiment, path))
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders found are not checkpoints
@@ -55,7 +59,7 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if start:
             workdir.check_data(start, experiment.data_identity)
         if result:
-            _say(f"Already complete. {summary(result)}")
+            _say(f"Already complete. {_summary(result)}")
             return result
         workdir.begin(start, command)
         return _train(experiment, workdir, start)
@@ -70,8 +74,7 @@ def _train(experiment, workdir, start):
     else:
         state, progress = experiment.init(), {"timed_images": 0, "timed_seconds": 0.0}
     log = _make_log(experiment, workdir, start, progress)
-    # The loop allows only explicit transfers between host and device. To locate a NaN, JAX itself
-    # reads every result.
+    # Only explicit transfers between host and device, unless JAX reads every result for a NaN.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
         with jax.transfer_guard(guard), StopSignal() as stop:
@@ -90,15 +93,12 @@ def _train(experiment, workdir, start):
         log.terminal.close()
     result = _results(experiment, workdir, log, state, validated)
     workdir.close()
-    _say(summary(result))
+    _say(_summary(result))
     return result
 
 
 def _loop(experiment, workdir, log, state, stop):
-    """Trains to the last step or a signal, and starts saving the last state.
-
-    Returns (state, latest validation metrics or None).
-    """
+    """Trains to the last step or a signal; returns (state, last validation metrics or None)."""
     plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
     for step, inputs in log.timed(experiment.batches(after=log.step)):
@@ -125,13 +125,6 @@ def _loop(experiment, workdir, log, state, stop):
     return state, validated
 
 
-def _check_same_data(experiment):
-    """Raises UserError in every process if they have read different data."""
-    if jax.process_count() > 1:  # otherwise the digests are not needed yet
-        splits = experiment.data_identity["splits"]
-        check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
-
-
 def _make_log(experiment, workdir, start, progress):
     config, peak = experiment.config, peaks.peak_flops(jax.devices()[0].device_kind)
     return TrainLog(
@@ -149,14 +142,13 @@ def _make_log(experiment, workdir, start, progress):
 
 def _bad_step_error(experiment, workdir, bad_step):
     """The UserError of a non-finite step. Stores the step's batch next to the metrics."""
-    index = int(np.argmax(bad_step.bad))
+    index, step = int(np.argmax(bad_step.bad)), bad_step.step
     seed, folder = workdir.seeds[index], workdir.folders[index]
-    path = folder / f"bad_batch_{bad_step.step}.npz"
+    path = folder / f"bad_batch_{step}.npz"
     batch_note = f"the batch is in {path}"
     try:
         if jax.process_index() == 0:
-            batch = experiment.stored_batch(bad_step.step, seed)
-            np.savez(path, **batch, seed=seed, step=bad_step.step)
+            np.savez(path, **experiment.stored_batch(step, seed), seed=seed, step=step)
     except (OSError, UserError) as e:
         batch_note = f"the batch could not be stored ({e})"
     workdir.close()
@@ -166,7 +158,7 @@ def _bad_step_error(experiment, workdir, bad_step):
         loss, norm = (np.atleast_1d(v)[index] for v in (bad_step.loss, bad_step.grad_norm))
         problem = f"the loss is {loss:.4g} and the gradient norm {norm:.4g}"
     return UserError(
-        f"{problem} at step {bad_step.step} of seed {seed}; the last good checkpoint is "
+        f"{problem} at step {step} of seed {seed}; the last good checkpoint is "
         f"{folder / 'checkpoints' / str(steps[-1]) if steps else 'none'}; {batch_note}; a lower "
         "optim.peak_lr or an optim.grad_clip_norm may help, --config.on_bad_loss=skip skips such "
         "steps, --debug_nans locates the operation"
@@ -177,10 +169,10 @@ def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
     plan, throughput = experiment.plan, log.throughput
     values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
+    metrics = {"val": validated}  # of the last step, unless the run resumed there
     for name in ("val", "test"):
         if name in experiment.splits:
-            found = validated if name == "val" else None  # the loop has validated the last step
-            found = found or experiment.evaluate(state.eval_params, name)
+            found = metrics.get(name) or experiment.evaluate(state.eval_params, name)
             values |= {f"{name}_{k}": found[k] for k in ("accuracy", "loss")}
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}
@@ -197,22 +189,15 @@ def _results(experiment, workdir, log, state, validated):
     return workdir.write_results(values, shared)
 
 
-def _checkpoint_bytes(experiment):
-    shapes = experiment.state_shapes
-    arrays = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
-    return sum(x.size * x.dtype.itemsize for x in arrays)
-
-
 def _say(*lines):
     if jax.process_index() == 0:
         print(*lines, sep="\n", flush=True)
 
 
-def summary(result: dict[str, Any]) -> str:
+def _summary(result):
     """'Test Accuracy: 63.68%', or of the validation split if there is no test split."""
-    name = "test" if "test_accuracy" in result else "val"
-    text = f"{'Test' if name == 'test' else 'Validation'} Accuracy: "
-    text += f"{100 * result[f'{name}_accuracy']:.2f}%"
+    name, title = ("test", "Test") if "test_accuracy" in result else ("val", "Validation")
+    text = f"{title} Accuracy: {100 * result[f'{name}_accuracy']:.2f}%"
     if f"{name}_accuracy_std" in result:
         std, n = 100 * result[f"{name}_accuracy_std"], len(result["seed"])
         text += f" (mean of {n} seeds, standard deviation {std:.2f})"
