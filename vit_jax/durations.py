@@ -53,48 +53,33 @@ class Every:
         return step == self.last or (self.steps > 0 and step % self.steps == 0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The durations of a run in steps. The last batch of an epoch may be smaller."""
+    """The durations of a config's run in steps. The last batch of an epoch may be smaller.
 
-    num_examples: int
-    batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    mix_steps: int  # mixup and CutMix apply up to this step
-    log: Every
-    evaluate: Every
-    save: Every
-    keep: Every
-    histograms: Every
+    Warmup and the part without mixing are capped at the run.
+    """
 
-    @classmethod
-    def make(cls, config: ConfigDict, num_examples: int) -> "Plan":
-        """The plan of a config. Warmup and the part without mixing are capped at the run."""
-        steps_per_epoch = math.ceil(num_examples / config.batch_size)
-        total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-
-        counts = {
-            "steps_per_epoch": steps_per_epoch,
-            "batch_size": config.batch_size,
-            "total_steps": total_steps,
-        }
+    def __init__(self, config: ConfigDict, num_examples: int) -> None:
+        self.num_examples, self.batch_size = num_examples, config.batch_size
+        self.steps_per_epoch = math.ceil(num_examples / config.batch_size)
+        self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
 
         def steps(text):
-            return in_steps(text, **counts)
+            return in_steps(
+                text,
+                steps_per_epoch=self.steps_per_epoch,
+                batch_size=self.batch_size,
+                total_steps=self.total_steps,
+            )
 
-        return cls(
-            num_examples=num_examples,
-            **counts,
-            warmup_steps=min(steps(config.optim.warmup), total_steps),
-            mix_steps=max(total_steps - steps(config.augment.mix_off_last), 0),
-            log=Every(steps(config.log_every)),
-            evaluate=Every(steps(config.eval_every), last=total_steps),
-            save=Every(steps(config.save_every), last=total_steps),
-            keep=Every(steps(config.keep_every)),
-            histograms=Every(steps(config.histograms_every)),
-        )
+        self.warmup_steps = min(steps(config.optim.warmup), self.total_steps)
+        # Mixup and CutMix apply up to this step.
+        self.mix_steps = max(self.total_steps - steps(config.augment.mix_off_last), 0)
+        self.log = Every(steps(config.log_every))
+        self.evaluate = Every(steps(config.eval_every), last=self.total_steps)
+        self.save = Every(steps(config.save_every), last=self.total_steps)
+        self.keep = Every(steps(config.keep_every))
+        self.histograms = Every(steps(config.histograms_every))
 
     def epoch(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step, all counted from 1."""

@@ -55,7 +55,7 @@ class Experiment:
     ) -> None:
         self.config, self.mesh, self.splits = config, mesh, splits
         self.train = train = splits["train"]
-        self.plan = Plan.make(config, train.num_examples)
+        self.plan = Plan(config, train.num_examples)
         self.model = make_model(config.model, num_classes=len(train.class_names))
         check_image_shape(self.model, train.image_shape)
         augment.check_image_shape(config.augment, train.image_shape)
@@ -67,24 +67,21 @@ class Experiment:
                 weights, self.model, train.image_shape, train.class_names
             )
             self.initial_weights = [f"{config.init_from} ({weights.kind})", *notes]
-        optimizer, schedule = self._make_optimizer()
+        lengths = {
+            "total_steps": self.plan.total_steps,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "warmup_steps": self.plan.warmup_steps,
+        }
+        o = config.optim
+        schedule = optim.make_schedule(o, **lengths)
+        muon_schedule = optim.make_schedule(o, **lengths, peak_lr=o.muon_lr)
+        optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule)
         self.init, self.state_shapes = self._make_init(optimizer, params)
         self.train_step, self.augmented_images = self._make_steps(optimizer, schedule)
         eval_step = step_lib.make_eval_step(self.model, mean=config.data.mean, std=config.data.std)
         self.eval_step = seeds.vmap_seeds(eval_step, config, (0, None))
         self._evaluate = make_evaluate(self.eval_step, mesh)
         self._eval_batches: dict[str, Any] = {}
-
-    def _make_optimizer(self):
-        o, plan = self.config.optim, self.plan
-        counts = {
-            "total_steps": plan.total_steps,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "warmup_steps": plan.warmup_steps,
-        }
-        schedule = optim.make_schedule(o, **counts)
-        muon_schedule = optim.make_schedule(o, **counts, peak_lr=o.muon_lr)
-        return optim.make_optimizer(o, schedule, muon_schedule=muon_schedule), schedule
 
     def _make_init(self, optimizer, params):
         """(() -> TrainState, its jax.ShapeDtypeStruct with shardings)."""
@@ -123,10 +120,8 @@ class Experiment:
             mean=config.data.mean,
             std=config.data.std,
         )
-        counts = {
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "mix_steps": self.plan.mix_steps,
-        }
+        plan = self.plan
+        counts = {"steps_per_epoch": plan.steps_per_epoch, "mix_steps": plan.mix_steps}
         step = step_lib.make_train_step(
             self.model,
             optimizer,
@@ -173,16 +168,12 @@ class Experiment:
     def data_identity(self) -> dict[str, Any]:
         """The identity of the data, as JSON: class names, and each split's size and digest.
 
-        A streamed split's digest covers a sample of its images, so it is comparable only with a
-        streamed split's; "digest_of" records the kind.
+        A streamed split's digest covers a sample of its images and is comparable only with another
+        such digest.
         """
-        digest_of = "a sample" if self.config.data.streaming else "all images"
+        kind = {"digest_of": "a sample" if self.config.data.streaming else "all images"}
         splits = {
-            name: {
-                "num_examples": split.num_examples,
-                "digest": split.digest(),
-                "digest_of": digest_of,
-            }
+            name: {"num_examples": split.num_examples, "digest": split.digest()} | kind
             for name, split in self.splits.items()
         }
         return {"class_names": list(self.train.class_names), "splits": splits}
@@ -254,7 +245,6 @@ def make_experiment(
 
 
 def _read_splits(config):
-    """{"train", "val", "test": split}, without those that the config leaves empty."""
     names = {name: config.data[f"{name}_split"] for name in ("train", "val", "test")}
     return {
         name: data.open_split(
@@ -272,22 +262,26 @@ def _read_splits(config):
 
 def _check_data(config, train):
     """Raises UserError if the training split does not fit the config."""
+    name, channels, given = config.data.name, train.image_shape[-1], len(config.data.mean)
     if config.batch_size > train.num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {train.num_examples} "
-            f"examples of {config.data.name} {config.data.train_split}"
+            f"examples of {name} {config.data.train_split}"
         )
-    channels = train.image_shape[-1]
-    if len(config.data.mean) != channels:
+    if given != channels:
         raise UserError(
-            f"config.data.mean has {len(config.data.mean)} entries, but the images of "
-            f"{config.data.name} have {channels} channels"
+            f"config.data.mean has {given} entries, but the images of {name} have {channels} "
+            "channels"
         )
 
 
 def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
     """The lines that describe an experiment before its first step."""
     c, plan, train = experiment.config, experiment.plan, experiment.train
+    m, mesh, (H, W, C) = experiment.model, experiment.mesh, train.image_shape
+    resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
+    microbatches = f", {c.accumulate_steps} microbatches" if c.accumulate_steps > 1 else ""
+    recomputed = ", activations recomputed" if m.remat else ""
     last_batch = plan.num_examples - (plan.steps_per_epoch - 1) * plan.batch_size
     counts = ", ".join(
         f"{c.data[f'{name}_split']}: {split.num_examples:,}"
@@ -297,11 +291,15 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
     if isinstance(train, data.Dataset):
         stored = f"data {train.images.nbytes / 1e6:,.1f} MB on each device"
     lines = {
-        "model": _describe_model(experiment.model, train.image_shape),
+        "model": f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} "
+        f"heads, MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, train.image_shape)} tokens of "
+        f"{H}x{W}x{C} images{resized}, init {m.weight_init}, compute {m.dtype.name}",
         "size": f"{experiment.num_params:,} parameters; "
         f"{experiment.flops_per_image / 1e9:.2f} GFLOP per image, forward and backward",
-        "devices": _describe_devices(c, experiment.mesh),
-        "sharding": f"{mesh_lib.describe(experiment.mesh, experiment.state_shapes)}; {stored}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "
+        f"fsdp {mesh.shape['fsdp']}); global batch {c.batch_size}, "
+        f"{math.ceil(c.batch_size / mesh.size)} per device{microbatches}{recomputed}",
+        "sharding": f"{mesh_lib.describe(mesh, experiment.state_shapes)}; {stored}",
         "steps": f"{plan.total_steps:,} of batch {plan.batch_size}, {plan.steps_per_epoch:,} per "
         f"epoch ({plan.total_steps / plan.steps_per_epoch:g} epochs; the last batch of an epoch "
         f"has {last_batch})",
@@ -313,27 +311,6 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
         "workdir": str(workdir),
     }
     return [f"{name}: {text}" for name, text in lines.items() if text]
-
-
-def _describe_model(m, image_shape):
-    H, W, C = image_shape
-    resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
-    return (
-        f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
-        f"MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, image_shape)} tokens of {H}x{W}x{C} "
-        f"images{resized}, init {m.weight_init}, compute {m.dtype.name}"
-    )
-
-
-def _describe_devices(c, mesh):
-    text = (
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "
-        f"fsdp {mesh.shape['fsdp']}); global batch {c.batch_size}, "
-        f"{math.ceil(c.batch_size / mesh.size)} per device"
-    )
-    if c.accumulate_steps > 1:
-        text += f", {c.accumulate_steps} microbatches"
-    return text + (", activations recomputed" if c.model.remat else "")
 
 
 def _describe_optimizer(experiment):
@@ -356,6 +333,6 @@ def _describe_optimizer(experiment):
         labels = optim.freeze_labels(o.freeze, params)
         frozen = count(jax.tree.map(lambda label: label == "frozen", labels))
         text += f"; {frozen:,} parameters frozen ({o.freeze})"
-    text += f"; weight decay {o.weight_decay:g} on {count(mask):,} of {experiment.num_params:,} "
-    text += "parameters"
-    return text + (f" (not on {', '.join(sorted(excluded))})" if excluded else " (all of them)")
+    which = f"not on {', '.join(sorted(excluded))}" if excluded else "all of them"
+    decayed = f"{count(mask):,} of {experiment.num_params:,} parameters ({which})"
+    return f"{text}; weight decay {o.weight_decay:g} on {decayed}"

@@ -5,6 +5,7 @@ Parameters are float32, activations have `dtype`; softmax, norms, and logits com
 """
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import jax
@@ -161,17 +162,14 @@ class MultiHeadAttention(_Part):
 
 
 class MlpBlock(_Part):
-    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back.
-
-    GELU is "exact", as in torch, or "tanh", the approximation in Google's ViTs.
-    """
+    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back."""
 
     @nn.compact
     def __call__(self, x, *, train):
         D = x.shape[-1]
         init = _linear_init(self.weight_init, D)
         x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **init)(x)
-        x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)
+        x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)  # tanh: as in Google's ViTs
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         init = _linear_init(self.weight_init, self.mlp_dim)
         return Linear(D, dtype=self.dtype, name="fc2", **init)(x)
@@ -204,8 +202,7 @@ class TransformerBlock(_Part):
 class VisionTransformer(_Part, kw_only=True):
     """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
 
-    With an `image_size`, images are first resized to that side: bilinear, with antialiasing if they
-    shrink. Only the small images are then transferred to the device.
+    With an `image_size`, images are first resized: bilinear, with antialiasing if they shrink.
     """
 
     num_classes: int
@@ -244,9 +241,9 @@ class VisionTransformer(_Part, kw_only=True):
             x = ConvStem(**_options(self), name="conv_stem")(images)
         else:
             x = PatchEmbedding(**_options(self), name="patch_embed")(images)
-        init = nn.initializers.truncated_normal(0.02)
-        if self.weight_init == "pytorch":  # the notebook initializes both embeddings to zero
-            init = nn.initializers.zeros
+        # The notebook initializes both embeddings to zero.
+        zeros, normal = nn.initializers.zeros, nn.initializers.truncated_normal(0.02)
+        init = zeros if self.weight_init == "pytorch" else normal
         if self.pool == "cls":
             cls_token = self.param("cls_token", init, (1, 1, self.width))
             cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
@@ -281,7 +278,7 @@ def make_model(model_config, *, num_classes):
 def resolution(model, image_shape):
     """The (H, W, C) that the model splits into patches, for images of (H, W, C)."""
     H, W, C = image_shape
-    return (model.image_size or H, model.image_size or W, C)
+    return model.image_size or H, model.image_size or W, C
 
 
 def patch_grid(model, image_shape):
@@ -346,19 +343,20 @@ def train_flops_per_image(model, image_shape):
     Counts only matrix products, a multiply-add as two operations, and the backward pass as twice
     the forward (arXiv 2204.02311, appendix B).
     """
-    N, D = num_tokens(model, image_shape), model.width
+    N, D, P = num_tokens(model, image_shape), model.width, model.patch_size
     H, W, C = resolution(model, image_shape)
-    is_cls = model.pool == "cls"
-    computed = [N] * (model.depth - 1) + [1 if is_cls else N]  # output tokens of each block
+    last = 1 if model.pool == "cls" else N  # tokens that the last block computes
     blocks = sum(
-        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in computed
+        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim)
+        for n in [N] * (model.depth - 1) + [last]
     )
-    patches = N - is_cls
-    embed = 2 * patches * model.patch_size**2 * C * D
+    patches = H * W // P**2
+    embed = 2 * patches * P**2 * C * D
     if model.stem == "conv":
-        embed, channels, pixels = 0, C, H * W
-        for i in range(num_convs := model.patch_size.bit_length() - 1):
-            out, pixels = D // 2 ** (num_convs - 1 - i), pixels // 4
-            embed, channels = embed + 2 * pixels * 9 * channels * out, out
-        embed += 2 * patches * D * D
+        num_convs, pixels = P.bit_length() - 1, H * W
+        channels = [C, *(D // 2**i for i in reversed(range(num_convs)))]
+        embed = 2 * patches * D * D
+        for inputs, outputs in itertools.pairwise(channels):
+            pixels //= 4
+            embed += 2 * pixels * 9 * inputs * outputs
     return 3 * (blocks + embed + 2 * D * model.num_classes)

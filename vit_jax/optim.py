@@ -77,11 +77,10 @@ def freeze_labels(patterns, params):
 
 
 def _muon_labels(params):
-    """Labels the blocks' matrices "muon" and all other parameters "adamw"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw",
-        params,
-    )
+    def label(path, p):
+        return "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def make_optimizer(o, schedule, *, muon_schedule=None):

@@ -73,10 +73,7 @@ def augmented_batch(
     steps_per_epoch: int,
     mix_steps: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The images, normalized float32[B, H, W, C], and soft labels, float32[B, classes], of a step.
-
-    The step is the one after `state`.
-    """
+    """The next step's images, float32[B, H, W, C], and soft labels, float32[B, classes]."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
     return augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
@@ -167,14 +164,11 @@ def make_train_step(
 
     The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
     float32[]: loss and accuracy over the mask, grad_norm (before clipping), and lr; and `bad`,
-    bool[]: the loss or the gradient is not finite. All randomness of a step derives from
-    (state.seed, state.step). Mixup and CutMix stop after `mix_steps`.
+    bool[]: the loss or the gradient is not finite. If `state.sums` counts skipped steps, a bad step
+    changes only the step count, and the metric `skipped` is the number of such steps in the epoch.
 
-    If `state.sums` counts skipped steps, a bad step changes nothing except the step count, and the
-    metric `skipped` counts the skipped steps of the epoch so far.
-
-    The whole batch is augmented and mixed, then split into `accumulate_steps` microbatches. Only
-    the dropout masks depend on their number.
+    All randomness of a step derives from (state.seed, state.step). Mixup and CutMix stop after
+    `mix_steps`. The whole batch is augmented, then split into `accumulate_steps` microbatches.
     """
 
     def train_step(state, batch):

@@ -15,7 +15,7 @@ def plan():
     """Ten steps of four images, four steps per epoch."""
     c = config.defaults()
     c.batch_size, c.steps, c.log_every = 4, 10, "2 steps"
-    return durations.Plan.make(c, 16)
+    return durations.Plan(c, 16)
 
 
 @pytest.fixture
