@@ -30,7 +30,7 @@ def test_resident_and_streamed_batches_are_the_same(tiny_config):
             rows = batch["mask"]
             np.testing.assert_array_equal(given[step][name][rows], batch[name][rows])
     for experiment in (resident, streamed):
-        shapes = experiment.feed.input_shapes()
+        shapes = experiment.feed.input_shapes
         (_, inputs), *_ = experiment.batches(after=9)
         same = jax.tree.map(
             lambda s, x: s.shape == x.shape and s.dtype == x.dtype and s.sharding == x.sharding,

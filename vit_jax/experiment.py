@@ -201,7 +201,7 @@ class Experiment:
 
         jit caches the trace, so the first step is not slower.
         """
-        self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes())
+        self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes)
 
     def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
         """Yields (step, inputs of `train_step`) for every step after step `after`."""

@@ -8,7 +8,7 @@ each seed has its own workdir, `seed_N`.
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,6 @@ def seeds_of(config: ConfigDict) -> list[int]:
     return [config.seed + i for i in range(config.num_seeds)]
 
 
-def config_of(config: ConfigDict, seed: int) -> ConfigDict:
-    """The config of one seed alone."""
-    config = config_lib.from_dict(config.to_dict())
-    config.seed, config.num_seeds = seed, 1
-    return config
-
-
 def vmap_seeds(fn: Callable, config: ConfigDict, in_axes: Any) -> Callable:
     """`jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
     return fn if config.num_seeds == 1 else jax.vmap(fn, in_axes)
@@ -48,10 +41,13 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def unstack(tree: Any, config: ConfigDict) -> list[Any]:
-    """One tree per seed from a tree of arrays with a leading axis [S]."""
+    """One tree per seed from a tree of arrays [S, ...] and of scalars, which the seeds share."""
     if config.num_seeds == 1:
         return [tree]
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(config.num_seeds)]
+    return [
+        jax.tree.map(lambda x, i=i: x[i] if np.ndim(x) else x, tree)
+        for i in range(config.num_seeds)
+    ]
 
 
 def unstack_shapes(shapes: Any, config: ConfigDict) -> Any:
@@ -71,44 +67,33 @@ def state_sharding(mesh: Mesh, shapes: Any, config: ConfigDict) -> Any:
 class RunWorkdir:
     """The workdir of a run, which contains one `Workdir` per seed if there are several.
 
-    The interface is the same for any number of seeds; arrays are split by seed here.
+    The interface is the same for any number of seeds; arrays are split by seed here. Methods
+    without a description call the `Workdir` method of the same name for every seed.
     """
 
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
-        self.path, self._config = path, config
-        self._run = Workdir(path, config)
-        self._each = [self._run]
+        self.path, self.seeds, self._config = path, seeds_of(config), config
+        self._all = self._each = [Workdir(path, config)]
         if config.num_seeds > 1:
-            self._each = [
-                Workdir(path / f"seed_{seed}", config_of(config, seed)) for seed in seeds_of(config)
-            ]
+            self._each = []
+            for seed in self.seeds:
+                own = config_lib.from_dict(config.to_dict() | {"seed": seed, "num_seeds": 1})
+                self._each.append(Workdir(path / f"seed_{seed}", own))
+            self._all = self._all + self._each  # that of the run has no steps and no metrics
+        self.folders = [workdir.path for workdir in self._each]
         self._corrupted: dict[pathlib.Path, str] = {}
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds of the run."""
-        return seeds_of(self._config)
-
-    @property
-    def folders(self) -> list[pathlib.Path]:
-        """The path of each seed's workdir."""
-        return [workdir.path for workdir in self._each]
 
     @property
     def has_checkpoints(self) -> bool:
         """Whether any seed has a checkpoint, intact or not."""
-        return any(
-            step.name.isdigit() for folder in self.folders for step in folder.glob("checkpoints/*")
-        )
+        steps = (step for folder in self.folders for step in folder.glob("checkpoints/*"))
+        return any(step.name.isdigit() for step in steps)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """`Workdir.locked` for the run and every seed, in process 0."""
-        with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
-                for workdir in dict.fromkeys([self._run, *self._each]):
-                    stack.enter_context(workdir.locked())
-            yield
+    def lock(self, stack: contextlib.ExitStack) -> None:
+        """Enters `Workdir.locked` of the run and every seed, in process 0."""
+        if jax.process_index() == 0:
+            for workdir in self._all:
+                stack.enter_context(workdir.locked())
 
     def find_resume_step(self) -> int:
         """The newest step that is intact for every seed; 0 if there is none."""
@@ -117,18 +102,14 @@ class RunWorkdir:
         return step
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
-        """See `Workdir.check_data`."""
         for workdir in self._each:
             workdir.check_data(step, data_identity)
 
-    def begin(self, step: int, command: str) -> None:
-        """Makes the first writes of a run, in process 0."""
+    def open(self, step: int, *, command: str, keep: Every) -> None:
+        """Makes the first writes of the run, in process 0, and opens every seed's workdir."""
         if jax.process_index() == 0:
-            for workdir in dict.fromkeys([self._run, *self._each]):
+            for workdir in self._all:
                 workdir.begin(step, command=command, corrupted=self._corrupted)
-
-    def open(self, step: int, *, keep: Every) -> None:
-        """See `Workdir.open`."""
         for workdir in self._each:
             workdir.open(step, keep=keep)
 
@@ -137,7 +118,7 @@ class RunWorkdir:
         shapes = unstack_shapes(state_shapes, self._config)
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
         states = []
-        for workdir, seed in zip(self._each, seeds_of(self._config), strict=True):
+        for workdir, seed in zip(self._each, self.seeds, strict=True):
             arrays, progress = workdir.restore(step, items)
             sums = {k: np.float32(progress["sums"].get(k, 0)) for k in shapes.sums}
             arrays |= {"step": np.int32(step), "seed": np.uint32(seed), "sums": sums}
@@ -150,71 +131,59 @@ class RunWorkdir:
 
         Raises BadStep if the weights are not finite.
         """
-        states = unstack(mesh_lib.to_host(state), self._config)
-        finite = [all(np.isfinite(x).all() for x in jax.tree.leaves(s.params)) for s in states]
-        if not all(finite):
-            raise BadStep(step, ~np.array(finite), None, None)
-        accuracies: Sequence[Any] = [None] * len(states)
-        if log.val_accuracy is not None:
-            accuracies = np.atleast_1d(log.val_accuracy)
-        for workdir, part, accuracy in zip(self._each, states, accuracies, strict=True):
-            sums = {name: float(value) for name, value in part.sums.items()}
-            progress = {"sums": sums, **log.progress}
-            workdir.save(
-                step,
-                {name: getattr(part, name) for name in _SAVED_ARRAYS},
-                documents | {"progress": progress},
-                val_accuracy=accuracy,
-            )
+        parts = self._split((mesh_lib.to_host(state), log.val_accuracy))
+        bad = [not _all_finite(state.params) for _, (state, _) in parts]
+        if any(bad):
+            raise BadStep(step, np.array(bad), None, None)
+        for workdir, (state, val_accuracy) in parts:
+            arrays = {name: getattr(state, name) for name in _SAVED_ARRAYS}
+            sums = {name: float(value) for name, value in state.sums.items()}
+            progress = {"progress": {"sums": sums, **log.progress}}
+            workdir.save(step, arrays, documents | progress, val_accuracy=val_accuracy)
 
     def is_best(self, val_accuracy: Any) -> bool:
         """Whether a validation accuracy is any seed's best so far."""
-        pairs = zip(self._each, np.atleast_1d(val_accuracy), strict=True)
-        return any(workdir.is_best(accuracy) for workdir, accuracy in pairs)
+        return any(workdir.is_best(accuracy) for workdir, accuracy in self._split(val_accuracy))
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes {name: number, or one per seed}."""
-        for i, workdir in enumerate(self._each):
-            parts = {k: np.broadcast_to(v, len(self._each))[i] for k, v in scalars.items()}
-            workdir.write(step, parts)
+        for workdir, own in self._split(scalars):
+            workdir.write(step, own)
 
     def images(self, step: int, name: str, images: Any) -> None:
-        """Writes a tree of images per seed; see `Workdir.images`."""
-        for workdir, part in zip(self._each, unstack(images, self._config), strict=True):
-            workdir.images(step, name, part)
+        for workdir, own in self._split(images):
+            workdir.images(step, name, own)
 
     def histograms(self, step: int, params: Any) -> None:
-        """See `Workdir.histograms`."""
-        for workdir, part in zip(self._each, unstack(params, self._config), strict=True):
-            workdir.histograms(step, part)
+        for workdir, own in self._split(params):
+            workdir.histograms(step, own)
 
-    def write_results(self, values: Mapping[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    def _split(self, tree):
+        return list(zip(self._each, unstack(tree, self._config), strict=True))
+
+    def write_results(self, values: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         """Writes each seed's result.json and the run's, which is returned.
 
         `values` is {name: number, or one per seed}. With several seeds, the run's result.json has
         their mean under the name, their standard deviation under NAME_std, and all of them under
         NAME_of_each_seed.
         """
-        all_seeds, results = seeds_of(self._config), []
-        for i, (workdir, seed) in enumerate(zip(self._each, all_seeds, strict=True)):
-            own = {k: float(np.broadcast_to(v, len(all_seeds))[i]) for k, v in values.items()}
-            results.append(own | {"seed": seed, **shared})
-            self._write_result(workdir.path, results[-1])
-        if len(results) == 1:
-            return results[0]
-        result = {"seed": all_seeds, **shared}
-        for name in values:
-            each = [own[name] for own in results]
-            result[name] = float(np.mean(each))
-            result[f"{name}_std"] = float(np.std(each, ddof=1))
-            result[f"{name}_of_each_seed"] = each
-        self._write_result(self.path, result)
-        return result
-
-    def _write_result(self, folder, result):
+        results = {
+            workdir.path: {**{k: float(v) for k, v in own.items()}, "seed": seed, **shared}
+            for seed, (workdir, own) in zip(self.seeds, self._split(values), strict=True)
+        }
+        if len(results) > 1:
+            run = {"seed": self.seeds, **shared}
+            for name in values:
+                each = [result[name] for result in results.values()]
+                run[name] = float(np.mean(each))
+                run[f"{name}_std"] = float(np.std(each, ddof=1))
+                run[f"{name}_of_each_seed"] = each
+            results[self.path] = run
         if jax.process_index() == 0:
-            with write_errors(folder):
-                write_json(folder / "result.json", result)
+            for folder, result in results.items():
+                with write_errors(folder):
+                    write_json(folder / "result.json", result)
+        return results[self.path]
 
     def read_result(self) -> dict[str, Any] | None:
         """The content of the run's result.json, or None."""
@@ -222,11 +191,13 @@ class RunWorkdir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def wait(self) -> None:
-        """Waits for the saves that were started."""
         for workdir in self._each:
             workdir.wait()
 
     def close(self) -> None:
-        """See `Workdir.close`."""
         for workdir in self._each:
             workdir.close()
+
+
+def _all_finite(arrays):
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(arrays))

@@ -45,7 +45,7 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             state = experiment.state_shapes
             arrays = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
             check_free_space(workdir.folders, sum(x.size * x.dtype.itemsize for x in arrays))
-            stack.enter_context(workdir.locked())
+            workdir.lock(stack)
         if jax.process_count() > 1:  # otherwise the digests are not needed yet
             splits = experiment.data_identity["splits"]
             check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
@@ -61,13 +61,12 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if result:
             _say(f"Already complete. {_summary(result)}")
             return result
-        workdir.begin(start, command)
+        workdir.open(start, command=command, keep=experiment.plan.keep)
         return _train(experiment, workdir, start)
 
 
 def _train(experiment, workdir, start):
     """Trains from step `start` to the end, and returns the content of result.json."""
-    workdir.open(start, keep=experiment.plan.keep)
     if start:
         state, progress = workdir.restore(start, experiment.state_shapes)
         _say(f"Resuming from step {start:,} of {experiment.plan.total_steps:,}")

@@ -1,6 +1,5 @@
 """Signals during training; tests/faults sends them to complete runs."""
 
-import concurrent.futures
 import os
 import signal
 
@@ -19,14 +18,3 @@ def test_first_signal_is_recorded_and_the_second_has_its_usual_effect(capfd):
     assert capfd.readouterr().err == (
         "SIGTERM: finishing the step and saving; a second signal exits immediately\n"
     )
-
-
-def test_signals_keep_their_handlers_outside_the_main_thread():
-    """Python allows only the main thread to set them."""
-
-    def enter():
-        with StopSignal() as stop:
-            return signal.getsignal(signal.SIGTERM), stop.reached(1)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        assert pool.submit(enter).result() == (signal.getsignal(signal.SIGTERM), False)

@@ -106,7 +106,7 @@ def _called(kind, rest):
 
 def compile_step(experiment):
     """Returns the compiled training step of an Experiment, for its mesh; no array is created."""
-    shapes = experiment.feed.input_shapes()
+    shapes = experiment.feed.input_shapes
     return experiment.train_step.lower(experiment.state_shapes, *shapes).compile()
 
 

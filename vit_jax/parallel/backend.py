@@ -1,13 +1,12 @@
 """JAX's backend: the persistent compilation cache, and GPUs that JAX does not use."""
 
-import contextlib
 import os
-import pathlib
-import subprocess
 
 import jax
 
 from vit_jax.errors import UserError, expand_home
+
+_NVIDIA_DRIVER = "/dev/nvidiactl"  # exists on a machine, or in a container, that has an NVIDIA GPU
 
 
 def enable_compilation_cache() -> None:
@@ -18,38 +17,22 @@ def enable_compilation_cache() -> None:
 
 
 def check_backend() -> None:
-    """Raises UserError if JAX cannot start, or fell back to the CPU despite an NVIDIA GPU.
+    """Starts JAX; raises UserError if it cannot, or falls back to the CPU despite an NVIDIA GPU.
 
-    JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs. This
-    initializes JAX's backend.
+    JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     try:
         backend = jax.default_backend()
     except RuntimeError as e:  # a platform that JAX_PLATFORMS requires does not start
-        raise UserError(f"JAX cannot start: {_first_line(e)}") from e
+        raise UserError(f"JAX cannot start: {e}") from e
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
-    if backend != "cpu" or chosen or hidden:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if backend != "cpu" or chosen or hidden or not os.path.exists(_NVIDIA_DRIVER):
         return
-    if gpu := _nvidia_gpu():
-        try:
-            jax.devices("cuda")
-        except RuntimeError as e:
-            raise UserError(
-                f"this machine has {gpu}, but JAX did not start CUDA ({_first_line(e)}): install "
-                "'jax[cuda13]' and a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
-            ) from e
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _nvidia_gpu():
-    """The first NVIDIA GPU, by name if nvidia-smi lists it; None if there is none."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-        for line in listed.stdout.splitlines():
-            if line.startswith("GPU "):
-                return line.split(" (UUID")[0]
-    return "an NVIDIA GPU" if pathlib.Path("/dev/nvidia0").exists() else None
+    try:
+        jax.devices("cuda")
+    except RuntimeError as e:
+        raise UserError(
+            f"this machine has an NVIDIA GPU, but JAX did not start CUDA ({e}): install "
+            "'jax[cuda13]' and a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
+        ) from e
