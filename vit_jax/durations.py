@@ -73,7 +73,6 @@ class Plan:
     evaluate: Every
     save: Every
     keep: Every
-    histograms: Every
 
     @classmethod
     def make(cls, config: ConfigDict, num_examples: int) -> "Plan":
@@ -100,7 +99,6 @@ class Plan:
             evaluate=Every(steps(config.eval_every), last=total_steps),
             save=Every(steps(config.save_every), last=total_steps),
             keep=Every(steps(config.keep_every)),
-            histograms=Every(steps(config.histograms_every)),
         )
 
     def epoch(self, step: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.durations import Every
+from vit_jax.errors import UserError
 from vit_jax.parallel import mesh as mesh_lib
 from vit_jax.step import TrainState
 from vit_jax.workdir import BadStep, TrainLog, Workdir, newest_intact_step, write_errors, write_json
@@ -138,7 +139,7 @@ class RunWorkdir:
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
         states = []
         for workdir, seed in zip(self._each, seeds_of(self._config), strict=True):
-            arrays, progress = workdir.restore(step, items)
+            arrays, progress = workdir.checkpoints.restore(step, items)
             sums = {k: np.float32(progress["sums"].get(k, 0)) for k in shapes.sums}
             arrays |= {"step": np.int32(step), "seed": np.uint32(seed), "sums": sums}
             states.append(TrainState(**arrays))
@@ -170,7 +171,7 @@ class RunWorkdir:
     def is_best(self, val_accuracy: Any) -> bool:
         """Whether a validation accuracy is any seed's best so far."""
         pairs = zip(self._each, np.atleast_1d(val_accuracy), strict=True)
-        return any(workdir.is_best(accuracy) for workdir, accuracy in pairs)
+        return any(workdir.checkpoints.is_best(accuracy) for workdir, accuracy in pairs)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number, or one per seed}."""
@@ -182,11 +183,6 @@ class RunWorkdir:
         """Writes a tree of images per seed; see `Workdir.images`."""
         for workdir, part in zip(self._each, unstack(images, self._config), strict=True):
             workdir.images(step, name, part)
-
-    def histograms(self, step: int, params: Any) -> None:
-        """See `Workdir.histograms`."""
-        for workdir, part in zip(self._each, unstack(params, self._config), strict=True):
-            workdir.histograms(step, part)
 
     def write_results(self, values: Mapping[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         """Writes each seed's result.json and the run's, which is returned.
@@ -219,12 +215,15 @@ class RunWorkdir:
     def read_result(self) -> dict[str, Any] | None:
         """The content of the run's result.json, or None."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as e:
+            raise UserError(f"{path} is not a result ({e}): delete it, then rerun") from e
 
     def wait(self) -> None:
         """Waits for the saves that were started."""
         for workdir in self._each:
-            workdir.wait()
+            workdir.checkpoints.wait()
 
     def close(self) -> None:
         """See `Workdir.close`."""

@@ -101,7 +101,7 @@ def _loop(experiment, workdir, log, state, stop):
     """
     plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
-    for step, inputs in log.timed(experiment.batches(after=log.step)):
+    for step, inputs in experiment.batches(after=log.step):
         if shows_images and plan.shows_images(step):
             images = mesh.to_host(experiment.augmented_images(state, *inputs))
             workdir.images(step, "train/images", images)
@@ -117,9 +117,6 @@ def _loop(experiment, workdir, log, state, stop):
         if plan.save(step) or plan.keep(step) or log.has_new_best or stopping:
             with log.paused():
                 workdir.save(step, state, experiment.documents, log)
-        if plan.histograms(step):
-            with log.paused():
-                workdir.histograms(step, mesh.to_host(state.params))
         if stopping:
             break
     return state, validated
@@ -141,9 +138,7 @@ def _make_log(experiment, workdir, start, progress):
         progress=progress,
         # With bad steps skipped, this many in a row still end the run.
         patience=max(experiment.plan.log.steps, 10) if config.on_bad_loss == "skip" else 1,
-        flops_per_image=experiment.flops_per_image,
-        peak_flops=peak and peak * experiment.mesh.size,
-        streaming=config.data.streaming,
+        peak_rate=peak and peak * experiment.mesh.size / experiment.flops_per_image,
     )
 
 

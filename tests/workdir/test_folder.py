@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-from vit_jax.workdir import Workdir, environment, files, folder
+from vit_jax.workdir import Workdir, environment, folder
 from vit_jax.workdir.folder import commit_of
 
 
@@ -96,13 +96,3 @@ def test_commit_belongs_to_the_repository_that_tracks_the_file(tmp_path):
     assert commit_of(installed) is None
     tracked.write_text("changed")
     assert commit_of(tracked).endswith("-dirty")
-
-
-def test_json_files_are_replaced_atomically(tmp_path):
-    files.write_json(tmp_path / "x.json", {"a": 1})
-    files.write_json(tmp_path / "x.json", {"a": 2})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
-    with pytest.raises(TypeError):
-        files.write_json(tmp_path / "x.json", {"a": object()})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

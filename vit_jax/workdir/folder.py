@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import importlib.metadata
 import itertools
@@ -10,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -27,9 +28,9 @@ from vit_jax.workdir import metrics
 from vit_jax.workdir.files import write_errors, write_json
 
 # Fields that may change on resume: they do not affect the results of a healthy run.
-RESUMABLE_CHANGES = (
+_RESUMABLE_CHANGES = (
     *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
-    *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every", "histograms_every"),
+    *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every"),
 )
 
 
@@ -37,15 +38,15 @@ class Workdir:
     """The files of one seed.
 
     Several processes share a workdir: process 0 writes everything except the other processes'
-    parts of a checkpoint.
+    parts of a checkpoint. `checkpoints` is None until `open`.
     """
 
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self.config = path, config
         self.checkpoint_dir = path.absolute() / "checkpoints"
-        self._checkpoints: Any = None
+        self.checkpoints: Any = None
         self._sinks: list[Any] = []
-        self._tensorboard: Any = None
+        self._tensorboard: metrics.TensorBoard | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -73,8 +74,11 @@ class Workdir:
         if not path.exists():
             write_json(path, self.config.to_dict())
             return
-        other = config_lib.difference(self.config, read_config(path), ignore=RESUMABLE_CHANGES)
-        if other:
+        try:
+            saved = config_lib.from_dict(json.loads(path.read_text()))
+        except ValueError as e:
+            raise UserError(f"{path} is not the config of a run: {e}") from e
+        if other := config_lib.difference(self.config, saved, ignore=_RESUMABLE_CHANGES):
             raise UserError(
                 f"{self.path} contains a run with a different config ({'; '.join(other[:5])}): "
                 "use another --workdir, or delete this one"
@@ -98,48 +102,29 @@ class Workdir:
         """Writes run.json and clears the checkpoints after `step` (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
-            moved = checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
-        for folder, target in moved.items():
-            print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
+            checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
 
     def open(self, step: int, *, keep: Every) -> None:
         """Opens the checkpoints, in every process, and the metric sinks after `step`."""
-        self._checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep=keep)
+        self.checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep)
         if jax.process_index() == 0:
-            fields = config_lib.flat(self.config)
             self._sinks = [metrics.JsonLines(self.path / "metrics.jsonl", step=step)]
             if self.config.tensorboard:
-                self._tensorboard = metrics.TensorBoard(self.path, fields, step=step)
+                self._tensorboard = metrics.TensorBoard(self.path, self.config, step=step)
                 self._sinks.append(self._tensorboard)
             if self.config.wandb:
-                self._sinks.append(metrics.Wandb(self.config.wandb, self.path, fields))
+                self._sinks.append(metrics.Wandb(self.path, self.config))
 
-    def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Checkpoints.restore`."""
-        return self._checkpoints.restore(step, shapes)
-
-    def save(
-        self,
-        step: int,
-        arrays: dict[str, Any],
-        documents: dict[str, Any],
-        *,
-        val_accuracy: float | None,
-    ) -> None:
+    def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save; see `Checkpoints.save`."""
         documents = documents | {"config": {"config": self.config.to_dict(), **documents["config"]}}
-        for sink in self._sinks:
-            sink.sync()  # before the checkpoint: a resumed run keeps the lines up to its step
-        self._checkpoints.save(step, arrays, documents, val_accuracy=val_accuracy)
-
-    def is_best(self, val_accuracy: float) -> bool:
-        """Whether a validation accuracy exceeds every checkpoint's so far."""
-        return val_accuracy > self._checkpoints.best_accuracy
+        for lines in self._sinks[:1]:
+            lines.sync()  # before the checkpoint: a resumed run keeps the lines up to its step
+        self.checkpoints.save(step, arrays, documents, val_accuracy)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number} to every sink, without NaN and infinity, which JSON lacks."""
-        scalars = {name: float(value) for name, value in scalars.items()}
-        scalars = {name: v for name, v in scalars.items() if abs(v) < float("inf")}
+        scalars = {name: float(v) for name, v in scalars.items() if np.isfinite(v)}
         for sink in self._sinks:
             sink.write(step, scalars)
 
@@ -148,22 +133,11 @@ class Workdir:
         if self._tensorboard:
             self._tensorboard.images(step, name, images)
 
-    def histograms(self, step: int, params: Any) -> None:
-        """Writes the distribution of each parameter to TensorBoard."""
-        if self._tensorboard:
-            self._tensorboard.histograms(step, params)
-
-    def wait(self) -> None:
-        """Waits for a pending save."""
-        self._checkpoints.wait()
-
     def close(self) -> None:
         """Waits for a pending save, and closes the checkpoints and the sinks."""
-        if self._checkpoints:
-            self._checkpoints.close()
+        self.checkpoints.close()
         for sink in self._sinks:
             sink.close()
-        self._checkpoints, self._sinks, self._tensorboard = None, [], None
 
 
 def _lock(folder):
@@ -171,47 +145,33 @@ def _lock(folder):
     file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno == errno.EWOULDBLOCK:
+    except BlockingIOError as e:
+        with file:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"{folder} is in use by {owner}: wait for it, end it, or use another --workdir"
-            ) from e
-        # Otherwise this file system does not support locks.
+        raise UserError(
+            f"{folder} is in use by {owner}: wait for it, end it, or use another --workdir"
+        ) from e
+    except OSError:
+        pass  # this file system does not support locks
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
 
 
-def read_config(path: pathlib.Path) -> ConfigDict:
-    """The ConfigDict of a config.json. Raises UserError if it is not one."""
-    try:
-        return config_lib.from_dict(json.loads(path.read_text()))
-    except ValueError as e:
-        raise UserError(f"{path} is not the config of a run: {e}") from e
-
-
 def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
     """Raises UserError if the disk lacks space for a run's checkpoints.
 
-    `checkpoint_bytes` counts all seeds. There must be space for four: two and the best are kept
-    while another is written. Existing ones count, except corrupted ones, which stay.
+    `checkpoint_bytes` counts all seeds. There must be space for four, including those that exist:
+    two and the best are kept while another is written.
     """
-    needed = 4 * checkpoint_bytes
-    for step_folder in (p for folder in folders for p in folder.glob("checkpoints/*")):
-        if step_folder.suffix == checkpoints_lib.CORRUPTED:
-            continue
-        for parent, _, names in os.walk(step_folder):
-            for name in names:
-                with contextlib.suppress(OSError):  # another run may delete it
-                    needed -= os.lstat(os.path.join(parent, name)).st_size
     path = folders[0].absolute()
     with write_errors(path):
         existing = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(existing).free
+    saved = min(len(checkpoints_lib.list_steps(folder / "checkpoints")) for folder in folders)
+    needed = max(4 - saved, 0) * checkpoint_bytes
     if free < needed:
         raise UserError(
             f"the checkpoints of this run need {needed / 1e6:,.1f} MB in {folders[0]}, where "
@@ -221,12 +181,11 @@ def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> 
 
 def _data_difference(saved, current):
     """Describes how two data identities differ, one string per class list or split."""
-    classes = [data["class_names"] for data in (saved, current)]
-    if classes[0] != classes[1]:
-        pairs = enumerate(itertools.zip_longest(*classes))
-        i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        return [f"class {i} is {now or 'absent'}, was {before or 'absent'}"]
     differences = []
+    pairs = itertools.zip_longest(saved["class_names"], current["class_names"])
+    for i, (before, now) in enumerate(pairs):
+        if before != now:
+            return [f"class {i} is {now or 'absent'}, was {before or 'absent'}"]
     for name, now in current["splits"].items():
         before = saved["splits"][name]
         sizes = now["num_examples"], before["num_examples"]
@@ -238,20 +197,13 @@ def _data_difference(saved, current):
 
 
 def commit_of(path: pathlib.Path) -> str | None:
-    """The commit of the repository that tracks a file, with -dirty if it has changes; else None.
-
-    A package in an environment that the surrounding repository ignores has none.
-    """
-
-    def git(*arguments):
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
-
-    with contextlib.suppress(OSError):  # git is not installed
-        if git("ls-files", "--error-unmatch", path.name).returncode == 0:
-            described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-            return described.stdout.strip() or None
-    return None
+    """The commit of the repository that tracks a file, with -dirty if it has changes; else None."""
+    tracked = f"git ls-files --error-unmatch {shlex.quote(path.name)} >&2"
+    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    done = subprocess.run(
+        f"{tracked} && {describe}", shell=True, cwd=path.parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or None
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -23,29 +22,20 @@ class BadStep(Exception):
 
 
 class Throughput:
-    """Counts training images and seconds, without compilation, evaluation, and saving.
+    """The images and seconds of training, without compilation and pauses."""
 
-    `images` and `seconds` are the totals before a resume.
-    """
-
-    def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, images: int, seconds: float) -> None:
+        """Starts from the totals before a resume."""
         self.images, self.seconds = images, seconds
+        self._lap = (images, seconds)
         self._last: float | None = None  # the first step compiles: it only starts the clock
-        self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
-
-    def wait(self, seconds: float) -> None:
-        """Adds the time that a step waited for its batch."""
-        self._lap_waited += seconds
 
     def tick(self, images: int) -> None:
         """Ends a step of `images` images."""
         now = time.perf_counter()
         if self._last is not None:
-            passed = now - self._last
             self.images += images
-            self.seconds += passed
-            self._lap_images += images
-            self._lap_seconds += passed
+            self.seconds += now - self._last
         self._last = now
 
     def pause(self) -> None:
@@ -53,23 +43,19 @@ class Throughput:
         if self._last is not None:
             self._last = time.perf_counter()
 
-    def lap(self) -> tuple[float, float]:
-        """(images/s, share of the time spent waiting for data) since the last lap."""
-        rate = waiting = 0.0
-        if self._lap_seconds:
-            rate = self._lap_images / self._lap_seconds
-            waiting = min(self._lap_waited / self._lap_seconds, 1.0)
-        self._lap_images, self._lap_seconds, self._lap_waited = 0, 0.0, 0.0
-        return rate, waiting
+    def lap(self) -> float:
+        """Images/s since the last lap; 0 if no time was counted."""
+        images, seconds = self.images - self._lap[0], self.seconds - self._lap[1]
+        self._lap = (self.images, self.seconds)
+        return images / seconds if seconds else 0.0
 
 
-class Terminal:
-    """A progress bar on a terminal, else a line per `seconds` at most; nothing unless `shown`."""
+class Terminal(tqdm.tqdm):
+    """A progress bar on a terminal, else a line every 30 s at most; nothing unless `shown`."""
 
-    def __init__(self, plan: Plan, *, step: int, shown: bool, seconds: float = 30) -> None:
-        self._plan, self._shown, self._seconds = plan, shown, seconds
-        self._last = time.monotonic()
-        self._bar = tqdm.tqdm(
+    def __init__(self, plan: Plan, *, step: int, shown: bool) -> None:
+        self._plan, self._shown, self._printed = plan, shown, time.monotonic()
+        super().__init__(
             total=plan.total_steps,
             initial=step,
             bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
@@ -77,16 +63,12 @@ class Terminal:
             disable=not shown or not sys.stderr.isatty(),
         )
 
-    def move(self, step: int) -> None:
-        """Advances the bar."""
-        self._bar.update(step - self._bar.n)
-
-    def update(self, step: int, metrics: dict[str, Any], images_left: int) -> None:
+    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Shows the metrics of a step, {name: scalar or one per seed}."""
-        means = {name: float(np.mean(value)) for name, value in metrics.items()}
-        if not self._shown or means["time/images_per_second"] <= 0:
-            return
+        means = {name: np.mean(value) for name, value in metrics.items()}
         plan, rate = self._plan, means["time/images_per_second"]
+        if not rate:  # the first step
+            return
         line = (
             f"epoch {plan.epoch(step)[0]}/{plan.epoch(plan.total_steps)[0]}, "
             f"step {step}/{plan.total_steps}, loss {means['train/loss']:.4f}, "
@@ -95,24 +77,19 @@ class Terminal:
         )
         if "time/mfu" in means:
             line += f", MFU {means['time/mfu']:.0%}"
-        if "time/waiting_for_data" in means:
-            line += f", {means['time/waiting_for_data']:.0%} of the time waiting for data"
-        line += f", {peak_memory() / 1e9:.1f} GB, {format_duration(images_left / rate)} left"
-        if not self._bar.disable:
-            self._bar.set_description_str(line)
-        elif time.monotonic() - self._last >= self._seconds:
-            self._last = time.monotonic()
+        images_left = plan.images(plan.total_steps) - plan.images(step)
+        seconds_left = images_left * np.size(metrics["train/loss"]) / rate
+        line += f", {format_duration(seconds_left)} left"
+        self.set_description_str(line)
+        if self._shown and self.disable and time.monotonic() - self._printed >= 30:
+            self._printed = time.monotonic()
             print(line, flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
         if self._shown:
-            self._bar.write(text)
+            self.write(text)
             sys.stdout.flush()
-
-    def close(self) -> None:
-        """Closes the bar."""
-        self._bar.close()
 
 
 class TrainLog:
@@ -131,24 +108,16 @@ class TrainLog:
         step: int,
         progress: dict[str, Any],
         patience: int,
-        flops_per_image: float,
-        peak_flops: float | None,
-        streaming: bool,
+        peak_rate: float | None,
     ) -> None:
-        """Starts after `step`.
+        """Starts after `step`, from `progress` as the property returned it.
 
-        Args:
-          workdir: has `write(step, scalars)` and `is_best(val_accuracy)`.
-          plan: a `durations.Plan`.
-          progress: {"timed_images", "timed_seconds"} of the run so far.
-          patience: number of consecutive bad steps that ends the run.
-          peak_flops: FLOP/s of all devices, or None if unknown.
-          streaming: whether to record the time spent waiting for data.
+        `workdir` has `write` and `is_best`; `patience` is the number of consecutive bad steps that
+        ends the run, and `peak_rate` the images/s at the devices' peak FLOP/s, None if unknown.
         """
         self._workdir, self._plan = workdir, plan
-        self._patience, self._bad_in_a_row = patience, np.zeros((), int)
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self._streaming = streaming
+        self._patience, self._peak_rate = patience, peak_rate
+        self._bad_in_a_row = np.zeros((), int)
         self._queue: collections.deque = collections.deque()
         self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
         self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
@@ -159,8 +128,7 @@ class TrainLog:
     @property
     def progress(self) -> dict[str, Any]:
         """The log's state in a checkpoint, as JSON."""
-        images, seconds = self.throughput.images, self.throughput.seconds
-        return {"timed_images": images, "timed_seconds": seconds}
+        return {"timed_images": self.throughput.images, "timed_seconds": self.throughput.seconds}
 
     def push(self, step: int, metrics: dict[str, Any]) -> None:
         """Queues a step's metrics, on the devices, and reads the previous step's."""
@@ -177,48 +145,30 @@ class TrainLog:
         yield
         self.throughput.pause()
 
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yields from an iterator, and counts the time spent waiting for it."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.throughput.wait(time.perf_counter() - start)
-            yield batch
-
     def _read(self):
         step, metrics = self._queue.popleft()
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
         images = self._plan.images(step) - self._plan.images(step - 1)
         self.throughput.tick(images * np.size(bad))  # over all seeds
         self._bad_in_a_row = np.where(bad, self._bad_in_a_row + 1, 0)
-        if self._bad_in_a_row.max() >= self._patience:
+        if (ended := self._bad_in_a_row >= self._patience).any():
             values = jax.device_get(metrics)
-            bad = self._bad_in_a_row >= self._patience
-            raise BadStep(step, bad, values["loss"], values["grad_norm"])
-        self.terminal.move(step)
+            raise BadStep(step, ended, values["loss"], values["grad_norm"])
+        self.terminal.update()
         if self._plan.log(step):
             self._log(step, jax.device_get(metrics))
 
     def _log(self, step, metrics):
-        rate, waiting = self.throughput.lap()
+        rate = self.throughput.lap()
         line = {f"train/{name}": value for name, value in metrics.items()}
         line["time/images_per_second"] = rate
-        if self._streaming:
-            line["time/waiting_for_data"] = waiting
-        if self._peak_flops:
-            line["time/mfu"] = rate * self._flops_per_image / self._peak_flops
+        if self._peak_rate:
+            line["time/mfu"] = rate / self._peak_rate
         self._workdir.write(step, line)
-        images = self._plan.images(self._plan.total_steps) - self._plan.images(step)
-        self.terminal.update(step, line, images * np.size(metrics["loss"]))
+        self.terminal.show(step, line)
 
     def epoch(self, step: int, state: Any, *, skipped: Mapping[int, str] | None = None) -> None:
-        """Records the mean loss and accuracy of an epoch, from the sums in the state.
-
-        `skipped` is {index: reason} of the images that could not be decoded so far.
-        """
+        """Records the means of an epoch; `skipped` is {index: reason} of undecodable images."""
         with self.paused():
             epoch, steps = self._plan.epoch(step)
             means = {f"epoch/{name}": value for name, value in epoch_means(state, steps).items()}
@@ -243,15 +193,6 @@ def epoch_means(state: Any, steps: int) -> dict[str, Any]:
     sums = jax.device_get(state.sums)
     counted = np.maximum(steps - sums.pop("skipped", 0), 1)
     return {name: value / counted for name, value in sums.items()}
-
-
-def peak_memory() -> float:
-    """Peak bytes in use on the first device, or by this process if that is the CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return (
-        stats.get("peak_bytes_in_use") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
 
 
 def format_duration(seconds: float) -> str:
