@@ -288,19 +288,6 @@ class TestErrors:
         (tmp_path / "file").write_text("")
         self.check(tiny_config, tmp_path / "file" / "w", f"cannot write {tmp_path / 'file' / 'w'}")
 
-    def test_disk_too_small_for_the_checkpoints(self, tiny_config, tmp_path, monkeypatch):
-        usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-        self.check(tiny_config, tmp_path / "w", "where 0.1 MB are free")
-
-    def test_existing_checkpoints_count_as_free_space(self, finished, tmp_path, monkeypatch):
-        c, workdir, result, _ = finished
-        shutil.copytree(workdir, tmp_path / "run")
-        (tmp_path / "run" / "result.json").unlink()
-        usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-        assert train(c, tmp_path / "run")["test_loss"] == result["test_loss"]
-
     def test_disk_that_fills_while_training(self, tiny_config, tmp_path):
         """A file-size limit simulates a full disk: the save fails in orbax's threads."""
         tiny_config.model.mlp_dim = 4096  # checkpoints of 3 MB

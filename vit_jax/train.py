@@ -15,14 +15,7 @@ from vit_jax.parallel import mesh, peaks
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
-from vit_jax.workdir import (
-    BadStep,
-    TrainLog,
-    check_free_space,
-    epoch_means,
-    import_wandb,
-    saved_steps,
-)
+from vit_jax.workdir import BadStep, TrainLog, epoch_means, import_wandb, saved_steps
 
 
 def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") -> dict[str, Any]:
@@ -42,7 +35,6 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
         with shared_errors():  # only now, since process 0 creates the workdir
-            check_free_space(workdir.folders, _checkpoint_bytes(experiment))
             stack.enter_context(workdir.locked())
         _check_same_data(experiment)
         _say(*describe(experiment, path))
@@ -109,7 +101,7 @@ def _loop(experiment, workdir, log, state, stop):
         log.push(step, metrics)
         stopping = stop.reached(step)  # in every process and at every step, since it is collective
         if plan.ends_epoch(step):
-            log.epoch(step, state, skipped=experiment.skipped_images)
+            log.epoch(step, state)
         if plan.evaluate(step) and "val" in experiment.splits:
             with log.paused():
                 validated = experiment.evaluate(state.eval_params, "val")
@@ -190,12 +182,6 @@ def _results(experiment, workdir, log, state, validated):
         "device": f"{experiment.mesh.size} x {jax.devices()[0].device_kind}",
     }
     return workdir.write_results(values, shared)
-
-
-def _checkpoint_bytes(experiment):
-    shapes = experiment.state_shapes
-    arrays = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
-    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def _say(*lines):

@@ -6,7 +6,6 @@ alone, with no target tree and on any device count. `config`, `data`, and `progr
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -26,7 +25,7 @@ _DELETED = ".deleted"
 
 
 def _quiet():
-    """Silences orbax's progress logs, and asyncio's repetition of the error of a failed save."""
+    """Silences orbax's progress, and asyncio's repetition of a failed save's error."""
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
 
@@ -47,39 +46,29 @@ class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         os.rename(folder, self.get_final())
 
 
-@dataclasses.dataclass
-class _Keep:
-    """orbax's preservation policy: the newest two, the best (earliest if tied), and a cadence."""
-
-    cadence: Every
-    best_step: int | None = None
-    best_accuracy: float = -1.0
-
-    def should_preserve(self, checkpoints, *, context):
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        return [s in steps[-2:] or s == self.best_step or self.cadence(s) for s in steps]
-
-
 class Checkpoints:
-    """The checkpoints in one directory, opened for saving by every process together.
-
-    Keeps the newest two, the best by validation accuracy, and the cadence `keep`.
-    """
+    """The checkpoints in one directory, opened for saving by every process together."""
 
     def __init__(self, directory: pathlib.Path, keep: Every) -> None:
         _quiet()
-        self._directory, self._keep = directory.absolute(), _Keep(keep)
+        self._directory, self._keep = directory.absolute(), keep
+        self._best: dict[str, Any] = {"step": None, "val_accuracy": -1.0}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._keep,
+            preservation_policy=self,
             cleanup_tmp_directories=True,
             todelete_subdir=_DELETED,  # renamed first: none is partly deleted under its name
             temporary_path_class=_ChecksummedPath,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """orbax's preservation policy: the newest two, the best, and the cadence `keep`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [s in steps[-2:] or s == self._best["step"] or self._keep(s) for s in steps]
+
     def is_best(self, val_accuracy: float) -> bool:
-        """Whether a validation accuracy exceeds every saved step's."""
-        return val_accuracy > self._keep.best_accuracy
+        """Whether a validation accuracy exceeds every saved step's; the first of a tie is best."""
+        return val_accuracy > self._best["val_accuracy"]
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save and returns; `wait` and `close` wait for it.
@@ -88,11 +77,9 @@ class Checkpoints:
         among them the dict `progress`; `val_accuracy` is None if the step was not validated.
         """
         self.wait()
-        keep = self._keep
         if val_accuracy is not None and self.is_best(val_accuracy):
-            keep.best_step, keep.best_accuracy = step, float(val_accuracy)
-        best = {"step": keep.best_step, "val_accuracy": keep.best_accuracy}
-        documents = documents | {"progress": {**documents["progress"], "best": best}}
+            self._best = {"step": step, "val_accuracy": float(val_accuracy)}
+        documents = documents | {"progress": {**documents["progress"], "best": self._best}}
         items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v is not None}
         items |= {k: ocp.args.JsonSave(v) for k, v in documents.items()}
         with self._save_errors():
@@ -109,8 +96,7 @@ class Checkpoints:
         with _restore_errors(self._directory / str(step)):
             restored = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
         progress = restored.pop("progress")
-        best = progress["best"]
-        self._keep.best_step, self._keep.best_accuracy = best["step"], best["val_accuracy"]
+        self._best = progress["best"]
         return dict.fromkeys(shapes) | restored, progress
 
     def wait(self) -> None:
@@ -135,7 +121,7 @@ class Checkpoints:
             reasons = [text for text in map(os.strerror, DISK_REFUSES) if text in str(e)]
             if not reasons:
                 raise
-            steps = list_steps(self._directory)
+            steps = saved_steps(self._directory)
             kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             raise UserError(
                 f"cannot save to {self._directory}: {reasons[0]}; {kept}; make room, then rerun "
@@ -143,7 +129,7 @@ class Checkpoints:
             ) from e
 
 
-def list_steps(directory: pathlib.Path) -> list[int]:
+def saved_steps(directory: pathlib.Path) -> list[int]:
     """The complete steps in a directory, ascending; [] if it does not exist."""
     with read_errors(directory):
         try:
@@ -160,7 +146,7 @@ def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[p
     Raises UserError if a checkpoint cannot be read, if none is intact, or if a seed lacks more than
     one step: a kill between the saves of two seeds loses only one.
     """
-    saved = {d: list_steps(d) for d in directories}
+    saved = {d: saved_steps(d) for d in directories}
     corrupted: dict[pathlib.Path, str] = {}
     missing: list[pathlib.Path] = []
     for step in sorted(set().union(*saved.values()), reverse=True):
@@ -194,7 +180,7 @@ def clear_after(directory: pathlib.Path, step: int, corrupted: Mapping[pathlib.P
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
-    for folder in (directory / str(later) for later in list_steps(directory) if later > step):
+    for folder in (directory / str(later) for later in saved_steps(directory) if later > step):
         if folder in corrupted:
             target = folder
             while target.exists():
@@ -224,34 +210,24 @@ def _restore_errors(folder):
         ) from e
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The complete steps in a directory, ascending. Raises UserError if it does not exist."""
-    if not directory.is_dir():
-        remedy = "train with this --workdir first"
-        if seeds := sorted(p.name for p in directory.parent.glob("seed_*")):
-            remedy = f"it contains a run of several seeds; pass one of {', '.join(seeds)}"
-        raise UserError(f"no checkpoints in {directory}: {remedy}")
-    return list_steps(directory)
+def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
+    """(weights, config item, step) of `step` (default: the newest), as numpy arrays.
 
-
-def restore_for_inference(
-    directory: pathlib.Path, step: int | None = None
-) -> tuple[Any, dict[str, Any], int]:
-    """(params, config item, step): the weights to evaluate, as numpy arrays.
-
-    These are `ema_params` if the run keeps them, else `params`. Raises UserError if there is no
-    intact checkpoint of `step` (default: the newest).
+    The weights are `ema_params` if the run keeps them. Raises UserError if there is no such
+    checkpoint, or it is corrupted.
     """
     steps = saved_steps(directory)
-    if step is None and steps:
-        step = steps[-1]
+    if not steps:
+        seeds = ", ".join(sorted(path.name for path in directory.parent.glob("seed_*")))
+        several = f"it contains a run of several seeds; pass one of {seeds}"
+        remedy = several if seeds else "train with this --workdir first"
+        raise UserError(f"no checkpoints in {directory}: {remedy}")
+    step = steps[-1] if step is None else step
     if step not in steps:
-        name = "checkpoint" if step is None else f"checkpoint {step}"
-        known = ", ".join(map(str, steps)) or "none yet"
-        raise UserError(f"no {name} in {directory}: it has {known}")
+        raise UserError(f"no checkpoint {step} in {directory}: it has {', '.join(map(str, steps))}")
     folder = directory.absolute() / str(step)
     if problem := find_corruption(folder):
-        others = ", ".join(str(s) for s in steps if s != step) or "none"
+        others = ", ".join(str(other) for other in steps if other != step) or "none"
         raise UserError(f"the checkpoint {folder} is corrupted: {problem}; other steps: {others}")
     config = read_document(folder, "config")
     item = "ema_params" if (folder / "ema_params").is_dir() else "params"

@@ -35,8 +35,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def write_checksums(folder: pathlib.Path) -> None:
     """Writes the checksums of a folder's files, and returns when all are on disk."""
-    names = {path: path.relative_to(folder).as_posix() for path in _files(folder)}
-    lines = (f"{_sha256(path, sync=True)}  {name}\n" for path, name in names.items())
+    files = _files(folder).items()
+    lines = [f"{_sha256(path, sync=True)}  {name}\n" for name, path in files]
     write_text(folder / _SUMS, "".join(lines))
 
 
@@ -45,14 +45,12 @@ def find_corruption(folder: pathlib.Path) -> str | None:
 
     Raises UserError if a file cannot be read: it may be intact.
     """
-    with read_errors(folder / _SUMS):
-        try:
-            with open(folder / _SUMS, "rb") as file:
-                lines = file.read().splitlines()
-        except FileNotFoundError:
-            return f"{_SUMS} is missing"
     with read_errors(folder):
-        files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+        files = _files(folder)
+        if _SUMS not in files:
+            return f"{_SUMS} is missing"
+        with open(files[_SUMS], "rb") as file:
+            lines = file.read().splitlines()
     for line in lines:
         digest, _, name = line.decode(errors="replace").partition("  ")
         if name not in files:
@@ -71,17 +69,15 @@ def _sha256(path, *, sync=False):
 
 
 def _files(folder):
-    """The regular files under a folder, sorted; symbolic links may point anywhere.
+    """{relative name: path} of the regular files under a folder; links may point anywhere."""
 
-    Raises OSError for a subfolder that cannot be listed, which Path.rglob would skip.
-    """
-
-    def fail(error):
+    def fail(error):  # Path.rglob would skip a subfolder that cannot be listed
         raise error
 
     walk = os.walk(folder, onerror=fail)
-    paths = (pathlib.Path(parent, name) for parent, _, names in walk for name in names)
-    return sorted(path for path in paths if stat.S_ISREG(path.lstat().st_mode))
+    paths = sorted(pathlib.Path(parent, name) for parent, _, names in walk for name in names)
+    regular = (path for path in paths if stat.S_ISREG(path.lstat().st_mode))
+    return {path.relative_to(folder).as_posix(): path for path in regular}
 
 
 @contextlib.contextmanager

@@ -10,10 +10,9 @@ import os
 import pathlib
 import platform
 import shlex
-import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -158,25 +157,6 @@ def _lock(folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
-
-
-def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
-    """Raises UserError if the disk lacks space for a run's checkpoints.
-
-    `checkpoint_bytes` counts all seeds. There must be space for four, including those that exist:
-    two and the best are kept while another is written.
-    """
-    path = folders[0].absolute()
-    with write_errors(path):
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-    saved = min(len(checkpoints_lib.list_steps(folder / "checkpoints")) for folder in folders)
-    needed = max(4 - saved, 0) * checkpoint_bytes
-    if free < needed:
-        raise UserError(
-            f"the checkpoints of this run need {needed / 1e6:,.1f} MB in {folders[0]}, where "
-            f"{free / 1e6:,.1f} MB are free: make room, or use another --workdir"
-        )
 
 
 def _data_difference(saved, current):

@@ -20,17 +20,39 @@ from vit_jax.errors import UserError
 from vit_jax.workdir.files import write_text
 
 
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (text, values) for each line of a metrics.jsonl, except a line that a kill cut off.
+
+    Raises OSError, and ValueError if the file is not text.
+    """
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield line, values
+
+
 class JsonLines:
     """metrics.jsonl: one JSON object per line, with "step" and numbers by name."""
 
     def __init__(self, path: pathlib.Path, *, step: int) -> None:
-        self._path = path
-        _drop_lines_after(path, step)
-        self._file = open(path, "ab", buffering=0)
+        """Drops the lines that a run resumed from `step` writes again: the later and the test's.
+
+        Raises UserError if the file is not text.
+        """
+        try:
+            lines = list(read_lines(path)) if path.exists() else []
+        except ValueError as e:
+            raise UserError(f"{path} is corrupted ({e}): repair or delete it") from e
+        kept = [text for text, v in lines if v["step"] <= step and "test/accuracy" not in v]
+        write_text(path, "".join(f"{text}\n" for text in kept))
+        self._path, self._file = path, open(path, "ab", buffering=0)
         self._pending = b""  # bytes not yet written
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends a line. Bytes that cannot be written are kept for the next call."""
+        """Appends a line. Bytes that cannot be written wait for the next call."""
         self._pending += (json.dumps({"step": step, **scalars}) + "\n").encode()
         with contextlib.suppress(OSError):
             self._flush()
@@ -52,35 +74,6 @@ class JsonLines:
     def close(self) -> None:
         self.sync()
         self._file.close()
-
-
-def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (text, values) for each line of a metrics.jsonl, except a line that a kill cut off.
-
-    Raises OSError, and ValueError if the file is not text.
-    """
-    for line in path.read_text().splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            yield line, values
-
-
-def _drop_lines_after(path, step):
-    """Drops the lines that a run resumed from `step` writes again, which include the final test's.
-
-    Raises UserError if the file is not text.
-    """
-    if not path.exists():
-        return
-    try:
-        lines = list(read_lines(path))
-    except ValueError as e:
-        raise UserError(f"{path} is corrupted ({e}): repair or delete it") from e
-    kept = [text for text, v in lines if v["step"] <= step and "test/accuracy" not in v]
-    write_text(path, "".join(f"{text}\n" for text in kept))
 
 
 class TensorBoard:
@@ -109,7 +102,6 @@ class Wandb:
     """A Weights & Biases run, resumed with the training run. WANDB_MODE=offline works."""
 
     def __init__(self, folder: pathlib.Path, config: ConfigDict) -> None:
-        """Starts the run. Raises UserError if wandb is not installed or does not start."""
         wandb = import_wandb()
         identity = folder / "wandb_id"
         if not identity.exists():

@@ -1,6 +1,5 @@
 """Progress of a run: throughput, the terminal, and the metrics of each step, one step late."""
 
-import collections
 import contextlib
 import sys
 import time
@@ -25,13 +24,12 @@ class Throughput:
     """The images and seconds of training, without compilation and pauses."""
 
     def __init__(self, images: int, seconds: float) -> None:
-        """Starts from the totals before a resume."""
         self.images, self.seconds = images, seconds
         self._lap = (images, seconds)
         self._last: float | None = None  # the first step compiles: it only starts the clock
 
     def tick(self, images: int) -> None:
-        """Ends a step of `images` images."""
+        """Ends a step."""
         now = time.perf_counter()
         if self._last is not None:
             self.images += images
@@ -39,7 +37,7 @@ class Throughput:
         self._last = now
 
     def pause(self) -> None:
-        """Excludes the time since the last tick."""
+        """Excludes the time since the last step."""
         if self._last is not None:
             self._last = time.perf_counter()
 
@@ -102,28 +100,22 @@ class TrainLog:
 
     def __init__(
         self,
-        workdir: Any,
+        workdir: Any,  # has write(step, scalars) and is_best(val_accuracy)
         plan: Plan,
         *,
-        step: int,
-        progress: dict[str, Any],
-        patience: int,
-        peak_rate: float | None,
+        step: int,  # the last one trained
+        progress: dict[str, Any],  # the property, of that step's checkpoint
+        patience: int,  # consecutive bad steps that end the run
+        peak_rate: float | None,  # images/s at the devices' peak FLOP/s, if known
     ) -> None:
-        """Starts after `step`, from `progress` as the property returned it.
-
-        `workdir` has `write` and `is_best`; `patience` is the number of consecutive bad steps that
-        ends the run, and `peak_rate` the images/s at the devices' peak FLOP/s, None if unknown.
-        """
         self._workdir, self._plan = workdir, plan
         self._patience, self._peak_rate = patience, peak_rate
         self._bad_in_a_row = np.zeros((), int)
-        self._queue: collections.deque = collections.deque()
+        self._unread: tuple[int, dict[str, Any]] | None = None  # the last step and its metrics
         self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
         self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
-        self.step = step  # the last one pushed
-        self.has_new_best = False
-        self.val_accuracy = None  # of the current step, if it was validated
+        self.step, self.has_new_best = step, False
+        self.val_accuracy = None  # of `step`, if it was validated
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -131,22 +123,22 @@ class TrainLog:
         return {"timed_images": self.throughput.images, "timed_seconds": self.throughput.seconds}
 
     def push(self, step: int, metrics: dict[str, Any]) -> None:
-        """Queues a step's metrics, on the devices, and reads the previous step's."""
+        """Takes a step's metrics, on the devices, and reads the previous step's."""
         self.step, self.has_new_best, self.val_accuracy = step, False, None
-        self._queue.append((step, metrics))
-        if len(self._queue) > 1:
-            self._read()
+        self._read(then=(step, metrics))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for and reads the pushed steps, and stops the clock during the context."""
-        while self._queue:
-            self._read()
+        """Waits for the last step, reads its metrics, and stops the clock during the context."""
+        self._read()
         yield
         self.throughput.pause()
 
-    def _read(self):
-        step, metrics = self._queue.popleft()
+    def _read(self, then=None):
+        unread, self._unread = self._unread, then
+        if unread is None:
+            return
+        step, metrics = unread
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
         images = self._plan.images(step) - self._plan.images(step - 1)
         self.throughput.tick(images * np.size(bad))  # over all seeds
@@ -167,8 +159,8 @@ class TrainLog:
         self._workdir.write(step, line)
         self.terminal.show(step, line)
 
-    def epoch(self, step: int, state: Any, *, skipped: Mapping[int, str] | None = None) -> None:
-        """Records the means of an epoch; `skipped` is {index: reason} of undecodable images."""
+    def epoch(self, step: int, state: Any) -> None:
+        """Records the mean loss and accuracy of an epoch, from the sums in the state."""
         with self.paused():
             epoch, steps = self._plan.epoch(step)
             means = {f"epoch/{name}": value for name, value in epoch_means(state, steps).items()}
@@ -176,9 +168,6 @@ class TrainLog:
             spe = self._plan.steps_per_epoch
             part = "" if steps == spe else f" ({steps} of its {spe} steps)"
             self.terminal.say(f"Epoch {epoch}, Loss: {np.mean(means['epoch/loss']):.4f}{part}")
-            if skipped:
-                example = next(iter(skipped.values()))
-                self.terminal.say(f"{len(skipped)} images skipped so far, for example {example}")
 
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {"loss", "accuracy", ...} of the validation split."""
