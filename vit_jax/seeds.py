@@ -83,7 +83,6 @@ class RunWorkdir:
             self._each = [
                 Workdir(path / f"seed_{seed}", config_of(config, seed)) for seed in seeds_of(config)
             ]
-        self._corrupted: dict[pathlib.Path, str] = {}
 
     @property
     def seeds(self) -> list[int]:
@@ -113,9 +112,7 @@ class RunWorkdir:
 
     def find_resume_step(self) -> int:
         """The newest step that is intact for every seed; 0 if there is none."""
-        directories = [workdir.checkpoint_dir for workdir in self._each]
-        step, self._corrupted = newest_intact_step(directories)
-        return step
+        return newest_intact_step([workdir.checkpoint_dir for workdir in self._each])
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """See `Workdir.check_data`."""
@@ -126,7 +123,7 @@ class RunWorkdir:
         """Makes the first writes of a run, in process 0."""
         if jax.process_index() == 0:
             for workdir in dict.fromkeys([self._run, *self._each]):
-                workdir.begin(step, command=command, corrupted=self._corrupted)
+                workdir.begin(step, command)
 
     def open(self, step: int, *, keep: Every) -> None:
         """See `Workdir.open`."""

@@ -71,7 +71,7 @@ def _train(experiment, workdir, start):
             workdir.wait()
         if stop.signal:  # or one received during the last save
             workdir.close()
-            log.terminal.say(
+            log.say(
                 f"{signal.Signals(stop.signal).name}: saved step {log.step:,} of "
                 f"{experiment.plan.total_steps:,}; rerun the same command to resume"
             )
@@ -79,7 +79,7 @@ def _train(experiment, workdir, start):
     except BadStep as e:
         raise _bad_step_error(experiment, workdir, e) from e
     finally:
-        log.terminal.close()
+        log.close()
     result = _results(experiment, workdir, log, state, validated)
     workdir.close()
     _say(summary(result))

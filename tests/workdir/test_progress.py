@@ -5,7 +5,7 @@ import pytest
 
 from vit_jax import config, durations
 from vit_jax.workdir import progress
-from vit_jax.workdir.progress import BadStep, Terminal, Throughput, TrainLog
+from vit_jax.workdir.progress import BadStep, Throughput, TrainLog, progress_line
 
 
 @pytest.fixture
@@ -39,20 +39,15 @@ def test_throughput_excludes_compilation_and_pauses(clock):
     assert (throughput.images, throughput.seconds) == (100 + 144, pytest.approx(14.0))
 
 
-def test_progress_without_a_terminal_prints_occasional_lines(plan, capsys):
-    terminal = Terminal(plan, step=0, shown=True)
+def test_progress_line(plan):
     values = {"train/loss": np.array([2.0, 3.0]), "train/accuracy": 0.25, "train/lr": 1e-3}
     values |= {"time/images_per_second": 8.0, "time/mfu": 0.31}
-    terminal.show(1, values)
-    assert capsys.readouterr().out == ""
-    terminal._printed -= 60
-    terminal.show(6, values)  # 16 images are left, of each of two seeds
-    assert capsys.readouterr().out == (
-        "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, "
-        "4 s left\n"
+    # Of each of two seeds, 16 images are left.
+    assert progress_line(plan, 6, values) == (
+        "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, 4 s left"
     )
-    terminal.show(7, values)  # too soon for another line
-    assert capsys.readouterr().out == ""
+    del values["time/mfu"]
+    assert "8 images/s, 4 s left" in progress_line(plan, 6, values)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +104,16 @@ def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
     assert [step for step, _ in workdir.written] == [2, 4]
     # Read at the fifth: two steps in six seconds after the pause.
     assert workdir.written[-1][1]["time/images_per_second"] == pytest.approx(8 / 6)
+
+
+def test_log_file_gets_a_line_every_30_seconds(plan, clock, monkeypatch, capsys):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    log = make_log(Workdir(), plan)
+    for step in range(1, 10):  # every second step is logged
+        clock[0] += 10.0
+        log.push(step, metrics())
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1] for line in printed] == ["step 2/10", "step 6/10"]
 
 
 def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):

@@ -9,7 +9,7 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from logging import CRITICAL, getLogger
 from typing import Any
 
@@ -73,8 +73,7 @@ class Checkpoints:
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save and returns; `wait` and `close` wait for it.
 
-        `arrays` is {item: tree of host arrays, or None to omit it}; `documents` is {item: JSON},
-        among them the dict `progress`; `val_accuracy` is None if the step was not validated.
+        `arrays` is {item: tree of host arrays, or None}; `documents` is {item: JSON value}.
         """
         self.wait()
         if val_accuracy is not None and self.is_best(val_accuracy):
@@ -86,10 +85,9 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns ({item: tree of host arrays}, progress) of a step.
+        """({item: tree of host arrays}, progress) of a step.
 
         `shapes` is {item: tree of jax.ShapeDtypeStruct without shardings, or None}.
-        Raises UserError if the files do not contain them.
         """
         items = {k: ocp.args.StandardRestore(v) for k, v in shapes.items() if v is not None}
         items["progress"] = ocp.args.JsonRestore()
@@ -139,54 +137,52 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
-    """The newest step that is intact in every directory of checkpoints, one per seed.
+def newest_intact_step(directories: Sequence[pathlib.Path]) -> int:
+    """The newest step that is intact in every directory, one per seed; 0 if there are no steps.
 
-    Returns (step, {folder: description} of the newer corrupted ones); step 0 if there are none.
     Raises UserError if a checkpoint cannot be read, if none is intact, or if a seed lacks more than
     one step: a kill between the saves of two seeds loses only one.
     """
     saved = {d: saved_steps(d) for d in directories}
-    corrupted: dict[pathlib.Path, str] = {}
+    corrupted: list[str] = []
     missing: list[pathlib.Path] = []
     for step in sorted(set().union(*saved.values()), reverse=True):
         folders = [d / str(step) for d in directories if step in saved[d]]
-        problems = {f: problem for f in folders if (problem := find_corruption(f))}
-        corrupted |= problems
+        problems = [f"{f}: {problem}" for f in folders if (problem := find_corruption(f))]
         lacking = [d / str(step) for d in directories if step not in saved[d]]
-        if not lacking and not problems:
-            return step, corrupted
-        if lacking and missing:
+        if not problems and not lacking:
+            return step
+        if missing and lacking:
             raise UserError(
                 f"checkpoints are missing ({', '.join(map(str, missing + lacking))}) that the "
                 "other seeds have: restore them from a copy, or delete every seed's checkpoints "
                 "to start over"
             )
+        corrupted += problems
         missing += lacking
     if corrupted:
-        listed = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
         raise UserError(
-            f"every checkpoint is corrupted ({listed}): restore them from a copy, or delete the "
-            "checkpoints folder to start over"
+            f"every checkpoint is corrupted ({'; '.join(corrupted)}): restore them from a copy, "
+            "or delete the checkpoints folder to start over"
         )
-    return 0, {}
+    return 0
 
 
-def clear_after(directory: pathlib.Path, step: int, corrupted: Mapping[pathlib.Path, str]) -> None:
+def clear_after(directory: pathlib.Path, step: int) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Renames the later checkpoints in `corrupted` to STEP.corrupted, and deletes the others, which
-    were saved for some seeds only.
+    Renames the later checkpoints that are corrupted to STEP.corrupted, and deletes the others,
+    which not every seed has.
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
     for folder in (directory / str(later) for later in saved_steps(directory) if later > step):
-        if folder in corrupted:
+        if problem := find_corruption(folder):
             target = folder
             while target.exists():
                 target = target.with_name(f"{target.name}.corrupted")
             folder.rename(target)
-            print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
+            print(f"corrupted: {folder}: {problem}; moved to {target}", flush=True)
         else:
             deleted.mkdir(exist_ok=True)
             folder.rename(deleted / folder.name)
@@ -211,9 +207,9 @@ def _restore_errors(folder):
 
 
 def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
-    """(weights, config item, step) of `step` (default: the newest), as numpy arrays.
+    """(params as numpy arrays, config item, step) of `step` (default: the newest).
 
-    The weights are `ema_params` if the run keeps them. Raises UserError if there is no such
+    The params are `ema_params` if the run keeps them. Raises UserError if there is no such
     checkpoint, or it is corrupted.
     """
     steps = saved_steps(directory)

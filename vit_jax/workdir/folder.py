@@ -34,25 +34,21 @@ _RESUMABLE_CHANGES = (
 
 
 class Workdir:
-    """The files of one seed.
-
-    Several processes share a workdir: process 0 writes everything except the other processes'
-    parts of a checkpoint. `checkpoints` is None until `open`.
-    """
+    """The files of one seed. Process 0 writes them, except the parts of a checkpoint."""
 
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self.config = path, config
         self.checkpoint_dir = path.absolute() / "checkpoints"
-        self.checkpoints: Any = None
-        self._sinks: list[Any] = []
-        self._tensorboard: metrics.TensorBoard | None = None
+        self.checkpoints: Any = None  # opened by `open`, like these
+        self._lines: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Creates the workdir and its config.json, or checks that it has this config's.
+        """Holds the lock of the workdir, after creating it or checking that its config is the same.
 
-        Holds an exclusive lock. Raises UserError if the workdir cannot be written, is locked,
-        contains a run with a different config, or contains a symbolic link.
+        Raises UserError if it cannot be written, is locked, or contains a symbolic link.
         """
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -85,62 +81,65 @@ class Workdir:
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint of a step was trained on other data."""
-        folder = self.checkpoint_dir / str(step)
-        try:
-            saved = checkpoints_lib.read_document(folder, "data")
-            other = _data_difference(saved, data_identity)
-        except (LookupError, TypeError, ValueError) as e:
-            raise UserError(f"{folder / 'data'} is not what vit_jax writes ({e!r})") from e
-        if other:
+        saved = checkpoints_lib.read_document(self.checkpoint_dir / str(step), "data")
+        if other := _data_difference(saved, data_identity):
             raise UserError(
                 f"{self.path} contains a run on other data ({'; '.join(other)}): resume it with "
                 "the data that it started with, or use another --workdir"
             )
 
-    def begin(self, step: int, *, command: str, corrupted: Mapping[pathlib.Path, str]) -> None:
+    def begin(self, step: int, command: str) -> None:
         """Writes run.json and clears the checkpoints after `step` (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
-            checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
+            checkpoints_lib.clear_after(self.checkpoint_dir, step)
 
     def open(self, step: int, *, keep: Every) -> None:
-        """Opens the checkpoints, in every process, and the metric sinks after `step`."""
+        """Opens the checkpoints, in every process, and the metrics after `step` in process 0."""
         self.checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep)
         if jax.process_index() == 0:
-            self._sinks = [metrics.JsonLines(self.path / "metrics.jsonl", step=step)]
+            self._lines = metrics.JsonLines(self.path / "metrics.jsonl", step=step)
             if self.config.tensorboard:
-                self._tensorboard = metrics.TensorBoard(self.path, self.config, step=step)
-                self._sinks.append(self._tensorboard)
+                self._tensorboard = metrics.open_tensorboard(self.path, self.config, step=step)
             if self.config.wandb:
-                self._sinks.append(metrics.Wandb(self.path, self.config))
+                self._wandb = metrics.open_wandb(self.path, self.config)
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save; see `Checkpoints.save`."""
         documents = documents | {"config": {"config": self.config.to_dict(), **documents["config"]}}
-        for lines in self._sinks[:1]:
-            lines.sync()  # before the checkpoint: a resumed run keeps the lines up to its step
+        if self._lines:
+            self._lines.sync()  # before the checkpoint: a resumed run keeps the lines up to it
         self.checkpoints.save(step, arrays, documents, val_accuracy)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number} to every sink, without NaN and infinity, which JSON lacks."""
-        scalars = {name: float(v) for name, v in scalars.items() if np.isfinite(v)}
-        for sink in self._sinks:
-            sink.write(step, scalars)
+        scalars = {name: float(value) for name, value in scalars.items() if np.isfinite(value)}
+        if self._lines:
+            self._lines.write(step, scalars)
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
 
     def images(self, step: int, name: str, images: Any) -> None:
-        """Writes uint8[N, H, W, C] to TensorBoard."""
+        """Writes uint8[N, H, W, C] to TensorBoard, as one grid."""
         if self._tensorboard:
-            self._tensorboard.images(step, name, images)
+            self._tensorboard.add_images(name, images, step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Waits for a pending save, and closes the checkpoints and the sinks."""
+        """Waits for a pending save, and closes the checkpoints and the metrics."""
         self.checkpoints.close()
-        for sink in self._sinks:
-            sink.close()
+        if self._lines:
+            self._lines.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def _lock(folder):
-    """Locks a workdir; returns the open lock file. Raises UserError if it is locked."""
+    """Locks a workdir, and returns the open lock file."""
     file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +159,7 @@ def _lock(folder):
 
 
 def _data_difference(saved, current):
-    """Describes how two data identities differ, one string per class list or split."""
+    """Describes how two data identities differ, one string per class or split."""
     differences = []
     pairs = itertools.zip_longest(saved["class_names"], current["class_names"])
     for i, (before, now) in enumerate(pairs):

@@ -1,7 +1,4 @@
-"""Sinks for the metrics of one seed: metrics.jsonl, TensorBoard, Weights & Biases.
-
-Each has `write(step, {name: number})` and `close()`.
-"""
+"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import errno
@@ -12,7 +9,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -21,7 +17,7 @@ from vit_jax.workdir.files import write_text
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (text, values) for each line of a metrics.jsonl, except a line that a kill cut off.
+    """Yields (text, values) of each complete line of a metrics.jsonl.
 
     Raises OSError, and ValueError if the file is not text.
     """
@@ -35,7 +31,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per line, with "step" and numbers by name."""
+    """metrics.jsonl, opened to append: one JSON object per line, with "step" and numbers."""
 
     def __init__(self, path: pathlib.Path, *, step: int) -> None:
         """Drops the lines that a run resumed from `step` writes again: the later and the test's.
@@ -76,56 +72,36 @@ class JsonLines:
         self._file.close()
 
 
-class TensorBoard:
-    """TensorBoard events, with images and the config as text."""
+def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> Any:
+    """A tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
+    from tensorboardX import SummaryWriter  # slow to import
 
-    def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:
-        from tensorboardX import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-        rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
-        self._writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-
-    def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Adds uint8[N, H, W, C] as one grid."""
-        self._writer.add_images(name, images, step, dataformats="NHWC")
-
-    def close(self) -> None:
-        self._writer.close()
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
+    writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
+    return writer
 
 
-class Wandb:
-    """A Weights & Biases run, resumed with the training run. WANDB_MODE=offline works."""
-
-    def __init__(self, folder: pathlib.Path, config: ConfigDict) -> None:
-        wandb = import_wandb()
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex)
-        try:
-            self._run = wandb.init(
-                project=config.wandb,
-                dir=folder,
-                id=identity.read_text(),
-                name=folder.name,
-                config=config_lib.flat(config),
-                resume="allow",
-                reinit="create_new",
-            )
-        except wandb.errors.Error as e:
-            raise UserError(
-                f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
-            ) from e
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(scalars, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def open_wandb(folder: pathlib.Path, config: ConfigDict) -> Any:
+    """The Weights & Biases run of a workdir, started or resumed. WANDB_MODE=offline works."""
+    wandb = import_wandb()
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project=config.wandb,
+            dir=folder,
+            id=identity.read_text(),
+            name=folder.name,
+            config=config_lib.flat(config),
+            resume="allow",
+            reinit="create_new",
+        )
+    except wandb.errors.Error as e:
+        raise UserError(
+            f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
+        ) from e
 
 
 def import_wandb() -> Any:

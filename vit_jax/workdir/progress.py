@@ -48,54 +48,12 @@ class Throughput:
         return images / seconds if seconds else 0.0
 
 
-class Terminal(tqdm.tqdm):
-    """A progress bar on a terminal, else a line every 30 s at most; nothing unless `shown`."""
-
-    def __init__(self, plan: Plan, *, step: int, shown: bool) -> None:
-        self._plan, self._shown, self._printed = plan, shown, time.monotonic()
-        super().__init__(
-            total=plan.total_steps,
-            initial=step,
-            bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
-            dynamic_ncols=True,
-            disable=not shown or not sys.stderr.isatty(),
-        )
-
-    def show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a step, {name: scalar or one per seed}."""
-        means = {name: np.mean(value) for name, value in metrics.items()}
-        plan, rate = self._plan, means["time/images_per_second"]
-        if not rate:  # the first step
-            return
-        line = (
-            f"epoch {plan.epoch(step)[0]}/{plan.epoch(plan.total_steps)[0]}, "
-            f"step {step}/{plan.total_steps}, loss {means['train/loss']:.4f}, "
-            f"accuracy {means['train/accuracy']:.1%}, lr {means['train/lr']:.3g}, "
-            f"{rate:,.0f} images/s"
-        )
-        if "time/mfu" in means:
-            line += f", MFU {means['time/mfu']:.0%}"
-        images_left = plan.images(plan.total_steps) - plan.images(step)
-        seconds_left = images_left * np.size(metrics["train/loss"]) / rate
-        line += f", {format_duration(seconds_left)} left"
-        self.set_description_str(line)
-        if self._shown and self.disable and time.monotonic() - self._printed >= 30:
-            self._printed = time.monotonic()
-            print(line, flush=True)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if self._shown:
-            self.write(text)
-            sys.stdout.flush()
-
-
 class TrainLog:
-    """Writes a run's metrics to its workdir and terminal.
+    """Writes a run's metrics to its workdir and the terminal.
 
     A step's metrics are read one step late, when the next step is already running, so that neither
-    host nor device waits. Other uses of the state run under `paused`, which reads the pending
-    metrics first and is excluded from the training time.
+    host nor device waits. Other uses of the state run under `paused`. On a terminal there is a
+    progress bar, else a line every 30 s at most; only process 0 prints.
     """
 
     def __init__(
@@ -113,7 +71,14 @@ class TrainLog:
         self._bad_in_a_row = np.zeros((), int)
         self._unread: tuple[int, dict[str, Any]] | None = None  # the last step and its metrics
         self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
-        self.terminal = Terminal(plan, step=step, shown=jax.process_index() == 0)
+        self._prints, self._printed = jax.process_index() == 0, time.monotonic()
+        self._bar = tqdm.tqdm(
+            total=plan.total_steps,
+            initial=step,
+            bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
+            dynamic_ncols=True,
+            disable=not (self._prints and sys.stderr.isatty()),
+        )
         self.step, self.has_new_best = step, False
         self.val_accuracy = None  # of `step`, if it was validated
 
@@ -146,7 +111,7 @@ class TrainLog:
         if (ended := self._bad_in_a_row >= self._patience).any():
             values = jax.device_get(metrics)
             raise BadStep(step, ended, values["loss"], values["grad_norm"])
-        self.terminal.update()
+        self._bar.update()
         if self._plan.log(step):
             self._log(step, jax.device_get(metrics))
 
@@ -157,7 +122,21 @@ class TrainLog:
         if self._peak_rate:
             line["time/mfu"] = rate / self._peak_rate
         self._workdir.write(step, line)
-        self.terminal.show(step, line)
+        if rate and not self._bar.disable:
+            self._bar.set_description_str(progress_line(self._plan, step, line))
+        elif rate and self._prints and time.monotonic() - self._printed >= 30:
+            self._printed = time.monotonic()
+            print(progress_line(self._plan, step, line), flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._prints:
+            self._bar.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Closes the bar."""
+        self._bar.close()
 
     def epoch(self, step: int, state: Any) -> None:
         """Records the mean loss and accuracy of an epoch, from the sums in the state."""
@@ -167,14 +146,29 @@ class TrainLog:
             self._workdir.write(step, means)
             spe = self._plan.steps_per_epoch
             part = "" if steps == spe else f" ({steps} of its {spe} steps)"
-            self.terminal.say(f"Epoch {epoch}, Loss: {np.mean(means['epoch/loss']):.4f}{part}")
+            self.say(f"Epoch {epoch}, Loss: {np.mean(means['epoch/loss']):.4f}{part}")
 
     def validation(self, step: int, values: Mapping[str, Any]) -> None:
         """Records {"loss", "accuracy", ...} of the validation split."""
         self._workdir.write(step, {f"val/{name}": values[name] for name in ("loss", "accuracy")})
         accuracy = values["accuracy"]
-        self.terminal.say(f"Validation Accuracy: {100 * np.mean(accuracy):.2f}%")
+        self.say(f"Validation Accuracy: {100 * np.mean(accuracy):.2f}%")
         self.val_accuracy, self.has_new_best = accuracy, self._workdir.is_best(accuracy)
+
+
+def progress_line(plan: Plan, step: int, metrics: Mapping[str, Any]) -> str:
+    """The metrics of a step, {name: scalar or one per seed}, as text."""
+    means = {name: np.mean(value) for name, value in metrics.items()}
+    rate = means["time/images_per_second"]
+    images_left = plan.images(plan.total_steps) - plan.images(step)
+    seconds_left = images_left * np.size(metrics["train/loss"]) / rate
+    mfu = f", MFU {means['time/mfu']:.0%}" if "time/mfu" in means else ""
+    return (
+        f"epoch {plan.epoch(step)[0]}/{plan.epoch(plan.total_steps)[0]}, "
+        f"step {step}/{plan.total_steps}, loss {means['train/loss']:.4f}, "
+        f"accuracy {means['train/accuracy']:.1%}, lr {means['train/lr']:.3g}, "
+        f"{rate:,.0f} images/s{mfu}, {format_duration(seconds_left)} left"
+    )
 
 
 def epoch_means(state: Any, steps: int) -> dict[str, Any]:
