@@ -162,7 +162,7 @@ def _bad_step_error(experiment, workdir, bad_step):
 
 def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
-    plan, throughput = experiment.plan, log.throughput
+    plan = experiment.plan
     values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
     for name in ("val", "test"):
         if name in experiment.splits:
@@ -172,12 +172,11 @@ def _results(experiment, workdir, log, state, validated):
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}
         workdir.write(plan.total_steps, scalars)
-    rate = throughput.images / throughput.seconds if throughput.seconds else None
     shared = {
         "steps": plan.total_steps,
         "epochs": plan.total_steps / plan.steps_per_epoch,
-        "seconds": throughput.seconds,
-        "images_per_second": rate,
+        "seconds": log.seconds,
+        "images_per_second": log.images / log.seconds if log.seconds else None,
         "num_params": experiment.num_params,
         "device": f"{experiment.mesh.size} x {jax.devices()[0].device_kind}",
     }

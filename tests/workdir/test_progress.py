@@ -1,11 +1,11 @@
-"""Throughput, the terminal, and the log that reads metrics one step late."""
+"""The log that reads metrics one step late, its clock, and the terminal."""
 
 import numpy as np
 import pytest
 
 from vit_jax import config, durations
 from vit_jax.workdir import progress
-from vit_jax.workdir.progress import BadStep, Throughput, TrainLog, progress_line
+from vit_jax.workdir.progress import BadStep, TrainLog, progress_line
 
 
 @pytest.fixture
@@ -22,21 +22,6 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
-
-
-def test_throughput_excludes_compilation_and_pauses(clock):
-    throughput = Throughput(images=100, seconds=10.0)
-    for passed, images in ((60.0, 64), (2.0, 64), (1.0, 16)):  # the first step compiles
-        clock[0] += passed
-        throughput.tick(images)
-    assert throughput.lap() == pytest.approx(80 / 3)
-    clock[0] += 100.0  # an evaluation
-    throughput.pause()
-    clock[0] += 1.0
-    throughput.tick(64)
-    assert throughput.lap() == pytest.approx(64)
-    assert throughput.lap() == 0
-    assert (throughput.images, throughput.seconds) == (100 + 144, pytest.approx(14.0))
 
 
 def test_progress_line(plan):
@@ -73,7 +58,7 @@ class Workdir:
 
 def make_log(workdir, plan, **options):
     options = {"patience": 1, "peak_rate": 10.0} | options
-    start = {"timed_images": 0, "timed_seconds": 0.0}
+    start = {"timed_images": 100, "timed_seconds": 10.0}
     return TrainLog(workdir, plan, step=0, progress=start, **options)
 
 
@@ -86,8 +71,8 @@ def metrics(loss=1.0, bad=False):
 def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
     workdir = Workdir()
     log = make_log(workdir, plan)
-    for step in (1, 2):
-        clock[0] += 1.0
+    for step, seconds in ((1, 60.0), (2, 1.0)):  # the first step compiles
+        clock[0] += seconds
         log.push(step, metrics(step))
     assert workdir.written == [] and log.step == 2
     clock[0] += 1.0
@@ -97,13 +82,14 @@ def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
         assert line["time/images_per_second"] == 4.0  # the second step of four images
         assert line["time/mfu"] == pytest.approx(0.4)
         clock[0] += 100.0
-    assert log.progress == {"timed_images": 4, "timed_seconds": pytest.approx(1.0)}
+    assert log.progress == {"timed_images": 104, "timed_seconds": pytest.approx(11.0)}
     for step in (3, 4, 5):
         clock[0] += 2.0
         log.push(step, metrics(step))
     assert [step for step, _ in workdir.written] == [2, 4]
     # Read at the fifth: two steps in six seconds after the pause.
     assert workdir.written[-1][1]["time/images_per_second"] == pytest.approx(8 / 6)
+    assert (log.images, log.seconds) == (112, pytest.approx(17.0))
 
 
 def test_log_file_gets_a_line_every_30_seconds(plan, clock, monkeypatch, capsys):

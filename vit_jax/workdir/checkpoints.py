@@ -9,7 +9,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 from logging import CRITICAL, getLogger
 from typing import Any
 
@@ -31,15 +30,13 @@ def _quiet():
 
 
 class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The temporary directory of a checkpoint, renamed after the checksums are written.
-
-    In a bucket, which has no rename, orbax reads only folders with a commit_success.txt.
-    """
+    """The temporary directory of a checkpoint, renamed after the checksums are written."""
 
     async def finalize(self):
         if self._checkpoint_metadata_store:
             await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
         folder = pathlib.Path(self.get())
+        # In a bucket, which has no rename, orbax reads only folders with this file.
         await asyncio.to_thread((folder / "commit_success.txt").touch)
         if self.get_final().name.isdecimal():  # a checkpoint, not one of its items
             await asyncio.to_thread(write_checksums, folder)
@@ -71,10 +68,7 @@ class Checkpoints:
         return val_accuracy > self._best["val_accuracy"]
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
-        """Starts a save and returns; `wait` and `close` wait for it.
-
-        `arrays` is {item: tree of host arrays, or None}; `documents` is {item: JSON value}.
-        """
+        """Starts saving {item: tree of host arrays, or None} and {item: JSON value}."""
         self.wait()
         if val_accuracy is not None and self.is_best(val_accuracy):
             self._best = {"step": step, "val_accuracy": float(val_accuracy)}
@@ -85,10 +79,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """({item: tree of host arrays}, progress) of a step.
-
-        `shapes` is {item: tree of jax.ShapeDtypeStruct without shardings, or None}.
-        """
+        """({item: tree of host arrays}, progress) of a step; `shapes` has no shardings."""
         items = {k: ocp.args.StandardRestore(v) for k, v in shapes.items() if v is not None}
         items["progress"] = ocp.args.JsonRestore()
         with _restore_errors(self._directory / str(step)):
@@ -137,11 +128,11 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def newest_intact_step(directories: Sequence[pathlib.Path]) -> int:
+def newest_intact_step(directories: list[pathlib.Path]) -> int:
     """The newest step that is intact in every directory, one per seed; 0 if there are no steps.
 
-    Raises UserError if a checkpoint cannot be read, if none is intact, or if a seed lacks more than
-    one step: a kill between the saves of two seeds loses only one.
+    Raises UserError if a checkpoint cannot be read, if all are corrupted, or if a seed lacks more
+    than one step: a kill between the saves of two seeds loses only one.
     """
     saved = {d: saved_steps(d) for d in directories}
     corrupted: list[str] = []
@@ -171,8 +162,7 @@ def newest_intact_step(directories: Sequence[pathlib.Path]) -> int:
 def clear_after(directory: pathlib.Path, step: int) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Renames the later checkpoints that are corrupted to STEP.corrupted, and deletes the others,
-    which not every seed has.
+    Later checkpoints are renamed to STEP.corrupted if they are, else deleted: a seed lacks them.
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
@@ -209,8 +199,7 @@ def _restore_errors(folder):
 def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
     """(params as numpy arrays, config item, step) of `step` (default: the newest).
 
-    The params are `ema_params` if the run keeps them. Raises UserError if there is no such
-    checkpoint, or it is corrupted.
+    The params are `ema_params` if the run keeps them. Raises UserError unless it is intact.
     """
     steps = saved_steps(directory)
     if not steps:

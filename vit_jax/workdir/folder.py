@@ -61,11 +61,10 @@ class Workdir:
             lock = _lock(self.path)
         with lock:
             with write_errors(self.path):
-                self._check_config()
+                self._check_config(self.path / "config.json")
             yield
 
-    def _check_config(self):
-        path = self.path / "config.json"
+    def _check_config(self, path):
         if not path.exists():
             write_json(path, self.config.to_dict())
             return

@@ -17,10 +17,7 @@ from vit_jax.workdir.files import write_text
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (text, values) of each complete line of a metrics.jsonl.
-
-    Raises OSError, and ValueError if the file is not text.
-    """
+    """Yields (text, values) of each complete line. Raises ValueError if the file is not text."""
     for line in path.read_text().splitlines():
         try:
             values = json.loads(line)
@@ -34,10 +31,7 @@ class JsonLines:
     """metrics.jsonl, opened to append: one JSON object per line, with "step" and numbers."""
 
     def __init__(self, path: pathlib.Path, *, step: int) -> None:
-        """Drops the lines that a run resumed from `step` writes again: the later and the test's.
-
-        Raises UserError if the file is not text.
-        """
+        """Drops the lines that a run resumed from `step` writes again: the later and the test's."""
         try:
             lines = list(read_lines(path)) if path.exists() else []
         except ValueError as e:

@@ -1,4 +1,4 @@
-"""Progress of a run: throughput, the terminal, and the metrics of each step, one step late."""
+"""Progress of a run: the metrics of each step, one step late, the throughput, the terminal."""
 
 import contextlib
 import sys
@@ -20,40 +20,13 @@ class BadStep(Exception):
         self.step, self.bad, self.loss, self.grad_norm = step, bad, loss, grad_norm
 
 
-class Throughput:
-    """The images and seconds of training, without compilation and pauses."""
-
-    def __init__(self, images: int, seconds: float) -> None:
-        self.images, self.seconds = images, seconds
-        self._lap = (images, seconds)
-        self._last: float | None = None  # the first step compiles: it only starts the clock
-
-    def tick(self, images: int) -> None:
-        """Ends a step."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self.images += images
-            self.seconds += now - self._last
-        self._last = now
-
-    def pause(self) -> None:
-        """Excludes the time since the last step."""
-        if self._last is not None:
-            self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """Images/s since the last lap; 0 if no time was counted."""
-        images, seconds = self.images - self._lap[0], self.seconds - self._lap[1]
-        self._lap = (self.images, self.seconds)
-        return images / seconds if seconds else 0.0
-
-
 class TrainLog:
     """Writes a run's metrics to its workdir and the terminal.
 
     A step's metrics are read one step late, when the next step is already running, so that neither
-    host nor device waits. Other uses of the state run under `paused`. On a terminal there is a
-    progress bar, else a line every 30 s at most; only process 0 prints.
+    host nor device waits. Other uses of the state run under `paused`. `images` and `seconds` count
+    training without compilation and pauses. Only process 0 prints: a progress bar on a terminal,
+    else a line every 30 s at most.
     """
 
     def __init__(
@@ -70,7 +43,9 @@ class TrainLog:
         self._patience, self._peak_rate = patience, peak_rate
         self._bad_in_a_row = np.zeros((), int)
         self._unread: tuple[int, dict[str, Any]] | None = None  # the last step and its metrics
-        self.throughput = Throughput(progress["timed_images"], progress["timed_seconds"])
+        self.images, self.seconds = progress["timed_images"], progress["timed_seconds"]
+        self._logged = (self.images, self.seconds)  # at the last logged step
+        self._clock: float | None = None  # the first step compiles: it only starts the clock
         self._prints, self._printed = jax.process_index() == 0, time.monotonic()
         self._bar = tqdm.tqdm(
             total=plan.total_steps,
@@ -85,7 +60,7 @@ class TrainLog:
     @property
     def progress(self) -> dict[str, Any]:
         """The log's state in a checkpoint, as JSON."""
-        return {"timed_images": self.throughput.images, "timed_seconds": self.throughput.seconds}
+        return {"timed_images": self.images, "timed_seconds": self.seconds}
 
     def push(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes a step's metrics, on the devices, and reads the previous step's."""
@@ -97,7 +72,8 @@ class TrainLog:
         """Waits for the last step, reads its metrics, and stops the clock during the context."""
         self._read()
         yield
-        self.throughput.pause()
+        if self._clock is not None:
+            self._clock = time.perf_counter()
 
     def _read(self, then=None):
         unread, self._unread = self._unread, then
@@ -105,8 +81,12 @@ class TrainLog:
             return
         step, metrics = unread
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
-        images = self._plan.images(step) - self._plan.images(step - 1)
-        self.throughput.tick(images * np.size(bad))  # over all seeds
+        now = time.perf_counter()
+        if self._clock is not None:
+            images = self._plan.images(step) - self._plan.images(step - 1)
+            self.images += images * np.size(bad)  # over all seeds
+            self.seconds += now - self._clock
+        self._clock = now
         self._bad_in_a_row = np.where(bad, self._bad_in_a_row + 1, 0)
         if (ended := self._bad_in_a_row >= self._patience).any():
             values = jax.device_get(metrics)
@@ -116,7 +96,9 @@ class TrainLog:
             self._log(step, jax.device_get(metrics))
 
     def _log(self, step, metrics):
-        rate = self.throughput.lap()
+        images, seconds = self.images - self._logged[0], self.seconds - self._logged[1]
+        self._logged = (self.images, self.seconds)
+        rate = images / seconds if seconds else 0.0
         line = {f"train/{name}": value for name, value in metrics.items()}
         line["time/images_per_second"] = rate
         if self._peak_rate:
