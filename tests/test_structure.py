@@ -30,7 +30,6 @@ COVERED_BY = {
     "inference/classify": "commands/test_predict",
     "main": "commands/test_cli",
     "weights/huggingface": "weights/test_load",
-    "workdir/files": "faults/test_disk",
 }
 
 

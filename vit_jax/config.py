@@ -150,7 +150,6 @@ FIELDS: dict[str, Field] = {
     "eval_every": duration("1 epoch", "evaluation on data.val_split"),
     "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
     "keep_every": duration("", "checkpoints that are kept permanently"),
-    "histograms_every": duration("", "histograms of the weights in TensorBoard"),
     "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
     # The data.
     "data.name": Field("cifar10", "TFDS dataset, shapes10, or folder:PATH with a folder per class"),

@@ -79,7 +79,6 @@ class Plan:
         self.evaluate = Every(steps(config.eval_every), last=self.total_steps)
         self.save = Every(steps(config.save_every), last=self.total_steps)
         self.keep = Every(steps(config.keep_every))
-        self.histograms = Every(steps(config.histograms_every))
 
     def epoch(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step, all counted from 1."""

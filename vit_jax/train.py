@@ -15,14 +15,7 @@ from vit_jax.parallel import mesh, peaks
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
-from vit_jax.workdir import (
-    BadStep,
-    TrainLog,
-    check_free_space,
-    epoch_means,
-    import_wandb,
-    saved_steps,
-)
+from vit_jax.workdir import BadStep, TrainLog, epoch_means, import_wandb, saved_steps
 
 
 def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") -> dict[str, Any]:
@@ -42,9 +35,6 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
         with shared_errors():  # only now, since process 0 creates the workdir
-            state = experiment.state_shapes
-            arrays = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
-            check_free_space(workdir.folders, sum(x.size * x.dtype.itemsize for x in arrays))
             workdir.lock(stack)
         if jax.process_count() > 1:  # otherwise the digests are not needed yet
             splits = experiment.data_identity["splits"]
@@ -81,7 +71,7 @@ def _train(experiment, workdir, start):
             workdir.wait()
         if stop.signal:  # or one received during the last save
             workdir.close()
-            log.terminal.say(
+            log.say(
                 f"{signal.Signals(stop.signal).name}: saved step {log.step:,} of "
                 f"{experiment.plan.total_steps:,}; rerun the same command to resume"
             )
@@ -89,7 +79,7 @@ def _train(experiment, workdir, start):
     except BadStep as e:
         raise _bad_step_error(experiment, workdir, e) from e
     finally:
-        log.terminal.close()
+        log.close()
     result = _results(experiment, workdir, log, state, validated)
     workdir.close()
     _say(_summary(result))
@@ -100,7 +90,7 @@ def _loop(experiment, workdir, log, state, stop):
     """Trains to the last step or a signal; returns (state, last validation metrics or None)."""
     plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
-    for step, inputs in log.timed(experiment.batches(after=log.step)):
+    for step, inputs in experiment.batches(after=log.step):
         if shows_images and plan.shows_images(step):
             images = mesh.to_host(experiment.augmented_images(state, *inputs))
             workdir.images(step, "train/images", images)
@@ -108,7 +98,7 @@ def _loop(experiment, workdir, log, state, stop):
         log.push(step, metrics)
         stopping = stop.reached(step)  # in every process and at every step, since it is collective
         if plan.ends_epoch(step):
-            log.epoch(step, state, skipped=experiment.skipped_images)
+            log.epoch(step, state)
         if plan.evaluate(step) and "val" in experiment.splits:
             with log.paused():
                 validated = experiment.evaluate(state.eval_params, "val")
@@ -116,9 +106,6 @@ def _loop(experiment, workdir, log, state, stop):
         if plan.save(step) or plan.keep(step) or log.has_new_best or stopping:
             with log.paused():
                 workdir.save(step, state, experiment.documents, log)
-        if plan.histograms(step):
-            with log.paused():
-                workdir.histograms(step, mesh.to_host(state.params))
         if stopping:
             break
     return state, validated
@@ -133,9 +120,7 @@ def _make_log(experiment, workdir, start, progress):
         progress=progress,
         # With bad steps skipped, this many in a row still end the run.
         patience=max(experiment.plan.log.steps, 10) if config.on_bad_loss == "skip" else 1,
-        flops_per_image=experiment.flops_per_image,
-        peak_flops=peak and peak * experiment.mesh.size,
-        streaming=config.data.streaming,
+        peak_rate=peak and peak * experiment.mesh.size / experiment.flops_per_image,
     )
 
 
@@ -166,7 +151,7 @@ def _bad_step_error(experiment, workdir, bad_step):
 
 def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
-    plan, throughput = experiment.plan, log.throughput
+    plan = experiment.plan
     values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
     metrics = {"val": validated}  # of the last step, unless the run resumed there
     for name in ("val", "test"):
@@ -176,12 +161,11 @@ def _results(experiment, workdir, log, state, validated):
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}
         workdir.write(plan.total_steps, scalars)
-    rate = throughput.images / throughput.seconds if throughput.seconds else None
     shared = {
         "steps": plan.total_steps,
         "epochs": plan.total_steps / plan.steps_per_epoch,
-        "seconds": throughput.seconds,
-        "images_per_second": rate,
+        "seconds": log.seconds,
+        "images_per_second": log.images / log.seconds if log.seconds else None,
         "num_params": experiment.num_params,
         "device": f"{experiment.mesh.size} x {jax.devices()[0].device_kind}",
     }
