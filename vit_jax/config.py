@@ -108,27 +108,13 @@ def number(default: int | float, doc: str, **bounds: float) -> Field:
     return Field(default, doc, allowed, is_allowed)
 
 
-def numbers(
-    default: tuple[float, ...], doc: str, allowed: str, is_allowed: Callable[[Any], bool]
-) -> Field:
-    """A tuple of floats."""
-    return Field(default, doc, allowed, is_allowed)
-
-
-def interval(
-    default: tuple[float, float], doc: str, *, at_least: float = 0, at_most: float = math.inf
-) -> Field:
-    """A pair of floats in ascending order, both within bounds."""
-    bounds = f"between {at_least} and {at_most}" if at_most < math.inf else f"at least {at_least}"
+def interval(default: tuple[float, float], doc: str) -> Field:
+    """A pair of floats between 0 and 1, in ascending order."""
 
     def is_allowed(pair):
-        return len(pair) == 2 and at_least <= pair[0] <= pair[1] <= at_most
+        return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
 
-    return Field(default, doc, f"(smallest, largest), both {bounds}", is_allowed)
-
-
-def _any(values: Sequence[float]) -> bool:
-    return True
+    return Field(default, doc, "(smallest, largest), both between 0 and 1", is_allowed)
 
 
 def _all_positive(values: Sequence[float]) -> bool:
@@ -161,10 +147,8 @@ FIELDS: dict[str, Field] = {
     "data.streaming": Field(False, "decode images while training; for data larger than memory"),
     "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
     "data.on_bad_image": choice("stop", "skip", doc="on an image that cannot be decoded"),
-    "data.mean": numbers(
-        (0.5,) * 3, "mean per channel of pixels in [0, 1]", "one number per channel", _any
-    ),
-    "data.std": numbers((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
+    "data.mean": Field((0.5,) * 3, "mean per channel of pixels in [0, 1]"),
+    "data.std": Field((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
     # The model.
     "model.size": choice(*MODEL_SIZES, doc="source of the next four fields if they are 0"),
     "model.width": number(0, "width of a token", at_least=0),
@@ -193,7 +177,7 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.crop_padding": number(4, "padding of crop=pad, in pixels", at_least=1),
     "augment.crop_padding_mode": choice("zero", "reflect", doc="padding of crop=pad"),
-    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop", at_most=1),
+    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop"),
     "augment.flip": choice("none", "random", "alternating", doc="horizontal flip"),
     "augment.policy": choice("none", "randaugment", doc="augmentation policy"),
     "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
@@ -202,7 +186,7 @@ FIELDS: dict[str, Field] = {
         0.0, "standard deviation of the magnitude", at_least=0
     ),
     "augment.erasing_prob": number(0.0, "probability of random erasing", at_least=0, at_most=1),
-    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box", at_most=1),
+    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box"),
     "augment.mixup_alpha": number(0.0, "Beta parameter of mixup (0: off)", at_least=0),
     "augment.cutmix_alpha": number(0.0, "Beta parameter of CutMix (0: off)", at_least=0),
     "augment.mix_prob": number(1.0, "probability of mixing", at_least=0, at_most=1),

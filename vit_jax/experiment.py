@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import augment, data, optim, seeds
@@ -36,7 +37,7 @@ class Experiment:
     With several seeds, the arrays of the state and the metrics have a leading axis of seeds.
 
     Attributes:
-      splits: {"train", "val", "test": split}, without those that the config leaves empty.
+      splits: {"train", "val", "test": Dataset or Stream}, except those empty in the config.
       initial_weights: the source of the initial weights, and the changes made to them.
       state_shapes: a TrainState of jax.ShapeDtypeStruct with shardings.
       init: () -> the TrainState before the first step, on the devices.
@@ -45,14 +46,7 @@ class Experiment:
       eval_step: (params, batch) -> sums.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        mesh: jax.sharding.Mesh,
-        splits: dict[str, data.Dataset | data.Stream],
-        *,
-        fresh: bool,
-    ) -> None:
+    def __init__(self, config: ConfigDict, mesh: Mesh, splits: dict[str, Any], fresh: bool) -> None:
         self.config, self.mesh, self.splits = config, mesh, splits
         self.train = train = splits["train"]
         self.plan = Plan(config, train.num_examples)
@@ -60,13 +54,13 @@ class Experiment:
         check_image_shape(self.model, train.image_shape)
         augment.check_image_shape(config.augment, train.image_shape)
         self.feed = feed_lib.make_feed(train, config, self.plan, mesh)
-        params, self.initial_weights = None, []
+        params, self.initial_weights = None, ()
         if config.init_from and fresh:
             weights = weights_lib.load_weights(config.init_from, num_heads=self.model.num_heads)
             params, notes = weights_lib.start_from(
                 weights, self.model, train.image_shape, train.class_names
             )
-            self.initial_weights = [f"{config.init_from} ({weights.kind})", *notes]
+            self.initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
         lengths = {
             "total_steps": self.plan.total_steps,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -241,7 +235,7 @@ def make_experiment(
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     splits = _read_splits(config)
     _check_data(config, splits["train"])
-    return Experiment(config, mesh, splits, fresh=fresh)
+    return Experiment(config, mesh, splits, fresh)
 
 
 def _read_splits(config):
