@@ -204,7 +204,7 @@ def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> t
     steps = saved_steps(directory)
     if not steps:
         seeds = ", ".join(sorted(path.name for path in directory.parent.glob("seed_*")))
-        several = f"it contains a run of several seeds; pass one of {seeds}"
+        several = f"it is a run of several seeds; pass one of {seeds}"
         remedy = several if seeds else "train with this --workdir first"
         raise UserError(f"no checkpoints in {directory}: {remedy}")
     step = steps[-1] if step is None else step

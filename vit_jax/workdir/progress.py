@@ -46,13 +46,13 @@ class TrainLog:
         self.images, self.seconds = progress["timed_images"], progress["timed_seconds"]
         self._logged = (self.images, self.seconds)  # at the last logged step
         self._clock: float | None = None  # the first step compiles: it only starts the clock
-        self._prints, self._printed = jax.process_index() == 0, time.monotonic()
+        self._shown, self._last_printed = jax.process_index() == 0, time.monotonic()
         self._bar = tqdm.tqdm(
             total=plan.total_steps,
             initial=step,
             bar_format="{percentage:3.0f}%|{bar:10}| {desc}",
             dynamic_ncols=True,
-            disable=not (self._prints and sys.stderr.isatty()),
+            disable=not (self._shown and sys.stderr.isatty()),
         )
         self.step, self.has_new_best = step, False
         self.val_accuracy = None  # of `step`, if it was validated
@@ -106,13 +106,13 @@ class TrainLog:
         self._workdir.write(step, line)
         if rate and not self._bar.disable:
             self._bar.set_description_str(progress_line(self._plan, step, line))
-        elif rate and self._prints and time.monotonic() - self._printed >= 30:
-            self._printed = time.monotonic()
+        elif rate and self._shown and time.monotonic() - self._last_printed >= 30:
+            self._last_printed = time.monotonic()
             print(progress_line(self._plan, step, line), flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
-        if self._prints:
+        if self._shown:
             self._bar.write(text)
             sys.stdout.flush()
 
