@@ -9,6 +9,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import sys
 from logging import CRITICAL, getLogger
 from typing import Any
 
@@ -21,12 +22,19 @@ from vit_jax.errors import DISK_REFUSES, UserError
 from vit_jax.workdir.files import find_corruption, read_errors, write_checksums
 
 _DELETED = ".deleted"
+_previous_hook = sys.unraisablehook
 
 
 def _quiet():
-    """Silences orbax's progress, and asyncio's repetition of a failed save's error."""
+    """Silences orbax's progress, and what asyncio adds to the error of a failed save."""
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
+    sys.unraisablehook = _without_closed_loops
+
+
+def _without_closed_loops(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _previous_hook(unraisable)
 
 
 class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
