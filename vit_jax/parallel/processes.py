@@ -111,7 +111,7 @@ def _exit(error):
     def fail():
         raise error
 
-    code: Any = 1
+    code = 1
     try:
         run_command(fail)
     except SystemExit as e:
