@@ -66,7 +66,7 @@ def test_switching_on_one_operation_keeps_the_draws_of_others():
     key = jax.random.key(6)
     alone, _ = jax.jit(make(flip="random"))(key, batch_of(images), epoch=0)
     both = make(flip="random", erasing_prob=1.0, mixup_alpha=1.0)
-    erased, _ = jax.jit(both, static_argnames="mix")(key, batch_of(images), epoch=0, mix=False)
+    erased, _ = jax.jit(both)(key, batch_of(images), epoch=0, mix=False)
     kept = np.asarray(erased) != 0
     assert 0.5 < kept.mean() < 1
     np.testing.assert_array_equal(np.asarray(erased)[kept], np.asarray(alone)[kept])
@@ -84,8 +84,6 @@ def test_unsuitable_image_shape_is_rejected(shape, changes, message):
     with pytest.raises(UserError, match=f"config.augment.{message}") as error:
         check_image_shape(group, shape)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=message):  # even if the caller did not check
-        make(**changes)(jax.random.key(0), batch_of(np.zeros((2, *shape), np.uint8)), epoch=0)
     check_image_shape(options(), shape)
     check_image_shape(group, (8, 8, 3))
 

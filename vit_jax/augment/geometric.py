@@ -8,17 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Smallest and largest aspect ratio, torchvision's: columns / rows of a crop, rows / columns of an
-# erased box.
-CROP_RATIO = (3 / 4, 4 / 3)
-ERASING_RATIO = (0.3, 3.3)
+# Smallest and largest aspect ratio, as in torchvision.
+CROP_RATIO = (3 / 4, 4 / 3)  # columns / rows
+ERASING_RATIO = (0.3, 3.3)  # rows / columns
 
 
 def pad_crop(key, image, augment):
-    """Pads the four sides of uint8[H,W,C] and crops it to H, W at a uniform offset.
-
-    Source: torchvision's RandomCrop.
-    """
+    """Pads uint8[H,W,C] and crops H, W at a uniform offset. Source: torchvision's RandomCrop."""
     padding, zero = augment.crop_padding, augment.crop_padding_mode == "zero"
     pads = ((padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, pads, mode="constant" if zero else "reflect")
@@ -55,18 +51,14 @@ def crop_box(uniform, height, width, scale):
     Source: torchvision's RandomResizedCrop. It is the first of ten candidates that fits, drawn from
     uniform, float64[10,4] on [0, 1), else the largest centered box of an allowed aspect ratio.
     """
-    low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    low, high = map(math.log, CROP_RATIO)
     for share, log_aspect, down, right in uniform:
         area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
         aspect = math.exp(low + (high - low) * log_aspect)
         rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < rows <= height and 0 < columns <= width:
-            return (
-                int(down * (height - rows + 1)),
-                int(right * (width - columns + 1)),
-                rows,
-                columns,
-            )
+            top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
+            return top, left, rows, columns
     rows = min(height, max(1, round(width / CROP_RATIO[0])))
     columns = min(width, max(1, round(height * CROP_RATIO[1])))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
@@ -75,16 +67,15 @@ def crop_box(uniform, height, width, scale):
 def alternating_flip(images, epoch):
     """Returns bool[B]: whether each image is mirrored in this epoch; the next epoch inverts it.
 
-    Source: Jordan 2024 (airbench). A batch contains no indices, so a hash of the
-    image's bytes identifies it and decides for epoch 0.
+    Source: Jordan 2024 (airbench). A batch contains no indices, so a hash of the image's bytes
+    identifies it and decides for epoch 0.
     """
     flat = images.reshape(images.shape[0], -1).astype(jnp.uint32)
     weights = np.arange(flat.shape[1], dtype=np.uint32) * np.uint32(2654435762) + np.uint32(1)
     mixed = jnp.sum(flat * weights, axis=1, dtype=jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's finalizer
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    hash_bit = (mixed >> 31).astype(jnp.int32)
-    return (hash_bit + epoch) % 2 == 1
+    return ((mixed >> 31).astype(jnp.int32) + epoch) % 2 == 1
 
 
 def random_erasing(key, image, augment):
@@ -97,7 +88,7 @@ def random_erasing(key, image, augment):
     uniform = jax.random.uniform(key, (41,))
     share, log_aspect, down, right = uniform[:40].reshape(4, 10)
     smallest, largest = augment.erasing_scale
-    low, high = math.log(ERASING_RATIO[0]), math.log(ERASING_RATIO[1])
+    low, high = map(math.log, ERASING_RATIO)
     area = height * width * (smallest + (largest - smallest) * share)
     aspect = jnp.exp(low + (high - low) * log_aspect)
     rows = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)

@@ -155,11 +155,8 @@ def _equalize_curve(value, flat, high):
 
 
 def _divide(n, d):
-    """Returns n // d of integers, 0 <= n < 2**22 and 0 < d, in float32, which vectorizes.
-
-    The half keeps an exact quotient from rounding to below itself.
-    """
-    return ((n + 0.5) / d).astype(jnp.int32)
+    """Returns n // d of integers, 0 <= n < 2**22 and 0 < d, in float32, which vectorizes."""
+    return ((n + 0.5) / d).astype(jnp.int32)  # the half: an exact n / d may round down
 
 
 @functools.cache

@@ -34,18 +34,15 @@ def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
 
     `batch` is {"image": uint8[B,H,W,C], "label": int32[B], "mask": bool[B]}; rows outside the mask
     are never mixed into others. `epoch` is an int32 scalar, which only the alternating flip reads.
-    `mix` is a bool scalar; False omits mixup and cutmix. Labels are one-hot, smoothed as in torch
+    `mix` is a bool scalar; false omits mixup and cutmix. Labels are one-hot, smoothed as in torch
     (over all classes), then mixed. With everything off this is normalize and one-hot.
 
     Image i draws each operation from a key of its own, so its draws do not depend on batch size,
     device count, or the other operations. Mixup and cutmix draw once per batch.
-
-    The function raises UserError when traced with images that `check_image_shape` rejects.
     """
 
     def augment_batch(key, batch, *, epoch, mix=True):
         images = batch["image"]
-        check_image_shape(augment, images.shape[1:])
 
         def keys(operation):  # [B]
             operation_key = jax.random.fold_in(key, operation)
@@ -72,10 +69,10 @@ def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
         labels = jax.nn.one_hot(batch["label"], num_classes, dtype=jnp.float32)
         if label_smoothing:
             labels = labels * (1 - label_smoothing) + label_smoothing / num_classes
-        if not _mixes(augment) or mix is False:
-            return images, labels
-        mix_key = jax.random.fold_in(key, _MIX)
-        return mix_batch(mix_key, images, labels, batch["mask"], augment, mix=mix)
+        if _mixes(augment):
+            mix_key = jax.random.fold_in(key, _MIX)
+            images, labels = mix_batch(mix_key, images, labels, batch["mask"], augment, mix=mix)
+        return images, labels
 
     return augment_batch
 
