@@ -110,7 +110,7 @@ def events(workdir):
     values = {}
     for path in workdir.glob("events.out.tfevents.*"):
         records = TFRecordFile(str(path))
-        for event in map(Event.FromString, records.__getitems__(range(len(records)))):
+        for event in map(Event.FromString, records):
             for value in event.summary.value:
                 values.setdefault(value.tag, []).append((event.step, value))
     return values

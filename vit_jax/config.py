@@ -146,7 +146,6 @@ FIELDS: dict[str, Field] = {
     "data.image_size": number(0, "side to crop and resize to (0: as stored)", at_least=0),
     "data.streaming": Field(False, "decode images while training; for data larger than memory"),
     "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
-    "data.on_bad_image": choice("stop", "skip", doc="on an image that cannot be decoded"),
     "data.mean": Field((0.5,) * 3, "mean per channel of pixels in [0, 1]"),
     "data.std": Field((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
     # The model.

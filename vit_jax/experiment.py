@@ -184,12 +184,6 @@ class Experiment:
         }
         return {"config": config, "data": self.data_identity}
 
-    @property
-    def skipped_images(self) -> dict[int, str]:
-        """{index: reason} of the training images that could not be decoded so far."""
-        train = self.train
-        return train.skipped if isinstance(train, data.Stream) else {}
-
     def check(self) -> None:
         """Traces the step, to raise the UserErrors that only tracing finds.
 
@@ -246,7 +240,6 @@ def _read_splits(config):
             split,
             data_dir=config.data.dir or None,
             image_size=config.data.image_size or None,
-            skip_bad=config.data.on_bad_image == "skip",
             streaming=config.data.streaming,
         )
         for name, split in names.items()

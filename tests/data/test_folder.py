@@ -1,5 +1,6 @@
 """Image folders: splits, classes, hidden and unreadable files."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_directory_with_an_image_suffix_is_not_an_image(folder):
 
 def test_unreadable_folder_is_an_error(folder, monkeypatch):
     def walk(top, onerror):
-        onerror(PermissionError("Permission denied"))
+        onerror(PermissionError(errno.EACCES, "Permission denied", str(top)))
 
     monkeypatch.setattr(os, "walk", walk)
     user_error(f"folder:{folder}", "train", says=[folder / "cat", "Permission denied"])

@@ -1,16 +1,13 @@
 """Datasets as uint8 images and int32 labels, and the order in which training visits them.
 
-A split comes from TFDS (array_record or tfrecord, neither read with TensorFlow), from the embedded
-dataset `shapes10`, or from an image folder. It is resident (decoded once and kept in memory) or
-streamed (decoded ahead of the step). Both offer `num_examples`, `image_shape`, `class_names`,
-`source`, `examples(indices)`, and `digest()`.
+A split is resident (decoded once and kept in memory) or streamed (decoded ahead of the step). Both
+offer `num_examples`, `image_shape`, `class_names`, `source`, `examples(indices)`, and `digest()`.
 """
 
 from vit_jax.data.images import IMAGE_SUFFIXES, MAX_PIXELS, center_crop_resize, read_image
 from vit_jax.data.open import open_split
 from vit_jax.data.order import epoch_order, eval_order
 from vit_jax.data.resident import Dataset
-from vit_jax.data.source import printable
 from vit_jax.data.stream import Stream
 
 __all__ = [
@@ -22,6 +19,5 @@ __all__ = [
     "epoch_order",
     "eval_order",
     "open_split",
-    "printable",
     "read_image",
 ]

@@ -3,68 +3,50 @@
 import io
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vit_jax.data.source import PREPARE_AGAIN, guarded, one_line
-from vit_jax.errors import UserError
+from vit_jax.data.source import user_errors
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 MAX_PIXELS = 100_000_000  # per image: a few kilobytes can decode to more than fits in memory
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-# Modes of at most 8 bits per sample. Samples of 16 or 32 bits would be clipped; LAB and HSV have no
-# conversion to RGB here.
+# Samples of more than 8 bits would be clipped; LAB and HSV have no conversion to RGB here.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
 
 def read_image(file, where=None) -> np.ndarray:
     """Decodes an image file to uint8[H, W, 3], RGB, rotated by its EXIF orientation.
 
-    Gray, palette, CMYK, and bilevel images are converted. An alpha channel is dropped. A file with
-    several frames yields the first.
-
-    Args:
-      file: a path or an open binary file.
-      where: the name of `file` in errors.
-
-    Raises:
-      UserError: the file is corrupted, its format is not one of JPEG, PNG, BMP, GIF, WebP, TIFF,
-        and PPM, its samples have more than 8 bits, or it has more than MAX_PIXELS pixels.
+    `file` is a path or an open binary file, and `where` its name in errors. Alpha is dropped. The
+    first of several frames is used. Raises UserError for a file that is corrupted or of another
+    format, or has more than 8 bits per sample or MAX_PIXELS pixels.
     """
-    from PIL import ImageOps
-
-    try:
-        with _open_image(file) as image:
-            if image.mode not in _MODES:
-                raise ValueError(f"mode {image.mode}, not 8 bits per sample")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises many types, including SyntaxError
-        raise UserError(
-            f"{where or file} is not a usable image ({one_line(error)}): fix or remove it, or"
-            " train with --config.data.on_bad_image=skip to skip such images"
-        ) from error
+    problem = f"{where or file} is not a usable image"
+    with user_errors(problem, "fix or remove it"), _open_image(file) as image:
+        if image.mode not in _MODES:
+            raise ValueError(f"mode {image.mode}, not 8 bits per sample")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def decode_image(encoded: bytes, channels: int, where: str) -> np.ndarray:
     """Decodes a TFDS image to uint8[H, W, channels] as TFDS does, ignoring the EXIF orientation.
 
-    Raises UserError, naming `where`, for bytes that are not an image of at most MAX_PIXELS pixels.
+    Raises UserError, naming `where`, for other bytes or more than MAX_PIXELS pixels.
     """
     import cv2
 
-    guarded(where, _open_image, io.BytesIO(encoded))  # OpenCV's own limit is fixed at its import
-    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}
-    flag = flags[channels] | cv2.IMREAD_IGNORE_ORIENTATION if channels in flags else -1
-    image = guarded(where, cv2.imdecode, np.frombuffer(encoded, np.uint8), flag)
-    if image is None:
-        raise UserError(f"{where} does not contain a decodable image: {PREPARE_AGAIN}")
-    if image.ndim == 2:
-        return image[..., None]
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    with user_errors(f"{where} cannot be read"):
+        _open_image(io.BytesIO(encoded))  # OpenCV's own limit is fixed at its import
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+        if image is None:
+            raise ValueError("not a decodable image")
+    return image[..., None] if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _open_image(file):
-    """Opens a Pillow image, of which only the header is read. Raises for more than MAX_PIXELS."""
-    from PIL import Image, UnidentifiedImageError
-
+    """Opens an image, reading only its header. Raises for more than MAX_PIXELS."""
     try:
         # Restrict the formats: Pillow would start Ghostscript for an EPS named .png.
         image = Image.open(file, formats=_FORMATS)
@@ -85,7 +67,6 @@ def center_crop_resize(image: np.ndarray, height: int, width: int) -> np.ndarray
     import cv2
 
     H, W, channels = image.shape
-    # For a square target, exactly the shorter side.
     rows, columns = min(H, max(1, W * height // width)), min(W, max(1, H * width // height))
     top, left = (H - rows) // 2, (W - columns) // 2
     image = image[top : top + rows, left : left + columns]

@@ -6,10 +6,9 @@ import numpy as np
 def epoch_order(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> np.ndarray:
     """Returns the training order of an epoch, shuffled by (seed, epoch).
 
-    int32[steps, batch_size] with every index once, padded with -1. No other function decides the
-    training order. It sorts Philox's raw 64-bit words, which are the same in every NumPy version
-    (the output of `Generator.permutation` may change).
+    int32[steps, batch_size] with every index once, padded with -1.
     """
+    # Unlike the output of `Generator.permutation`, raw words are the same in every NumPy version.
     words = np.random.Philox(key=[seed, epoch]).random_raw(num_examples)
     return _in_batches(np.argsort(words, kind="stable"), batch_size)
 
@@ -20,7 +19,5 @@ def eval_order(num_examples: int, batch_size: int) -> np.ndarray:
 
 
 def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
-    steps = -(-len(order) // batch_size)
-    padded = np.full(steps * batch_size, -1, np.int32)
-    padded[: len(order)] = order
-    return padded.reshape(steps, batch_size)
+    padded = np.pad(order, (0, -len(order) % batch_size), constant_values=-1)
+    return padded.astype(np.int32).reshape(-1, batch_size)

@@ -40,7 +40,6 @@ def load_examples(loaded, name=None, split=None):
         split or "test",
         data_dir=config.data.dir or None,
         image_size=image_size or None,
-        skip_bad=config.data.on_bad_image == "skip",
         streaming=config.data.streaming,
     )
     strangers = set(examples.class_names) - set(loaded.class_names)
@@ -65,7 +64,7 @@ def classify_examples(loaded, examples):
       examples: a split from `load_examples`.
     Returns:
       (logits float32[N, classes], labels int[N] numbered by the model's classes, indices int[N]
-      into `examples`). Images that a Stream skips are in none of the three.
+      into `examples`).
     """
     config = loaded.config
     classify = make_classify(loaded, batch_size=config.eval_batch_size)
@@ -73,12 +72,9 @@ def classify_examples(loaded, examples):
     logits, labels, indices = [], [], []
     for rows, batch in zip(order, _batches(examples, order, config), strict=True):
         valid = batch["mask"]
-        if valid.any():
-            logits.append(classify(batch["image"][valid]))
-            labels.append(batch["label"][valid])
-            indices.append(rows[valid])
-    if not logits:
-        raise UserError(f"{examples.source} holds no image that can be decoded")
+        logits.append(classify(batch["image"][valid]))
+        labels.append(batch["label"][valid])
+        indices.append(rows[valid])
     to_model = np.array([loaded.class_names.index(name) for name in examples.class_names])
     return np.concatenate(logits), to_model[np.concatenate(labels)], np.concatenate(indices)
 
