@@ -1,9 +1,7 @@
 """The config.json and preprocessor_config.json of a Hugging Face ViT folder."""
 
 import json
-import math
-import re
-import reprlib
+import operator
 
 from vit_jax import model
 from vit_jax.errors import UserError
@@ -23,25 +21,18 @@ def read_configs(path):
     width), class_names, and preprocessing; {} without the files. Raises UserError for a value of
     the wrong type and for another type of model.
     """
-    fields, config_path = {}, path.with_name("config.json")
-    saved = _read_json(config_path)
-    if (kind := saved.get("model_type", "vit")) != "vit":
-        raise UserError(f"{path} has model_type {reprlib.repr(kind)}, but only vit can be read")
-    if "model_type" in saved:
-        values = _validate(saved, _CONFIG, config_path)
-        size, labels = values["image_size"], values["id2label"]
+    fields, get = {}, _reader(path.with_name("config.json"))
+    if get("model_type", None, {None: None, "vit": "vit"}.__getitem__):
         fields = {
-            "num_heads": values["num_attention_heads"],
-            "norm_eps": values["layer_norm_eps"],
-            "gelu": _ACTIVATIONS[values["hidden_act"]],
-            "image_size": tuple(size) if isinstance(size, list) else (size, size),
+            "num_heads": get("num_attention_heads", 12, operator.index),
+            "norm_eps": get("layer_norm_eps", 1e-12, float),
+            "gelu": get("hidden_act", "gelu", _ACTIVATIONS.__getitem__),
+            "image_size": get("image_size", 224, _sides),
+            "class_names": get("id2label", {}, _names),
         }
-        if labels:
-            fields["class_names"] = [labels[i] for i in sorted(labels, key=int)]
-    pixels_path = path.with_name("preprocessor_config.json")
-    pixels = _validate(_read_json(pixels_path), _PREPROCESSOR, pixels_path)
-    if pixels["image_mean"] and pixels["image_std"]:
-        mean, std = pixels["image_mean"], pixels["image_std"]
+    get = _reader(path.with_name("preprocessor_config.json"))
+    mean, std = get("image_mean", [], _numbers), get("image_std", [], _numbers)
+    if mean and std:
         fields["preprocessing"] = {"divide_by": 255, "mean": mean, "std": std}
     return fields
 
@@ -83,60 +74,33 @@ def make_configs(trained):
     return {"config.json": config, "preprocessor_config.json": preprocessor}
 
 
-def _read_json(path):
-    if not path.is_file():
-        return {}
+def _reader(path):
+    """Returns get(name, default, convert), which reads a value of a JSON file if it exists."""
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"cannot read {path}: {e}") from e
-    return saved if isinstance(saved, dict) else {}
+
+    def get(name, default, convert):
+        value = saved.get(name, default)
+        try:
+            return convert(value)
+        except (TypeError, ValueError, LookupError, OverflowError) as e:
+            raise UserError(
+                f"{path}: {name} cannot be {value!r:.60} in a ViT: correct the file"
+            ) from e
+
+    return get
 
 
-def _validate(saved, fields, path):
-    """Returns {name: value, or its default if absent}, each value valid."""
-    values = {name: saved.get(name, default) for name, (default, _, _) in fields.items()}
-    for name, (_, is_valid, allowed) in fields.items():
-        if not is_valid(values[name]):
-            value = reprlib.repr(values[name])
-            raise UserError(f"{path}: {name} must be {allowed}, got {value}: correct the file")
-    return values
+def _sides(size):
+    height, width = size if isinstance(size, list) else (size, size)
+    return operator.index(height), operator.index(width)
 
 
-def _is_count(value):
-    return type(value) is int and value > 0
+def _names(labels):
+    return [str(labels[number]) for number in sorted(labels or {}, key=int)]
 
 
-def _is_number(value):
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-def _is_size(value):
-    sides = value if isinstance(value, list) and len(value) == 2 else [value]
-    return all(map(_is_count, sides))
-
-
-def _is_id2label(value):
-    return value is None or (
-        isinstance(value, dict)
-        and all(re.fullmatch("[0-9]{1,9}", number) for number in value)
-        and all(isinstance(name, str) for name in value.values())
-    )
-
-
-def _is_numbers(value):
-    return value is None or (isinstance(value, list) and all(map(_is_number, value)))
-
-
-# The fields that are read: {name: (default, is_valid, what is allowed)}.
-_CONFIG = {
-    "num_attention_heads": (12, _is_count, "a positive integer"),
-    "layer_norm_eps": (1e-12, lambda v: _is_number(v) and v > 0, "a positive number"),
-    "hidden_act": ("gelu", lambda v: v in list(_ACTIVATIONS), f"one of {', '.join(_ACTIVATIONS)}"),
-    "image_size": (224, _is_size, "a positive integer or two"),
-    "id2label": (None, _is_id2label, "an object from class numbers to names"),
-}
-_PREPROCESSOR = {
-    "image_mean": (None, _is_numbers, "a list of numbers"),
-    "image_std": (None, _is_numbers, "a list of numbers"),
-}
+def _numbers(values):
+    return [float(value) for value in values or []]

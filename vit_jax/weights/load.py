@@ -8,7 +8,6 @@ import json
 import math
 from typing import Any, NamedTuple
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import config, model, workdir
@@ -16,22 +15,9 @@ from vit_jax.errors import UserError, expand_home
 from vit_jax.weights import files, huggingface, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
-# The fields of config.model that define a model.
-FIELDS = (
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_dim",
-    "patch_size",
-    "pool",
-    "posemb",
-    "stem",
-    "norm_eps",
-    "gelu",
-    "pre_logits",
-    "qk_norm",
-    "layer_scale",
-)
+# The fields of config.model that define a model: all but those for training.
+_TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat", "dtype")
+FIELDS = tuple(name for name in config.defaults().model if name not in _TRAINING)
 # Width -> heads of the published models: Ti, S, B, L, and H.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
@@ -72,7 +58,8 @@ def load_weights(path, *, num_heads=None):
     path = expand_home(path)
     if (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
-    path = _file_in(path) if path.is_dir() else path
+    if path.is_dir():
+        path = _file_in(path)
     arrays, metadata = files.read(path)
     if OURS in metadata:
         return _load_our_file(path, arrays, metadata[OURS])
@@ -80,13 +67,12 @@ def load_weights(path, *, num_heads=None):
 
 
 def _file_in(folder):
-    names = ("model.safetensors", "pytorch_model.bin")
-    for name in names:
+    for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
     raise UserError(
         f"{folder} contains no weights: give a workdir, a checkpoint in it, or a folder with "
-        f"{' or '.join(names)}"
+        "model.safetensors or pytorch_model.bin"
     )
 
 
@@ -98,62 +84,44 @@ def _load_layout(path, arrays, num_heads):
             f"{path} contains no ViT with the names of Google, Hugging Face, timm, the notebook, "
             f"or vit_jax: its names are {layouts.listed(list(arrays))}"
         )
-    params, sizes = layouts.to_params(arrays, kind, path)
+    params, fields = layouts.to_params(arrays, kind, path)
     recorded = {}
     if kind in (layouts.HUGGINGFACE, layouts.HUGGINGFACE_5):
         recorded = huggingface.read_configs(path)
-    layout, width = layouts.LAYOUTS[kind], sizes["D"]
-    known = sizes["h"] or recorded.get("num_heads")
-    fields = {
-        "width": width,
-        "depth": sum(name.startswith("block_") for name in params),
-        "num_heads": known or num_heads or layout.num_heads or _HEADS.get(width),
-        "mlp_dim": len(params["block_0"]["mlp"]["fc1"]["bias"]),
-        "patch_size": sizes["P"],
-        "pool": "cls" if "cls_token" in params else "gap",
-        "posemb": "learned",
-        "stem": "patch",
-        "norm_eps": recorded.get("norm_eps", layout.norm_eps),
-        "gelu": recorded.get("gelu", layout.gelu),
-        "pre_logits": sizes["R"],
-        "qk_norm": False,
-        "layer_scale": 1.0 if "layer_scale1" in params["block_0"] else 0.0,
-    }
-    _check_heads(path, width, fields["num_heads"], known)
-    names = recorded.get("class_names")
+    layout, width = layouts.LAYOUTS[kind], fields["width"]
+    heads = fields["num_heads"] or recorded.get("num_heads")
+    heads = heads or num_heads or layout.num_heads or _HEADS.get(width)
+    if not heads or width % heads:
+        problem = f"cannot have {heads} heads" if heads else "does not record its number of heads"
+        raise UserError(
+            f"{path} of width {width} {problem}: pass num_heads (with config.init_from: set "
+            "config.model.num_heads), or correct its config.json"
+        )
+    fields["num_heads"] = heads
+    fields["norm_eps"] = recorded.get("norm_eps", layout.norm_eps)
+    fields["gelu"] = recorded.get("gelu", layout.gelu)
+    names = recorded.get("class_names", [])
+    num_classes = len(params["head"]["bias"]) if "head" in params else 0
+    patches = params["pos_embed"].shape[1] - ("cls_token" in params)
     return Weights(
         params=params,
-        model=fields,
-        num_classes=sizes["L"],
-        grid=_grid(path, sizes["N"] - (fields["pool"] == "cls"), sizes["P"], recorded),
+        model={name: fields[name] for name in FIELDS},
+        num_classes=num_classes,
+        grid=_grid(path, patches, fields["patch_size"], recorded.get("image_size")),
         kind=kind,
         path=str(path),
-        class_names=names if names and len(names) == sizes["L"] else None,
+        class_names=names if names and len(names) == num_classes else None,
         preprocessing=recorded.get("preprocessing"),
     )
 
 
-def _check_heads(path, width, heads, recorded):
-    if heads and width % heads == 0:
-        return
-    if recorded:
-        raise UserError(
-            f"{path} has width {width}, which its config.json divides into {heads} heads: correct "
-            "the file"
-        )
-    raise UserError(
-        f"{path} of width {width} does not record its number of heads"
-        + (f", which cannot be {heads}" if heads else "")
-        + ": pass num_heads, or set config.model.num_heads if it is config.init_from"
-    )
-
-
-def _grid(path, patches, patch_size, recorded):
-    """Returns (rows, columns), from the recorded image size or as the root of `patches`."""
-    if "image_size" not in recorded:
+def _grid(path, patches, patch_size, image_size):
+    """Returns (rows, columns) from a recorded (height, width), else the square's; None: unknown."""
+    if image_size is None:
         side = math.isqrt(patches)
         return (side, side) if side * side == patches else None
-    grid = tuple(size // patch_size for size in recorded["image_size"])
+    H, W = image_size
+    grid = (H // patch_size, W // patch_size)
     if math.prod(grid) != patches:
         raise UserError(
             f"{path}: pos_embed has {patches} patches, but its config.json specifies a grid of "
@@ -164,43 +132,38 @@ def _grid(path, patches, patch_size, recorded):
 
 def _load_run(path):
     """Returns Weights from a workdir or one of its checkpoints."""
-    if (path / "checkpoints").is_dir():
-        directory, step = path / "checkpoints", None
-    else:
-        directory, step = path.absolute().parent, path.absolute().name
-        if not step.isdigit():
-            raise UserError(
-                f"{path} is not a checkpoint, because its name is not a step: give "
-                "WORKDIR/checkpoints/STEP"
-            )
-        step = int(step)
+    directory, step = path / "checkpoints", None
+    if not directory.is_dir():
+        directory, name = path.absolute().parent, path.absolute().name
+        if not name.isdigit():
+            raise UserError(f"{path} is not a checkpoint: give WORKDIR/checkpoints/STEP")
+        step = int(name)
     params, saved, step = workdir.restore_for_inference(directory, step)
     c = config.from_dict(saved["config"])
     config.validate(c)
     flat = flatten_dict(params, sep="/")
-    return _our_weights(flat, {**saved, "model": dict(c.model)}, directory / str(step))
+    return _our_weights(flat, c.model, saved, directory / str(step))
 
 
 def _load_our_file(path, arrays, metadata):
     try:
         saved = json.loads(metadata)
-        H, W, C = saved["image_shape"]
-        if not all(type(size) is int and size > 0 for size in (H, W, C)):
-            raise ValueError(f"image_shape {(H, W, C)}")
-        fields = dict(config.from_dict({"model": saved["model"]}).model)
-        return _our_weights(arrays, {**saved, "model": fields}, path)
+        fields = config.from_dict({"model": saved["model"]}).model
+        return _our_weights(arrays, fields, saved, path)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not what vit_jax writes ({e})") from e
 
 
-def _our_weights(flat, saved, path):
-    vit = model.make_model(saved["model"], num_classes=len(saved["class_names"]))
-    problems = layouts.mismatches(shapes(flat), model_shapes(vit, saved["image_shape"]))
+def _our_weights(flat, fields, saved, path):
+    vit = model.make_model(fields, num_classes=len(saved["class_names"]))
+    problems = layouts.mismatches(
+        layouts.shapes(flat), layouts.model_shapes(vit, saved["image_shape"])
+    )
     if problems:
         raise UserError(f"{path} is corrupted: it does not match its config: {problems}")
     return Weights(
         params=unflatten_dict(flat, sep="/"),
-        model={name: getattr(vit, name) for name in FIELDS} | {"image_size": vit.image_size},
+        model={name: getattr(vit, name) for name in FIELDS},
         num_classes=vit.num_classes,
         grid=model.patch_grid(vit, saved["image_shape"]),
         kind=OURS,
@@ -208,14 +171,3 @@ def _our_weights(flat, saved, path):
         class_names=list(saved["class_names"]),
         preprocessing=saved["preprocessing"],
     )
-
-
-def model_shapes(vit, image_shape):
-    """Returns {path: shape} of a model's parameters for images of (H, W, C); computes nothing."""
-    init = lambda key: model.init_params(vit, key, tuple(image_shape))  # noqa: E731
-    return shapes(flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/"))
-
-
-def shapes(flat):
-    """Returns {path: shape} of a flat dict of arrays."""
-    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
