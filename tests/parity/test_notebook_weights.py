@@ -165,8 +165,3 @@ def test_without_torch_only_arrays_are_available(monkeypatch):
     with pytest.raises(UserError, match="pip install torch"):
         params_to_notebook(params)
     assert same_bits(notebook_to_params(from_params(params, NOTEBOOK)), params)
-
-
-def test_params_that_are_not_a_dict_are_rejected():
-    with pytest.raises(UserError, match="nested dict of arrays, got list"):
-        params_to_notebook([1, 2])

@@ -15,9 +15,9 @@ from vit_jax.weights import layouts
 def test_unrecorded_num_heads_is_an_argument_or_the_published_number(tmp_path):
     path = tmp_path / "timm.safetensors"
     save_tensors(path, layouts.from_params(random_model()[1], layouts.TIMM, num_heads=3))
-    with pytest.raises(UserError, match="does not record its number of heads: pass num_heads"):
+    with pytest.raises(UserError, match=r"does not record a number of heads .*: pass num_heads"):
         vit_jax.load_weights(path)
-    with pytest.raises(UserError, match="cannot have 5 heads"):
+    with pytest.raises(UserError, match=r"width 24.*\(got 5\)"):
         vit_jax.load_weights(path, num_heads=5)
     save_tensors(path, layouts.from_params(random_model(width=192)[1], layouts.TIMM, num_heads=3))
     assert vit_jax.load_weights(path).model["num_heads"] == 3  # ViT-Ti
@@ -48,7 +48,7 @@ def test_hugging_face_value_of_the_wrong_type_is_rejected_in_one_line(tmp_path, 
     (tmp_path / f"{name}.json").write_text(json.dumps(changed))
     with pytest.raises(UserError) as error:
         vit_jax.load_weights(tmp_path)
-    assert f"/{name}.json: {field} cannot be {value!r}" in str(error.value)
+    assert f"/{name}.json: {field} {value!r} is not supported" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -57,9 +57,7 @@ def test_recorded_num_heads_must_divide_the_width(tmp_path):
     save_tensors(tmp_path / "model.safetensors", tensors)
     fields = {"model_type": "vit", "num_attention_heads": 5, "image_size": 12}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(
-        UserError, match=r"width 24 cannot have 5 heads: .* correct its config\.json"
-    ):
+    with pytest.raises(UserError, match=r"width 24.*\(got 5\)"):
         vit_jax.load_weights(tmp_path)
 
 

@@ -4,10 +4,11 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+import safetensors
 
 from vit_jax.errors import UserError
 
-_TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which torch files nest tensors
 
 
@@ -18,14 +19,11 @@ def read(path):
     arrays of floats.
     """
     path, metadata = pathlib.Path(path), {}
-    if path.suffix not in (".npz", ".safetensors", *_TORCH):
-        raise UserError(
-            f"{path} is not a weight file: its name must end in .npz, .safetensors, "
-            f"{', '.join(_TORCH[:-1])}, or {_TORCH[-1]}"
-        )
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{path} is not a weight file: it must end in {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    torch = import_torch(f"reading {path}") if path.suffix in _TORCH else None
+    torch = path.suffix not in (".npz", ".safetensors") and import_torch(f"reading {path}")
     try:
         if torch:
             arrays = torch.load(path, weights_only=True, map_location="cpu")
@@ -33,24 +31,19 @@ def read(path):
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
         else:
-            arrays, metadata = _read_safetensors(path)
+            with safetensors.safe_open(path, framework="np") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
     except Exception as e:  # the libraries raise many types, some without a common base class
-        reason = f"{type(e).__name__} {str(e).strip().partition(chr(10))[0][:150]}"
+        reason = str(e).strip().partition("\n")[0]
         raise UserError(
             f"{path} is corrupted, or contains more than arrays, and pickled code is never run: "
-            f"{reason}"
+            f"{type(e).__name__} {reason:.150}"
         ) from e
     for name in _WRAPPERS:
         if isinstance(arrays, Mapping) and isinstance(arrays.get(name), Mapping):
             arrays = arrays[name]
     return to_float32(arrays, path), metadata
-
-
-def _read_safetensors(path):
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def to_float32(tensors, where):

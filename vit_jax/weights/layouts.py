@@ -38,9 +38,7 @@ class Layout(NamedTuple):
     norm_eps: float
     gelu: str = "exact"
     resize: str = "bicubic"  # how it resizes position embeddings; see finetune.py
-    flax: bool = (
-        False  # leaves and axes as in flax, attention split by heads; otherwise as in torch
-    )
+    flax: bool = False  # leaves and axes as in flax, attention split by heads; else as in torch
     optional: tuple[str, ...] = ()  # parts of our paths; all tensors of a part or none are present
     num_heads: int | None = None
 
@@ -57,8 +55,8 @@ _TORCH_NAMES = {
 LAYOUTS = {
     # The notebook's VisionTransformer, as in commands/benchmark/notebook_torch.py.
     NOTEBOOK: Layout(
-        _TORCH_NAMES
-        | {
+        {
+            **_TORCH_NAMES,
             "attn/qkv": "attn.in_proj_*",
             "attn/out": "attn.out_proj.*",
             "mlp/fc1": "mlp.0.*",
@@ -95,8 +93,8 @@ LAYOUTS = {
     ),
     # github.com/huggingface/pytorch-image-models, timm/models/vision_transformer.py.
     TIMM: Layout(
-        _TORCH_NAMES
-        | {
+        {
+            **_TORCH_NAMES,
             "attn/qkv": "attn.qkv.*",
             "attn/out": "attn.proj.*",
             "layer_scale1": "ls1.gamma",
@@ -133,8 +131,8 @@ LAYOUTS = {
 }
 # The same model as transformers 5 names its tensors in memory.
 LAYOUTS[HUGGINGFACE_5] = LAYOUTS[HUGGINGFACE]._replace(
-    names=LAYOUTS[HUGGINGFACE].names
-    | {
+    names={
+        **LAYOUTS[HUGGINGFACE].names,
         "attn/qkv": "attention.{q_proj,k_proj,v_proj}.*",
         "attn/out": "attention.o_proj.*",
         "mlp/fc1": "mlp.fc1.*",
@@ -149,25 +147,16 @@ def _rows(layout, depth):
     blocks = [(f"block_{i}/", layout.block.format(i), _BLOCK) for i in range(depth)]
     rows = {}
     for ours, theirs, modules in (("", "", _EMBEDDING), *blocks, ("", "", _HEAD)):
-        for module in modules:
-            if module in layout.names:
-                rows |= _module_rows(layout, ours + module, theirs + layout.names[module])
+        for module in filter(layout.names.get, modules):
+            before, _, rest = (theirs + layout.names[module]).partition("{")
+            parts, _, after = rest.partition("}")
+            names = [before + part + after for part in parts.split(",")]
+            leaves = ("scale" if "norm" in module else "kernel", "bias")
+            for leaf in leaves if "*" in names[0] else [""]:
+                their_leaf = leaf if layout.flax or leaf == "bias" else "weight"
+                path = f"{ours}{module}/{leaf}".rstrip("/")
+                rows[path] = [name.replace("*", their_leaf) for name in names]
     return rows
-
-
-def _module_rows(layout, module, pattern):
-    """Returns the rows of one module's leaves, or the row of a single array."""
-    if "*" not in pattern:
-        return {module: [pattern]}
-    before, _, rest = pattern.partition("{")
-    parts, _, after = rest.partition("}")
-    names = [before + part + after for part in parts.split(",")]
-    leaf = "scale" if "norm" in module else "kernel"
-    leaves = {leaf: leaf if layout.flax else "weight", "bias": "bias"}
-    return {
-        f"{module}/{ours}": [n.replace("*", theirs) for n in names]
-        for ours, theirs in leaves.items()
-    }
 
 
 def _views(flat, rows, layout, num_heads):
@@ -208,14 +197,11 @@ def _table(kind, tensors):
 
 
 def to_params(tensors, kind, where):
-    """Converts the tensors of a layout to our parameters.
+    """Converts the tensors of a layout, {name: float array}, to our parameters.
 
-    Args:
-      tensors: flat dict of float arrays.
-      kind: the layout, a key of LAYOUTS.
-      where: the tensors' name in errors, such as their file.
-    Returns (params, fields): a nested dict of float32 arrays that share no memory with `tensors`,
-      and the fields of config.model, with num_heads 0 unless the tensors' axes contain it.
+    `where` names the tensors in errors, such as their file. Returns (params, fields): a nested dict
+    of float32 arrays that share no memory with `tensors`, and the fields of config.model, with
+    num_heads 0 unless the axes of the tensors contain it.
     Raises UserError if a tensor is missing, unused, or of the wrong shape.
     """
     problem, given = f"{where} does not contain a ViT with {kind} names", shapes(tensors)
@@ -225,7 +211,7 @@ def to_params(tensors, kind, where):
     fields, expected = _infer(kind, {path: given[names[0]][axes] for path, names in rows.items()})
     flat = {path: np.empty(expected[path], np.float32) for path in rows}
     views = _views(flat, rows, layout, fields["num_heads"] or 1)
-    _check(given, shapes(views), problem)
+    check(given, shapes(views), problem)
     for name, view in views.items():
         view[...] = tensors[name]
     return unflatten_dict(flat, sep="/"), fields
@@ -238,16 +224,11 @@ def from_params(params, kind, *, num_heads=None):
     if the layout has no tensor for a parameter, or the parameters lack one.
     """
     problem = f"the {kind} layout cannot represent this model"
-    if kind == NOTEBOOK:
-        problem += (
-            " (required: a class token, a learned position embedding of a square grid, a patch "
-            "stem on 3 channels, mlp_dim 4 x width, and neither qk_norm nor layer_scale)"
-        )
     layout, flat = LAYOUTS[kind], flatten_dict(params, sep="/")
     rows = _rows(layout, sum(name.startswith("block_") for name in params))
     paths = _match(layout, {path: [path] for path in rows}, flat, problem)
     _, expected = _infer(kind, shapes(flat))
-    _check(shapes(flat), {path: expected[path] for path in paths}, problem)
+    check(shapes(flat), {path: expected[path] for path in paths}, problem)
     flat = {path: np.asarray(array, np.float32) for path, array in flat.items()}
     views = _views(flat, {path: rows[path] for path in paths}, layout, num_heads)
     return {name: np.array(view, order="C") for name, view in views.items()}
@@ -256,13 +237,10 @@ def from_params(params, kind, *, num_heads=None):
 def _match(layout, rows, given, problem):
     """Returns the rows without absent optional parts, if their names are exactly the given ones."""
     for part in layout.optional:
-        present = any(
-            part in path and not given.keys().isdisjoint(names) for path, names in rows.items()
-        )
-        if not present:
+        if not any(part in path and names[0] in given for path, names in rows.items()):
             rows = {path: names for path, names in rows.items() if part not in path}
     expected = [name for names in rows.values() for name in names]
-    _check(dict.fromkeys(given), dict.fromkeys(expected), problem)
+    check(dict.fromkeys(given), dict.fromkeys(expected), problem)
     return rows
 
 
@@ -307,20 +285,17 @@ def shapes(flat):
 
 def mismatches(given, expected):
     """Describes how one {name: shape} differs from another; returns "" if they are equal."""
-    wrong = [
-        f"{name} has shape {given[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    unused = [name for name in given if name not in expected]
-    missing = [name for name in expected if name not in given]
-    problems = [listed(wrong)] if wrong else []
-    problems += [f"unused {listed(unused)}"] if unused else []
-    problems += [f"missing {listed(missing)}"] if missing else []
-    return "; ".join(problems)
+    wrong = [name for name in expected if name in given and given[name] != expected[name]]
+    problems = {
+        "": [f"{name} has shape {given[name]}, expected {expected[name]}" for name in wrong],
+        "unused ": [name for name in given if name not in expected],
+        "missing ": [name for name in expected if name not in given],
+    }
+    return "; ".join(problem + listed(names) for problem, names in problems.items() if names)
 
 
-def _check(given, expected, problem):
+def check(given, expected, problem):
+    """Raises UserError, with the problem and what differs, unless two {name: shape} are equal."""
     if difference := mismatches(given, expected):
         raise UserError(f"{problem}: {difference}")
 
@@ -354,10 +329,6 @@ def params_to_notebook(params):
     Raises UserError if the notebook's model cannot have these parameters, or without PyTorch.
     `from_params(params, "notebook")` returns numpy arrays and needs no PyTorch.
     """
-    if not isinstance(params, Mapping):
-        raise UserError(
-            f"params_to_notebook takes a nested dict of arrays, got {type(params).__name__}"
-        )
     arrays = from_params(params, NOTEBOOK)
     torch = files.import_torch("a state_dict of tensors")
     return {name: torch.tensor(array) for name, array in arrays.items()}

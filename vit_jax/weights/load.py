@@ -1,18 +1,15 @@
-"""Pretrained weights from third-party files and folders or from vit_jax runs.
-
-weights = vit_jax.load_weights("B_16.npz")
-logits = weights.make_model().apply({"params": weights.params}, images)
-"""
+"""Pretrained weights from third-party files and folders or from vit_jax runs."""
 
 import json
 import math
+import operator
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import config, model, workdir
 from vit_jax.errors import UserError, expand_home
-from vit_jax.weights import files, huggingface, layouts
+from vit_jax.weights import files, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
 # The fields of config.model that define a model: all but those for training.
@@ -20,6 +17,8 @@ _TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat", "dtype")
 FIELDS = tuple(name for name in config.defaults().model if name not in _TRAINING)
 # Width -> heads of the published models: Ti, S, B, L, and H.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+# Hugging Face's hidden_act -> config.model.gelu.
+_GELU = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 class Weights(NamedTuple):
@@ -45,13 +44,15 @@ class Weights(NamedTuple):
 def load_weights(path, *, num_heads=None):
     """Loads weights from a file or folder; every key and shape must be accounted for.
 
+        weights = vit_jax.load_weights("B_16.npz")
+        logits = weights.make_model().apply({"params": weights.params}, images)
+
     Args:
       path: Google's .npz; a .safetensors, .pt, .pth, or .bin with the names of Hugging Face, timm,
         or the notebook; a Hugging Face folder; a .safetensors of ours; a workdir, or one of its
         checkpoints. "~" is expanded.
-      num_heads: the model's, for sources that do not record it (timm, the notebook, a Hugging
-        Face file without its config.json). Defaults to the published models' number for the width,
-        and to 8 for the notebook.
+      num_heads: the model's, for sources that do not record it: timm, the notebook, a Hugging Face
+        file without its config.json. Defaults to the published models' number for the width.
     Returns Weights.
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """
@@ -59,21 +60,18 @@ def load_weights(path, *, num_heads=None):
     if (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
     if path.is_dir():
-        path = _file_in(path)
+        names = ("model.safetensors", "pytorch_model.bin")
+        existing = [path / name for name in names if (path / name).is_file()]
+        if not existing:
+            raise UserError(
+                f"{path} contains no weights: give a workdir, a checkpoint in it, or a folder with "
+                f"{' or '.join(names)}"
+            )
+        path = existing[0]
     arrays, metadata = files.read(path)
     if OURS in metadata:
         return _load_our_file(path, arrays, metadata[OURS])
     return _load_layout(path, arrays, num_heads)
-
-
-def _file_in(folder):
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"{folder} contains no weights: give a workdir, a checkpoint in it, or a folder with "
-        "model.safetensors or pytorch_model.bin"
-    )
 
 
 def _load_layout(path, arrays, num_heads):
@@ -85,17 +83,14 @@ def _load_layout(path, arrays, num_heads):
             f"or vit_jax: its names are {layouts.listed(list(arrays))}"
         )
     params, fields = layouts.to_params(arrays, kind, path)
-    recorded = {}
-    if kind in (layouts.HUGGINGFACE, layouts.HUGGINGFACE_5):
-        recorded = huggingface.read_configs(path)
+    recorded = _read_configs(path) if kind.startswith(layouts.HUGGINGFACE) else {}
     layout, width = layouts.LAYOUTS[kind], fields["width"]
     heads = fields["num_heads"] or recorded.get("num_heads")
-    heads = heads or num_heads or layout.num_heads or _HEADS.get(width)
-    if not heads or width % heads:
-        problem = f"cannot have {heads} heads" if heads else "does not record its number of heads"
+    heads = heads or num_heads or layout.num_heads or _HEADS.get(width) or 0
+    if heads < 1 or width % heads:
         raise UserError(
-            f"{path} of width {width} {problem}: pass num_heads (with config.init_from: set "
-            "config.model.num_heads), or correct its config.json"
+            f"{path} has width {width}, and does not record a number of heads that divides it (got "
+            f"{heads}): pass num_heads; config.init_from passes config.model.num_heads"
         )
     fields["num_heads"] = heads
     fields["norm_eps"] = recorded.get("norm_eps", layout.norm_eps)
@@ -107,7 +102,7 @@ def _load_layout(path, arrays, num_heads):
         params=params,
         model={name: fields[name] for name in FIELDS},
         num_classes=num_classes,
-        grid=_grid(path, patches, fields["patch_size"], recorded.get("image_size")),
+        grid=_grid(patches, fields["patch_size"], recorded.get("image_size")),
         kind=kind,
         path=str(path),
         class_names=names if names and len(names) == num_classes else None,
@@ -115,19 +110,59 @@ def _load_layout(path, arrays, num_heads):
     )
 
 
-def _grid(path, patches, patch_size, image_size):
-    """Returns (rows, columns) from a recorded (height, width), else the square's; None: unknown."""
-    if image_size is None:
-        side = math.isqrt(patches)
-        return (side, side) if side * side == patches else None
-    H, W = image_size
-    grid = (H // patch_size, W // patch_size)
-    if math.prod(grid) != patches:
-        raise UserError(
-            f"{path}: pos_embed has {patches} patches, but its config.json specifies a grid of "
-            f"{grid}"
-        )
-    return grid
+def _read_configs(path):
+    """Returns what the JSON files next to a Hugging Face weight file record; {} without them."""
+    fields, get = {}, _reader(path.with_name("config.json"))
+    if get("model_type", None, {None: False, "vit": True}.__getitem__):
+        fields = {
+            "num_heads": get("num_attention_heads", 12, operator.index),
+            "norm_eps": get("layer_norm_eps", 1e-12, float),
+            "gelu": get("hidden_act", "gelu", _GELU.__getitem__),
+            "image_size": get("image_size", 224, _sides),
+            "class_names": get("id2label", {}, _names),
+        }
+    get = _reader(path.with_name("preprocessor_config.json"))
+    pixels = {name: get(f"image_{name}", [], _numbers) for name in ("mean", "std")}
+    if all(pixels.values()):
+        fields["preprocessing"] = {"divide_by": 255, **pixels}
+    return fields
+
+
+def _reader(path):
+    """Returns get(name, default, convert), which reads a value of a JSON file if it exists."""
+    try:
+        saved = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+
+    def get(name, default, convert):
+        value = saved.get(name, default)
+        try:
+            return convert(value)
+        except (TypeError, ValueError, LookupError, OverflowError) as e:
+            raise UserError(f"{path}: {name} {value!r:.60} is not supported") from e
+
+    return get
+
+
+def _sides(size):
+    height, width = size if isinstance(size, list) else (size, size)
+    return operator.index(height), operator.index(width)
+
+
+def _names(labels):
+    return [str(labels[number]) for number in sorted(labels or {}, key=int)]
+
+
+def _numbers(values):
+    return [float(value) for value in values or []]
+
+
+def _grid(patches, patch_size, image_size):
+    """Returns (rows, columns) of a recorded (height, width), else of a square; None: unknown."""
+    side = math.isqrt(patches)
+    grid = tuple(n // patch_size for n in image_size) if image_size else (side, side)
+    return grid if math.prod(grid) == patches else None
 
 
 def _load_run(path):
@@ -156,11 +191,10 @@ def _load_our_file(path, arrays, metadata):
 
 def _our_weights(flat, fields, saved, path):
     vit = model.make_model(fields, num_classes=len(saved["class_names"]))
-    problems = layouts.mismatches(
-        layouts.shapes(flat), layouts.model_shapes(vit, saved["image_shape"])
+    expected = layouts.model_shapes(vit, saved["image_shape"])
+    layouts.check(
+        layouts.shapes(flat), expected, f"{path} is corrupted: it does not match its config"
     )
-    if problems:
-        raise UserError(f"{path} is corrupted: it does not match its config: {problems}")
     return Weights(
         params=unflatten_dict(flat, sep="/"),
         model={name: getattr(vit, name) for name in FIELDS},

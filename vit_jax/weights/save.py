@@ -4,17 +4,17 @@ import io
 import json
 import os
 import pathlib
-import shutil
-import uuid
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from vit_jax import augment, model, workdir
 from vit_jax.errors import UserError
-from vit_jax.weights import files, huggingface, layouts
+from vit_jax.weights import files, layouts
 from vit_jax.weights.load import FIELDS, OURS
 
 FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
@@ -31,23 +31,30 @@ def save_weights(trained, path, form):
     if path.exists():
         raise UserError(f"{path} exists: give another name, or delete it")
     if form == "jax":
-        content = serialize(trained)
+        content = _serialize(trained)
     elif form == "safetensors":
-        content = _safetensors(flatten_dict(trained.params, sep="/"), {OURS: _describe(trained)})
+        described = {  # load_weights rebuilds the model from it
+            "model": {name: getattr(trained.model, name) for name in FIELDS},
+            "class_names": trained.class_names,
+            "preprocessing": trained.preprocessing,
+            "image_shape": trained.image_shape,
+        }
+        metadata = {OURS: json.dumps(described)}
+        content = _encode(flatten_dict(trained.params, sep="/"), ".safetensors", metadata)
     elif form == "huggingface":
-        content = {"model.safetensors": _safetensors(_tensors(trained, form), {"format": "pt"})}
-        for name, fields in huggingface.make_configs(trained).items():
+        content = {"model.safetensors": _encode(_tensors(trained, form), ".safetensors")}
+        for name, fields in _huggingface_configs(trained).items():
             content[name] = (json.dumps(fields, indent=2) + "\n").encode()
     else:
-        content = _encode(_tensors(trained, form), path)
+        content = _encode(_tensors(trained, form), path.suffix)
     _write_atomically(path, content)
 
 
-def serialize(trained):
-    """Serializes a jax.export function, uint8[b, H, W, C] -> float32[b, classes] probabilities.
+def _serialize(trained):
+    """Returns the bytes of a jax.export function, uint8[b, H, W, C] -> float32[b, classes].
 
-    It takes any b, on CPU, CUDA, and TPU, and contains the weights and the preprocessing:
-    `jax.export.deserialize(bytearray(data)).call(images)` needs only jax and flatbuffers.
+    It returns probabilities for any b, on CPU, CUDA, and TPU, and contains the weights and the
+    preprocessing. Calling it needs only jax and flatbuffers.
     """
     vit, params, config = trained
     params = jax.tree.map(jnp.asarray, params)
@@ -60,22 +67,7 @@ def serialize(trained):
     exported = jax.export.export(jax.jit(predict), platforms=["cpu", "cuda", "tpu"])(
         jax.ShapeDtypeStruct(shape, jnp.uint8)
     )
-    try:
-        return bytes(exported.serialize())
-    except ImportError as e:
-        raise UserError(f"serializing needs flatbuffers: pip install flatbuffers ({e})") from e
-
-
-def _describe(trained):
-    """Returns the metadata from which `load_weights` rebuilds the model."""
-    return json.dumps(
-        {
-            "model": {name: getattr(trained.model, name) for name in FIELDS},
-            "class_names": trained.class_names,
-            "preprocessing": trained.preprocessing,
-            "image_shape": trained.image_shape,
-        }
-    )
+    return bytes(exported.serialize())
 
 
 def _tensors(trained, kind):
@@ -97,31 +89,64 @@ def _tensors(trained, kind):
     return layouts.from_params(params, kind, num_heads=vit.num_heads)
 
 
-def _safetensors(arrays, metadata):
-    from safetensors.numpy import save
+def _huggingface_configs(trained):
+    """Returns {file name: content} of the JSON files for a TrainedModel."""
+    vit, names = trained.model, dict(enumerate(trained.class_names))
+    H, W, C = model.resolution(vit, trained.image_shape)
+    config = {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": vit.width,
+        "num_hidden_layers": vit.depth,
+        "num_attention_heads": vit.num_heads,
+        "intermediate_size": vit.mlp_dim,
+        "hidden_act": {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}[vit.gelu],
+        "layer_norm_eps": vit.norm_eps,
+        "hidden_dropout_prob": vit.dropout,
+        "attention_probs_dropout_prob": vit.dropout,
+        "image_size": H if H == W else [H, W],
+        "patch_size": vit.patch_size,
+        "num_channels": C,
+        "qkv_bias": True,
+        "id2label": names,
+        "label2id": {name: i for i, name in names.items()},
+        "dtype": "float32",
+    }
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": H, "width": W},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / trained.preprocessing["divide_by"],
+        "do_normalize": True,
+        "image_mean": trained.preprocessing["mean"],
+        "image_std": trained.preprocessing["std"],
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
 
-    return save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
 
-
-def _encode(tensors, path):
-    """Returns the bytes of a file with the path's suffix."""
-    if path.suffix == ".safetensors":
-        return _safetensors(tensors, {"format": "pt"})
+def _encode(tensors, suffix, metadata=None):
+    """Returns the bytes of a file with this suffix."""
+    if suffix == ".safetensors":
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        return safetensors.numpy.save(tensors, metadata or {"format": "pt"})
     file = io.BytesIO()
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         np.savez(file, **tensors)
     else:
-        torch = files.import_torch(f"writing {path}")
+        torch = files.import_torch("a torch file")
         torch.save({name: torch.tensor(array) for name, array in tensors.items()}, file)
     return file.getvalue()
 
 
 def _write_atomically(path, content):
     """Writes bytes, or a folder of {name: bytes}, next to the final name, then renames."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with workdir.write_errors(path):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with workdir.write_errors(path):
+        parent = path.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as folder:
+            temporary = pathlib.Path(folder) / path.name
             if isinstance(content, bytes):
                 temporary.write_bytes(content)
             else:
@@ -129,6 +154,3 @@ def _write_atomically(path, content):
                 for name, data in content.items():
                     (temporary / name).write_bytes(data)
             os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
