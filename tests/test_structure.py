@@ -29,7 +29,6 @@ COVERED_BY = {
     "data/source": "data/test_open",
     "inference/classify": "commands/test_predict",
     "main": "commands/test_cli",
-    "weights/huggingface": "weights/test_load",
 }
 
 
