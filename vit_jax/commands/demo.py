@@ -44,9 +44,7 @@ def main(argv=None):
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     args = parser.parse_args(argv)
     backend.enable_compilation_cache()

@@ -50,7 +50,7 @@ def _num_bytes(shapes):
     """Returns the bytes of shapes, such as 'f32[16,64]{1,0}' or '(f32[], pred[2])'."""
     return sum(
         int(bits or 8) // 8 * math.prod(int(n) for n in sizes.split(",") if n)
-        for bits, sizes in re.findall(r"[a-z](\d*)\w*\[([\d,]*)\]", shapes)
+        for bits, sizes in re.findall(r"[a-z]+(\d*)\w*\[([\d,]*)\]", shapes)
     )
 
 
@@ -67,28 +67,24 @@ def step_memory(compiled):
     return memory.argument_size_in_bytes, results + memory.temp_size_in_bytes
 
 
-def describe_program(experiment):
-    """Returns the lines that describe the compiled step: compute, memory, and communication."""
+def print_lines(config, workdir):
+    """Prints the description of a config's experiment and of its compiled step."""
+    experiment = make_experiment(config)
     compiled = compile_step(experiment)
-    images = experiment.config.batch_size * experiment.config.num_seeds
-    flops, steps = experiment.flops_per_image * images, experiment.plan.total_steps
+    flops = experiment.flops_per_image * config.batch_size * config.num_seeds
     stored, temporary = step_memory(compiled)
     sent = [
         f"{kind} {total / 1e6:,.3f} MB in {messages:,} messages"
         for kind, (messages, total) in sorted(transfers(compiled.as_text()).items())
     ]
-    return [
-        f"compute: {flops / 1e9:,.2f} GFLOP per step, {flops * steps / 1e15:,.3f} PFLOP in total; "
+    lines = [
+        *describe(experiment, workdir),
+        f"compute: {flops / 1e9:,.2f} GFLOP per step, "
+        f"{flops * experiment.plan.total_steps / 1e15:,.3f} PFLOP in total; "
         f"by the compiler {compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP per step and device",
         f"memory of a step, by the compiler: {(stored + temporary) / 1e6:,.1f} MB per device "
         f"({stored / 1e6:,.1f} MB of state and data, {temporary / 1e6:,.1f} MB temporary)",
         f"communication of a step: {'; '.join(sent) or 'none'}",
     ]
-
-
-def print_lines(config, workdir):
-    """Prints the description of a config's experiment and of its compiled step."""
-    experiment = make_experiment(config)
-    lines = [*describe(experiment, workdir), *describe_program(experiment)]
     if jax.process_index() == 0:
         print(*lines, sep="\n")

@@ -28,7 +28,25 @@ BATCH_SIZE = 64
 
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
-    args = _parse(argv)
+    parser = argparse.ArgumentParser(
+        prog="vit-jax predict",
+        description="Print the most probable classes of image files. A centered crop of each image "
+        "goes through the model.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
+    parser.add_argument("--top", type=int, default=3, help="classes to print per image")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument(
+        "--attention",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="directory for attention images: the rollout, and every head of every layer",
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="-: paths on stdin, one per line"
+    )
+    args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: use at least 1")
     backend.enable_compilation_cache()
@@ -46,31 +64,6 @@ def main(argv=None):
             print(json.dumps(answer) if args.json else _as_line(answer), flush=True)
     if num_failed:
         raise UserError(f"{num_failed} of {count} files could not be read")
-
-
-def _parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="vit-jax predict",
-        description="Print the most probable classes of image files. A centered crop of each image "
-        "goes through the model.",
-    )
-    parser.add_argument("--workdir", required=True, help="the run's directory")
-    parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
-    parser.add_argument("--top", type=int, default=3, help="classes to print per image")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument(
-        "--attention",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="directory for attention images: the rollout, and every head of every layer",
-    )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE_OR_FOLDER",
-        help="- reads paths from stdin, one per line",
-    )
-    return parser.parse_args(argv)
 
 
 def image_paths(arguments, stdin):

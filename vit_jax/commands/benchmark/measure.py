@@ -9,7 +9,6 @@ import importlib.util
 import itertools
 import json
 import os
-import pathlib
 import resource
 import shlex
 import statistics
@@ -30,7 +29,22 @@ from vit_jax.workdir import environment
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     argv = sys.argv[1:] if argv is None else argv
-    args, overrides = _parse(argv)
+    parser = argparse.ArgumentParser(
+        prog="vit-jax benchmark",
+        description="Measure training with a recipe: throughput, MFU, memory, and compilation "
+        "time, optionally compared with PyTorch.",
+        epilog="--config.FIELD=VALUE changes a field of the recipe, as in vit-jax train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="name or path")
+    parser.add_argument("--against", choices=("torch",), help="alternate with PyTorch")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of 2 s (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print the result on one line")
+    args, overrides = parser.parse_known_args(argv)
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: use at least 1")
+    if args.against and importlib.util.find_spec("torch") is None:
+        raise UserError("--against torch needs PyTorch, which is not installed: pip install torch")
     if args.against:  # a GPU's memory is shared with the PyTorch processes
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_enable_compilation_cache", False)  # to measure the compilation
@@ -44,31 +58,6 @@ def main(argv=None):
     if sides:
         result["environment"]["versions"]["torch"] = importlib.metadata.version("torch")
     print(json.dumps(result, indent=None if args.json else 2))
-
-
-def _parse(argv):
-    """Returns (arguments, the arguments that override config fields)."""
-    parser = argparse.ArgumentParser(
-        prog="vit-jax benchmark",
-        description="Measure training with a recipe: throughput, MFU, memory, and compilation "
-        "time, optionally compared with PyTorch.",
-        epilog="--config.FIELD=VALUE changes a field of the recipe, as in vit-jax train.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", type=pathlib.Path, required=True, metavar="RECIPE", help="name or path"
-    )
-    parser.add_argument(
-        "--against", choices=("torch",), help="alternate with the same training in PyTorch"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of 2 s (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print the result on one line")
-    args, overrides = parser.parse_known_args(argv)
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: use at least 1")
-    if args.against and importlib.util.find_spec("torch") is None:
-        raise UserError("--against torch needs PyTorch, which is not installed: pip install torch")
-    return args, overrides
 
 
 class JaxSide:

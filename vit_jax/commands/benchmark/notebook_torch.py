@@ -83,18 +83,12 @@ def train_step(model, optimizer, images, labels):
     return loss.item()
 
 
-def transform_one(image):
-    """The same transforms of one PIL image, as torchvision computes them."""
-    pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
-    tensor = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-    return tensor.sub_(0.5).div_(0.5)
-
-
 def transformed_batches(images, labels, batch_size, device):
     """Yields shuffled batches of uint8[N, H, W, 3] images as the notebook's DataLoader does."""
 
     def collate(rows):
-        batch = torch.stack([transform_one(Image.fromarray(images[i])) for i in rows])
+        pixels = [transform(np.array(Image.fromarray(images[i]))[None]) for i in rows]
+        batch = torch.cat([image.contiguous() for image in pixels])
         return batch.to(device), torch.tensor([int(labels[i]) for i in rows]).to(device)
 
     options = {"batch_size": batch_size, "shuffle": True, "collate_fn": collate}
