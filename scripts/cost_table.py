@@ -46,9 +46,6 @@ def main():
     parser.add_argument("--config", required=True, metavar="RECIPE", help="name or path")
     parser.add_argument("--only", nargs="+", choices=AXES, default=AXES, help="axes to measure")
     parser.add_argument("--rounds", default="3", help="timed rounds per row (default: 3)")
-    parser.add_argument(
-        "--round_seconds", default="1", help="approximate length of a round (default: 1)"
-    )
     args, rest = parser.parse_known_args()
     columns = ("axis", "value", "GFLOP/image", "ms per step", "images/s", "TFLOP/s")
     print(f"| {' | '.join(columns)} | memory, compiler | memory, measured |")
@@ -57,17 +54,16 @@ def main():
         values, flags = AXES[axis]
         for value in values:
             fields = [f"--config.{flag.format(value, four=4 * value)}" for flag in flags]
-            times = ["--rounds", args.rounds, "--round_seconds", args.round_seconds]
-            r, error = measure(["--config", args.config, *times, *rest, *fields])
+            recipe = ["--config", args.config, "--rounds", args.rounds]
+            r, error = measure([*recipe, *rest, *fields])
             if error:
                 print(f"| {axis} | {value} | failed: {error} | | | | | |", flush=True)
                 continue
-            memory = r["memory_device_peak_bytes"] or r["memory_process_peak_bytes"]
             print(
                 f"| {axis} | {value} | {r['gflop_per_image']:.3f} | "
                 f"{1e3 * r['seconds_per_step']['median']:,.1f} | {r['images_per_second']:,.0f} | "
                 f"{r['tflops_per_second']:.3g} | {r['memory_estimated_bytes'] / 1e6:,.0f} MB | "
-                f"{memory / 1e6:,.0f} MB |",
+                f"{r['memory_peak_bytes'] / 1e6:,.0f} MB |",
                 flush=True,
             )
 

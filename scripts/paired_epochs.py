@@ -19,6 +19,7 @@ import torch
 
 from vit_jax import config as config_lib
 from vit_jax.commands.benchmark import notebook_torch
+from vit_jax.commands.benchmark.torch_side import notebook_arguments
 from vit_jax.errors import UserError, run_command
 from vit_jax.experiment import make_experiment
 from vit_jax.weights import params_to_notebook
@@ -27,15 +28,7 @@ from vit_jax.weights import params_to_notebook
 def train_both(experiment):
     """Yields {"jax": [loss per step], "torch": [loss per step]} for each epoch."""
     state = experiment.init()
-    model = experiment.model
-    torch_model = notebook_torch.VisionTransformer(
-        img_size=experiment.train.image_shape[0],
-        patch_size=model.patch_size,
-        num_classes=model.num_classes,
-        embed_dim=model.width,
-        depth=model.depth,
-        num_heads=model.num_heads,
-    )
+    torch_model = notebook_torch.VisionTransformer(**notebook_arguments(experiment))
     torch_model.load_state_dict(params_to_notebook(jax.device_get(state.params)), strict=True)
     optimizer = notebook_torch.make_optimizer(torch_model)
     losses = {"jax": [], "torch": []}

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax import config as config_lib
 from vit_jax.workdir import saved_steps
-from vit_jax.workdir.checksums import find_corruption
+from vit_jax.workdir.files import find_corruption
 
 ROOT = pathlib.Path(__file__).parents[1]
 

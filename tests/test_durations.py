@@ -60,7 +60,7 @@ def make_plan():
         c.batch_size = 16
         for name, value in fields.items():
             config.set_field(c, name, value)
-        return durations.Plan.make(c, 90)
+        return durations.Plan(c, 90)
 
     return make
 

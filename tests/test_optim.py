@@ -114,21 +114,6 @@ def test_muon_orthogonalizes_only_hidden_matrices():
     )  # Adam's first update
 
 
-def test_backbone_lr_factor_scales_all_updates_except_the_head():
-    grads = jax.tree.map(jnp.ones_like, PARAMS)
-    for name in ("sgd", "adamw"):
-        full, quarter = (
-            make_optimizer(optim_config(name=name, backbone_lr_factor=f), lambda _: 0.1)
-            for f in (1.0, 0.25)
-        )
-        full, _ = jax.jit(full.update)(grads, full.init(PARAMS), PARAMS)
-        quarter, _ = jax.jit(quarter.update)(grads, quarter.init(PARAMS), PARAMS)
-        expected = {
-            k: v if k == "head" else jax.tree.map(lambda u: u / 4, v) for k, v in full.items()
-        }
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), quarter, expected)
-
-
 def test_frozen_parameters_are_not_updated_and_have_no_state_or_share_of_the_clipped_norm():
     o = optim_config(name="adamw", freeze="pos_embed, block_?/norm*", grad_clip_norm=1.0)
     tx = make_optimizer(o, lambda _: 0.1)

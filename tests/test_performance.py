@@ -76,6 +76,8 @@ def test_remat_recomputes_only_the_forward_products(make, program):
 
 def test_nothing_is_transferred_to_the_host_or_another_device(program):
     assert transfers(program.text) == {}
+    to_host = r" (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*(MoveTo|callback)"
+    assert not re.search(to_host, program.text)
 
 
 def test_all_floats_are_float32(program):

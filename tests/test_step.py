@@ -12,7 +12,6 @@ from vit_jax import augment, config
 from vit_jax.model import VisionTransformer
 from vit_jax.optim import make_optimizer
 from vit_jax.step import (
-    accumulate,
     gather,
     init_state,
     loss_and_grads,
@@ -159,7 +158,7 @@ def test_microbatches_are_strided_and_have_separate_dropout():
     images = augment.normalize(DATA["image"][:8], **PIXELS)
     inputs = images, jax.nn.one_hot(DATA["label"][:8], 4), np.arange(8) < 7
     key = jax.random.key(1)
-    loss, grads, logits = jax.jit(functools.partial(accumulate, MODEL, num_microbatches=2))(
+    loss, grads, logits = jax.jit(functools.partial(loss_and_grads, MODEL, num_microbatches=2))(
         state.params, inputs, 7, key
     )
     one = jax.jit(functools.partial(loss_and_grads, MODEL))

@@ -20,7 +20,6 @@ COVERED_BY = {
     "commands/benchmark/measure": "commands/test_benchmark",
     "commands/benchmark/notebook_torch": "parity/test_benchmark_torch",
     "commands/benchmark/torch_side": "parity/test_benchmark_torch",
-    "commands/demo/server": "commands/test_demo",
     "commands/report/build": "commands/test_report",
     "commands/report/figures": "commands/test_report",
     "commands/report/page": "commands/test_report",
@@ -28,8 +27,6 @@ COVERED_BY = {
     "commands/report/sections": "commands/test_report",
     "data/source": "data/test_open",
     "main": "commands/test_cli",
-    "weights/huggingface": "weights/test_load",
-    "workdir/files": "faults/test_disk",
 }
 
 

@@ -1,13 +1,10 @@
-"""Vision Transformers in JAX. `vit_jax.load(workdir)` loads a trained model.
-
-`vit_jax.load_weights(path)` reads weights from other libraries.
-"""
+"""Vision Transformers in JAX: load(workdir) a trained model, load_weights(path) from anywhere."""
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name):
-    if name == "load":  # imported on first use, to keep vit_jax light
+def __getattr__(name):  # imported on first use, to keep vit_jax light
+    if name == "load":
         from vit_jax.inference.trained import load
 
         return load

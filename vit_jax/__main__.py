@@ -13,8 +13,8 @@ COMMANDS = {
     "demo": ("vit_jax.commands.demo", "serve a local page to try a model"),
     "export": ("vit_jax.commands.export", "write a run's weights for other libraries"),
     "sweep": ("vit_jax.commands.sweep", "train a grid of runs and tabulate them"),
-    "describe": ("vit_jax.commands.describe", "describe a run without training"),
-    "benchmark": ("vit_jax.commands.benchmark", "measure training throughput and memory"),
+    "describe": ("vit_jax.main", "describe a run without training", "--dry_run"),
+    "benchmark": ("vit_jax.commands.benchmark.measure", "measure training throughput and memory"),
 }
 
 
@@ -26,13 +26,14 @@ def main():
 def _main(arguments):
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: vit-jax COMMAND ...\n\ncommands (vit-jax COMMAND --help explains each):")
-        for name, (_, help_text) in COMMANDS.items():
+        for name, (_, help_text, *_) in COMMANDS.items():
             print(f"  {name:10} {help_text}")
         return
     name, *rest = arguments
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}: use one of {', '.join(COMMANDS)}")
-    importlib.import_module(COMMANDS[name][0]).main(rest)
+    module, _, *first = COMMANDS[name]
+    importlib.import_module(module).main([*first, *rest])
 
 
 if __name__ == "__main__":

@@ -35,126 +35,86 @@ MODEL_SIZES = {
     "B": (768, 12, 12, 3072),
     "L": (1024, 24, 16, 4096),
 }
-_SHAPE_FIELDS = ("width", "depth", "num_heads", "mlp_dim")
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "numbers in brackets, as (0.5, 0.5)",
+}
+_BOUNDS = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config.
+    """One field of a config; its type is the default's.
 
-    `kind` completes "config.NAME takes ..." for a value that `convert` rejects, and `allowed`
-    completes "config.NAME must be ..." for one that `is_allowed` rejects.
+    `allowed` completes "config.NAME must be ..." for a value that `is_allowed` rejects, and `kind`
+    completes "config.NAME takes ..." for one of another type.
     """
 
     default: Any
     doc: str
-    kind: str
-    convert: Callable[[Any], Any]  # from a recipe's value or a command-line string
     allowed: str = ""
     is_allowed: Callable[[Any], bool] = lambda value: True
     choices: tuple[str, ...] = ()
+    kind: str = ""
+
+    def convert(self, value: Any) -> Any:
+        """Converts a recipe's value or a command-line string to the field's type."""
+        kind = type(self.default)
+        if kind is str:
+            if not isinstance(value, str):
+                raise TypeError
+            return durations.canonical(value) if self.kind == durations.KIND else value
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if kind is tuple:
+            value = ast.literal_eval(value) if isinstance(value, str) else value
+            values = value if isinstance(value, (tuple, list)) else (value,)
+            if not values or not all(isinstance(v, (int, float)) for v in values):
+                raise ValueError
+            return tuple(map(float, values))
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            raise TypeError
+        return kind(value)
+
+
+def duration(default: str, doc: str) -> Field:
+    """A string in the format of `durations`; empty means never."""
+    return Field(default, doc, kind=durations.KIND)
 
 
 def choice(default: str, *others: str, doc: str) -> Field:
     """A string from a fixed set."""
     choices = (default, *others)
-    allowed = f"one of {', '.join(choices)}"
-    return Field(default, doc, "a text", _text, allowed, choices.__contains__, choices)
+    return Field(default, doc, f"one of {', '.join(choices)}", choices.__contains__, choices)
 
 
-def number(
-    default: int | float,
-    doc: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Field:
-    """An int or a float, like `default`, within bounds. NaN is always out of bounds."""
-    bounds = [
-        ("at least", at_least, operator.ge),
-        ("above", above, operator.gt),
-        ("at most", at_most, operator.le),
-        ("below", below, operator.lt),
-    ]
-    bounds = [bound for bound in bounds if bound[1] is not None]
-    allowed = " and ".join(f"{words} {limit}" for words, limit, _ in bounds)
-    kind, convert = ("a number", _float) if isinstance(default, float) else ("a whole number", _int)
+def number(default: int | float, doc: str, **bounds: float) -> Field:
+    """A finite int or float, like `default`, within bounds: at_least, above, at_most, below."""
+    limits = {name.replace("_", " "): limit for name, limit in bounds.items()}
 
     def is_allowed(value):
-        return math.isfinite(value) and all(compare(value, limit) for _, limit, compare in bounds)
+        within = all(_BOUNDS[words](value, limit) for words, limit in limits.items())
+        return within and math.isfinite(value)
 
-    return Field(default, doc, kind, convert, allowed, is_allowed)
-
-
-def numbers(
-    default: tuple[float, ...], doc: str, allowed: str, is_allowed: Callable[[Any], bool]
-) -> Field:
-    """A tuple of floats."""
-    return Field(default, doc, "numbers in brackets, as (0.5, 0.5)", _floats, allowed, is_allowed)
+    allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
+    return Field(default, doc, allowed, is_allowed)
 
 
-def interval(
-    default: tuple[float, float], doc: str, *, at_least: float = 0, at_most: float = math.inf
-) -> Field:
-    """A pair of floats in ascending order, both within bounds."""
-    bounds = f"between {at_least} and {at_most}" if at_most < math.inf else f"at least {at_least}"
+def interval(default: tuple[float, float], doc: str) -> Field:
+    """A pair of floats between 0 and 1, in ascending order."""
 
     def is_allowed(pair):
-        return len(pair) == 2 and at_least <= pair[0] <= pair[1] <= at_most
+        return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
 
-    return numbers(default, doc, f"(smallest, largest), both {bounds}", is_allowed)
-
-
-def flag(default: bool, doc: str) -> Field:
-    """True or false."""
-    return Field(default, doc, "true or false", _flag)
-
-
-def text(default: str, doc: str) -> Field:
-    """Any string."""
-    return Field(default, doc, "a text", _text)
-
-
-def duration(default: str, doc: str) -> Field:
-    """A string in the format of `durations`; empty means never."""
-    kind = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
-    return Field(default, doc, kind, lambda value: durations.canonical(_text(value)))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _flag(value: Any) -> bool:
-    return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-
-
-def _int(value: Any) -> int:
-    if isinstance(value, (bool, float)):
-        raise TypeError
-    return int(value)
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)
-
-
-def _floats(value: Any) -> tuple[float, ...]:
-    value = ast.literal_eval(value) if isinstance(value, str) else value
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not values or not all(isinstance(v, (int, float)) for v in values):
-        raise ValueError
-    return tuple(float(v) for v in values)
-
-
-def _any(values: Sequence[float]) -> bool:
-    return True
+    return Field(default, doc, "(smallest, largest), both between 0 and 1", is_allowed)
 
 
 def _all_positive(values: Sequence[float]) -> bool:
@@ -163,44 +123,31 @@ def _all_positive(values: Sequence[float]) -> bool:
 
 FIELDS: dict[str, Field] = {
     "seed": number(0, "seed of all randomness and of the data order", at_least=0, below=2**31),
-    "num_seeds": number(
-        1, "seeds trained in one compiled program: seed, seed + 1, ...", at_least=1
-    ),
+    "num_seeds": number(1, "seeds trained in one program: seed, seed + 1, ...", at_least=1),
     "batch_size": number(64, "global batch size, over all devices and hosts", at_least=1),
     "accumulate_steps": number(1, "microbatches per batch, to save memory", at_least=1),
     "eval_batch_size": number(500, "global batch size of evaluation", at_least=1),
     "epochs": number(20.0, "length of the run in epochs", above=0),
     "steps": number(0, "length of the run in steps; overrides epochs (0: use epochs)", at_least=0),
-    "init_from": text(
-        "", "initial weights, in any format vit_jax.load_weights reads (empty: random)"
-    ),
-    "tensorboard": flag(True, "write TensorBoard events"),
-    "wandb": text("", "Weights & Biases project to log to (empty: none)"),
+    "init_from": Field("", "initial weights, as vit_jax.load_weights takes (empty: random)"),
+    "tensorboard": Field(True, "write TensorBoard events"),
+    "wandb": Field("", "Weights & Biases project to log to (empty: none)"),
     "log_every": duration("50 steps", "training metrics"),
     "eval_every": duration("1 epoch", "evaluation on data.val_split"),
     "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
     "keep_every": duration("", "checkpoints that are kept permanently"),
-    "histograms_every": duration("", "histograms of the weights in TensorBoard"),
-    "on_bad_loss": choice(
-        *("stop", "skip"), doc="on a non-finite loss or gradient; skip: no update"
-    ),
+    "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
     # The data.
-    "data.name": text(
-        "cifar10", "TFDS dataset, shapes10, or folder:PATH with one folder per class"
-    ),
-    "data.dir": text("", "TFDS directory (empty: TFDS_DATA_DIR, else ~/tensorflow_datasets)"),
-    "data.train_split": text("train", "split to train on, in TFDS syntax"),
-    "data.val_split": text("", "split to validate on (empty: none)"),
-    "data.test_split": text("test", "split evaluated once, after the last step (empty: none)"),
-    "data.image_size": number(
-        0, "side to crop and resize to, in pixels (0: as stored)", at_least=0
-    ),
-    "data.streaming": flag(False, "decode images during training; for datasets larger than memory"),
+    "data.name": Field("cifar10", "TFDS dataset, shapes10, or folder:PATH with a folder per class"),
+    "data.dir": Field("", "TFDS directory (empty: TFDS_DATA_DIR, else ~/tensorflow_datasets)"),
+    "data.train_split": Field("train", "split to train on, in TFDS syntax"),
+    "data.val_split": Field("", "split to validate on (empty: none)"),
+    "data.test_split": Field("test", "split evaluated once, after the last step (empty: none)"),
+    "data.image_size": number(0, "side to crop and resize to (0: as stored)", at_least=0),
+    "data.streaming": Field(False, "decode images while training; for data larger than memory"),
     "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
-    "data.mean": numbers(
-        (0.5,) * 3, "mean per channel of pixels in [0, 1]", "one number per channel", _any
-    ),
-    "data.std": numbers((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
+    "data.mean": Field((0.5,) * 3, "mean per channel of pixels in [0, 1]"),
+    "data.std": Field((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
     # The model.
     "model.size": choice(*MODEL_SIZES, doc="source of the next four fields if they are 0"),
     "model.width": number(0, "width of a token", at_least=0),
@@ -213,18 +160,14 @@ FIELDS: dict[str, Field] = {
     "model.stem": choice("patch", "conv", doc="patch embedding"),
     "model.weight_init": choice("trunc_normal", "pytorch", "mimetic", doc="initialization"),
     "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
-    "model.qk_norm": flag(False, "normalize queries and keys"),
+    "model.qk_norm": Field(False, "normalize queries and keys"),
     "model.layer_scale": number(0.0, "initial value of LayerScale (0: off)", at_least=0),
     "model.dropout": number(0.0, "dropout probability", at_least=0, below=1),
-    "model.drop_path": number(
-        0.0, "stochastic depth at the last block, growing linearly with depth", at_least=0, below=1
-    ),
+    "model.drop_path": number(0.0, "stochastic depth of the last block", at_least=0, below=1),
     "model.gelu": choice("exact", "tanh", doc="tanh: the approximation in Google's weights"),
     "model.pre_logits": number(0, "width of a tanh layer before the head (0: none)", at_least=0),
-    "model.image_size": number(
-        0, "side that images are resized to on the device (0: unchanged)", at_least=0
-    ),
-    "model.remat": flag(False, "recompute activations in the backward pass, to save memory"),
+    "model.image_size": number(0, "side to resize to on the device (0: unchanged)", at_least=0),
+    "model.remat": Field(False, "recompute activations in the backward pass, to save memory"),
     "model.dtype": choice("float32", "bfloat16", doc="dtype of activations; weights are float32"),
     # Augmentation.
     "augment.crop": choice(
@@ -233,7 +176,7 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.crop_padding": number(4, "padding of crop=pad, in pixels", at_least=1),
     "augment.crop_padding_mode": choice("zero", "reflect", doc="padding of crop=pad"),
-    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop", at_most=1),
+    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop"),
     "augment.flip": choice("none", "random", "alternating", doc="horizontal flip"),
     "augment.policy": choice("none", "randaugment", doc="augmentation policy"),
     "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
@@ -242,13 +185,13 @@ FIELDS: dict[str, Field] = {
         0.0, "standard deviation of the magnitude", at_least=0
     ),
     "augment.erasing_prob": number(0.0, "probability of random erasing", at_least=0, at_most=1),
-    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box", at_most=1),
+    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box"),
     "augment.mixup_alpha": number(0.0, "Beta parameter of mixup (0: off)", at_least=0),
     "augment.cutmix_alpha": number(0.0, "Beta parameter of CutMix (0: off)", at_least=0),
     "augment.mix_prob": number(1.0, "probability of mixing", at_least=0, at_most=1),
     "augment.mix_off_last": duration("", "last part of the run, without mixup and CutMix"),
     # The optimizer.
-    "optim.name": choice("adamw", "sgd", "lion", "muon", doc="optimizer"),
+    "optim.name": choice("adamw", "sgd", "muon", doc="optimizer"),
     "optim.peak_lr": number(1e-3, "peak learning rate", at_least=0),
     "optim.end_lr": number(0.0, "learning rate at the last step", at_least=0),
     "optim.schedule": choice("cosine", "constant", "linear", doc="schedule after the warmup"),
@@ -260,20 +203,11 @@ FIELDS: dict[str, Field] = {
     "optim.b2": number(0.999, "decay of the second moment", at_least=0, below=1),
     "optim.eps": number(1e-8, "epsilon of AdamW", above=0),
     "optim.momentum": number(0.9, "momentum of SGD", at_least=0, below=1),
-    "optim.muon_lr": number(
-        0.02,
-        "peak learning rate of the blocks' matrices with Muon; AdamW trains the rest",
-        at_least=0,
-    ),
+    "optim.muon_lr": number(0.02, "peak_lr of the blocks' matrices if name is muon", at_least=0),
     "optim.grad_clip_norm": number(0.0, "maximum norm of the gradient (0: off)", at_least=0),
-    "optim.backbone_lr_factor": number(
-        1.0, "factor on the learning rate of all parameters except the head", at_least=0
-    ),
-    "optim.freeze": text("", "paths to freeze, for example pos_embed,block_[0-3]/* (empty: none)"),
+    "optim.freeze": Field("", "paths to freeze, for example pos_embed,block_[0-3]/* (empty: none)"),
     "optim.label_smoothing": number(0.0, "label smoothing", at_least=0, below=1),
-    "optim.ema_decay": number(
-        0.0, "decay of the EMA weights, which are evaluated (0: off)", at_least=0, below=1
-    ),
+    "optim.ema_decay": number(0.0, "decay of the evaluated EMA (0: off)", at_least=0, below=1),
     # The devices.
     "mesh.data": number(0, "size of the data axis (0: all devices divided by fsdp)", at_least=0),
     "mesh.fsdp": number(1, "size of the fsdp axis: shards of weights and optimizer", at_least=1),
@@ -305,7 +239,8 @@ def field_help() -> Iterator[str]:
 
 def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
     """{"width", "depth", "num_heads", "mlp_dim"} of a `model` group; its size replaces zeros."""
-    sizes = zip(_SHAPE_FIELDS, MODEL_SIZES[model["size"]], strict=True)
+    names = ("width", "depth", "num_heads", "mlp_dim")
+    sizes = zip(names, MODEL_SIZES[model["size"]], strict=True)
     return {name: model[name] or size for name, size in sizes}
 
 
@@ -316,55 +251,51 @@ def validate(config: ConfigDict) -> None:
         if not field.is_allowed(value):
             hint = nearest(str(value), field.choices)
             raise UserError(f"config.{name} must be {field.allowed}; got {value!r}{hint}")
-    c, a, m = config, config.augment, config.model
+    for problem in _problems(config, config.augment, config.model):
+        raise UserError(problem)
+
+
+def _problems(c, a, m):
+    """Yields a line for each rule between fields that a config breaks."""
     if c.batch_size < c.accumulate_steps:
-        raise UserError(
+        yield (
             f"config.batch_size must be at least config.accumulate_steps={c.accumulate_steps}; "
             f"got {c.batch_size}"
         )
     if not c.data.train_split or not (c.data.val_split or c.data.test_split):
-        raise UserError("config.data needs a train_split, and a test_split or a val_split")
+        yield "config.data needs a train_split, and a test_split or a val_split"
     if len(c.data.mean) != len(c.data.std):
-        raise UserError(
+        yield (
             f"config.data.mean {c.data.mean} and config.data.std {c.data.std} must have one value "
             "per channel"
         )
     if c.data.streaming and c.num_seeds > 1:
-        raise UserError("config.data.streaming supports one seed only: set config.num_seeds=1")
+        yield "config.data.streaming supports one seed only: set config.num_seeds=1"
     if a.crop == "resized" and not (c.data.streaming and c.data.image_size):
-        raise UserError(
+        yield (
             "config.augment.crop=resized needs config.data.streaming=true and "
             "config.data.image_size, the size it resizes to"
         )
     if a.crop == "resized" and a.flip == "alternating":
-        raise UserError(
+        yield (
             "config.augment.flip=alternating identifies an image by its stored pixels, which "
             "config.augment.crop=resized replaces: use flip=random"
         )
     if (a.mixup_alpha or a.cutmix_alpha) and c.batch_size < 2:
-        raise UserError(
+        yield (
             "config.augment mixes pairs of images, but config.batch_size is 1: raise it, or set "
             "mixup_alpha and cutmix_alpha to 0"
         )
-    _validate_model(m)
-
-
-def _validate_model(m: ConfigDict) -> None:
-    shape = model_shape(m)
-    width, num_heads = shape["width"], shape["num_heads"]
+    width, num_heads = (model_shape(m)[name] for name in ("width", "num_heads"))
     if width % num_heads:
-        raise UserError(
-            f"config.model.num_heads={num_heads} does not divide config.model.width={width}"
-        )
+        yield f"config.model.num_heads={num_heads} does not divide config.model.width={width}"
     if m.posemb == "sincos2d" and (width % 4 or width < 8):
-        raise UserError(
-            f"config.model.posemb=sincos2d needs a width that is a multiple of 4 and at least 8; "
+        yield (
+            "config.model.posemb=sincos2d needs a width that is a multiple of 4 and at least 8; "
             f"got {width}"
         )
     if m.stem == "conv" and (m.patch_size & (m.patch_size - 1) or m.patch_size < 2):
-        raise UserError(
-            f"config.model.stem=conv needs a patch_size that is a power of 2; got {m.patch_size}"
-        )
+        yield f"config.model.stem=conv needs a patch_size that is a power of 2; got {m.patch_size}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -374,33 +305,32 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
-    """Returns the path of a recipe. `name` is a file's path or a shipped recipe's name.
+    """The path of a recipe, by a file's path or a shipped recipe's name.
 
-    Raises UserError if neither exists, with the nearest name and a list of all recipes.
+    Raises UserError, with the nearest name, if neither exists.
     """
     path = expand_home(name)
     shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
     if str(name) in shipped and not path.is_file():
         return shipped[str(name)]
-    if path.is_dir() or not path.exists():
-        problem = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"the config file {name} {problem}{nearest(path.stem, shipped)}: pass the path of a "
-            f"Python file, or one of {', '.join(shipped)}"
-        )
-    return path
+    if path.exists() and not path.is_dir():
+        return path
+    problem = "is a directory" if path.is_dir() else "does not exist"
+    raise UserError(
+        f"the config file {name} {problem}{nearest(path.stem, shipped)}: pass the path of a "
+        f"Python file, or one of {', '.join(shipped)}"
+    )
 
 
 def from_file(path: str | pathlib.Path) -> ConfigDict:
-    """Returns the ConfigDict from `get_config()` in a recipe's Python file.
+    """The config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
 
-    `path` may also be the name of a shipped recipe. The file is executed. Raises UserError if it
-    does not exist, has no get_config, or sets an unknown field or a value of the wrong type.
+    Executes the file. Raises UserError if it fails, has no get_config, or sets an unknown field or
+    a value of the wrong type.
     """
     path = recipe_path(path)
     try:
-        namespace = runpy.run_path(str(path))
-        config = namespace["get_config"]()
+        config = runpy.run_path(str(path))["get_config"]()
     except UserError:
         raise
     except (KeyError, AttributeError) as e:  # get_config, or a field of the locked config
@@ -416,10 +346,12 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
 
 
 def from_dict(values: dict) -> ConfigDict:
-    """Returns the ConfigDict of `config.to_dict()` or its JSON, in which tuples are lists.
+    """The config of `config.to_dict()` or its JSON, in which tuples are lists.
 
     Raises UserError for an unknown field or a value of the wrong type.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"a config must be an object of fields; got {type(values).__name__}")
     config = defaults()
 
     def update(values, prefix=""):
@@ -429,8 +361,6 @@ def from_dict(values: dict) -> ConfigDict:
             else:
                 set_field(config, prefix + name, value)
 
-    if not isinstance(values, dict):
-        raise UserError(f"a config must be an object of fields; got {type(values).__name__}")
     update(values)
     return config
 
@@ -442,36 +372,33 @@ def set_field(config: ConfigDict, name: str, value: Any) -> None:
     """
     if name not in FIELDS:
         raise UserError(f"unknown config field {name}{_renamed(name, value)}")
-    *groups, leaf = name.split(".")
-    group = functools.reduce(lambda c, part: c[part], groups, config)
-    group[leaf] = _converted(name, value)
+    group, _, leaf = name.rpartition(".")
+    (config[group] if group else config)[leaf] = _converted(name, value)
 
 
 def _converted(name: str, value: Any) -> Any:
-    """Converts `value` to a field's type. Raises UserError, with the type, if it cannot."""
+    field = FIELDS[name]
     try:
-        return FIELDS[name].convert(value)
-    except (
-        *(TypeError, ValueError, KeyError, SyntaxError, OverflowError),
-        *(RecursionError, MemoryError),  # from ast, for brackets thousands deep
-    ):
+        return field.convert(value)
+    except Exception:  # ast.literal_eval raises many types
+        kind = field.kind or _KINDS[type(field.default)]
         shown = repr(value) if len(repr(value)) < 100 else f"{repr(value)[:100]}..."
-        raise UserError(f"config.{name} takes {FIELDS[name].kind}; got {shown}") from None
+        raise UserError(f"config.{name} takes {kind}; got {shown}") from None
 
 
 def _renamed(name: str, value: Any) -> str:
     """A hint for an unknown name: a duration's current spelling, or the nearest field."""
     if match := re.fullmatch(r"(?:.*\.)?(\w+?)_(steps|epochs|examples|percent)", name):
         old, unit = match[1].replace("checkpoint_every", "save_every"), match[2]
+        amount = f"{value}%" if unit == "percent" else f"{value} {unit}"
         for field in FIELDS:
             if field.split(".")[-1] == old:
-                amount = f"{value}%" if unit == "percent" else f"{value} {unit}"
                 return f": write --config.{field}={amount!r}"
     return nearest(name, FIELDS)
 
 
 def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
-    """Applies a command line's --config.FIELD=VALUE or --config.FIELD VALUE arguments.
+    """Applies --config.FIELD=VALUE or --config.FIELD VALUE arguments, and validates the config.
 
     Raises UserError for any other argument, naming the command's own `flags`.
     """
@@ -490,12 +417,13 @@ def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
 
 def difference(config: ConfigDict, other: ConfigDict, *, ignore: Sequence[str] = ()) -> list[str]:
     """'field: a, was b' for every field in which `config` differs from `other`."""
-    values = ((n, get_field(config, n), get_field(other, n)) for n in FIELDS if n not in ignore)
-    return [f"{name}: {a!r}, was {b!r}" for name, a, b in values if a != b]
+    new, old = flat(config), flat(other)
+    changed = [name for name in FIELDS if new[name] != old[name] and name not in ignore]
+    return [f"{name}: {new[name]!r}, was {old[name]!r}" for name in changed]
 
 
 def get_field(config: ConfigDict, name: str) -> Any:
-    """Returns a field's value by its dotted name."""
+    """A field's value by its dotted name."""
     return functools.reduce(lambda group, part: group[part], name.split("."), config)
 
 

@@ -6,51 +6,45 @@ import re
 
 from ml_collections import ConfigDict
 
+KIND = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
 _PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
 
 
-def parse(text: str) -> tuple[float, str] | None:
-    """Returns (value, unit), or None for an empty string, which means never.
+def parse(text: str) -> tuple[float, str]:
+    """(value, unit): "step", "epoch", "example", or "%". An empty string is (0, "step"): never.
 
-    Raises ValueError unless it is a number with a unit: steps, epochs, examples, or %.
+    Raises ValueError for other text.
     """
     if not text.strip():
-        return None
+        return 0.0, "step"
     match = _PATTERN.fullmatch(text)
     if not match:
         raise ValueError(text)
-    unit = match[2] if match[2] == "%" else f"{match[2]}s"
-    return float(match[1]), unit
+    return float(match[1]), match[2]
 
 
 def canonical(text: str) -> str:
-    """Returns a duration as configs store it: "5epochs" becomes "5 epochs"."""
-    if (parsed := parse(text)) is None:
+    """A duration as configs store it: "5epochs" becomes "5 epochs"."""
+    if not text.strip():
         return ""
-    value, unit = parsed
+    value, unit = parse(text)
     number = f"{value:.0f}" if value.is_integer() else repr(value)
     if unit == "%":
         return f"{number}%"
-    return f"{number} {unit.removesuffix('s') if value == 1 else unit}"
+    return f"{number} {unit}" if value == 1 else f"{number} {unit}s"
 
 
 def in_steps(text: str, *, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
     """The duration in optimizer steps, at least 1; 0 if it is empty or zero."""
-    if (parsed := parse(text)) is None or not parsed[0]:
-        return 0
-    value, unit = parsed
-    steps_per_unit = {
-        "steps": 1,
-        "epochs": steps_per_epoch,
-        "examples": 1 / batch_size,
-        "%": total_steps / 100,
-    }[unit]
-    return max(1, round(value * steps_per_unit))
+    value, unit = parse(text)
+    per_unit = {"step": 1, "epoch": steps_per_epoch, "example": 1 / batch_size}
+    per_unit["%"] = total_steps / 100
+    return max(1, round(value * per_unit[unit])) if value else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """A cadence: true at every multiple of `steps` (0: at none) and, if given, at step `last`."""
+    """A cadence: every multiple of `steps` (0: none) and, if given, the step `last`."""
 
     steps: int
     last: int | None = None
@@ -59,49 +53,32 @@ class Every:
         return step == self.last or (self.steps > 0 and step % self.steps == 0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The durations of a run in steps. The last batch of an epoch may be smaller."""
+    """The durations of a config's run in steps. The last batch of an epoch may be smaller.
 
-    num_examples: int
-    batch_size: int
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    mix_steps: int  # mixup and CutMix apply up to this step
-    log: Every
-    evaluate: Every
-    save: Every
-    keep: Every
-    histograms: Every
+    Warmup and the part without mixing are capped at the run.
+    """
 
-    @classmethod
-    def make(cls, config: ConfigDict, num_examples: int) -> "Plan":
-        """The plan of a config. Warmup and the part without mixing are capped at the run."""
-        steps_per_epoch = math.ceil(num_examples / config.batch_size)
-        total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    def __init__(self, config: ConfigDict, num_examples: int) -> None:
+        self.num_examples, self.batch_size = num_examples, config.batch_size
+        self.steps_per_epoch = math.ceil(num_examples / config.batch_size)
+        self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
 
         def steps(text):
             return in_steps(
                 text,
-                steps_per_epoch=steps_per_epoch,
-                batch_size=config.batch_size,
-                total_steps=total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                batch_size=self.batch_size,
+                total_steps=self.total_steps,
             )
 
-        return cls(
-            num_examples=num_examples,
-            batch_size=config.batch_size,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            warmup_steps=min(steps(config.optim.warmup), total_steps),
-            mix_steps=max(total_steps - steps(config.augment.mix_off_last), 0),
-            log=Every(steps(config.log_every)),
-            evaluate=Every(steps(config.eval_every), last=total_steps),
-            save=Every(steps(config.save_every), last=total_steps),
-            keep=Every(steps(config.keep_every)),
-            histograms=Every(steps(config.histograms_every)),
-        )
+        self.warmup_steps = min(steps(config.optim.warmup), self.total_steps)
+        # Mixup and CutMix apply up to this step.
+        self.mix_steps = max(self.total_steps - steps(config.augment.mix_off_last), 0)
+        self.log = Every(steps(config.log_every))
+        self.evaluate = Every(steps(config.eval_every), last=self.total_steps)
+        self.save = Every(steps(config.save_every), last=self.total_steps)
+        self.keep = Every(steps(config.keep_every))
 
     def epoch(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step, all counted from 1."""

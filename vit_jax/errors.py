@@ -18,6 +18,11 @@ class Stopped(Exception):
         self.code = 128 + signal_number  # 143 for SIGTERM, 130 for SIGINT, as shells count
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Errors of a failed write.
+DISK_REFUSES = (*_DISK_FULL, errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE)
+
+
 def expand_home(path: str | pathlib.Path) -> pathlib.Path:
     """`path` with a leading `~` expanded. Raises UserError if no home directory is known."""
     try:
@@ -34,24 +39,11 @@ def make_folder(path: str | pathlib.Path) -> None:
         raise UserError(f"cannot create the directory {path}: {e.strerror}") from e
 
 
-# Errors of a failed write.
-DISK_REFUSES = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.ENOENT,
-    errno.EIO,
-    errno.ESTALE,
-)
-
-
 def run_command(main: Callable[..., Any], *args: Any) -> Any:
-    """Calls `main`; a UserError or a failed write is one line on stderr and exit code 2.
+    """Calls `main`; an error that it explains is one line on stderr, without a traceback.
 
-    The exit code is 130 after Ctrl-C, and `Stopped.code` after a signal stopped a run. None of
-    these prints a traceback.
+    The exit code is 2 after a UserError or a full disk, 130 after Ctrl-C, and `Stopped.code` after
+    a signal stopped a run.
     """
     # Paths need not be UTF-8: their bytes pass through unchanged.
     for stream in (sys.stdin, sys.stdout):
@@ -64,7 +56,7 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
     except Stopped as e:
         sys.exit(e.code)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if e.errno not in _DISK_FULL:
             raise
         message, code = f"{e.strerror}: {e.filename or 'make room where the run writes'}", 2
     except KeyboardInterrupt:

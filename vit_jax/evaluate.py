@@ -16,9 +16,8 @@ def make_evaluate(
 ) -> Callable[[Any, Iterable[Any]], dict[str, Any]]:
     """Returns evaluate(params, batches) -> {"loss", "accuracy", "count"}.
 
-    `eval_step` is `step.make_eval_step`'s function, and `batches` yields its global batches, padded
-    and masked, on the devices. The values are float64[] and int[], or arrays if the sums of
-    `eval_step` are arrays. The sums stay on the devices until the end.
+    `eval_step` is `step.make_eval_step`'s function, and `batches` yields its masked global batches,
+    on the devices. The values are scalars, or arrays if the sums of `eval_step` are.
     """
     everywhere = mesh_lib.replicated(mesh)
 
@@ -27,7 +26,7 @@ def make_evaluate(
         return jax.tree.map(lambda a, b: a + b, sums, eval_step(params, batch))
 
     def evaluate(params, batches):
-        sums = None
+        sums = None  # on the devices until the end
         for batch in batches:
             if sums is None:
                 shapes = jax.eval_shape(eval_step, params, batch)
@@ -35,11 +34,7 @@ def make_evaluate(
                 sums = mesh_lib.to_devices(zeros, everywhere)
             sums = add(sums, params, batch)
         sums = jax.device_get(sums)
-        count = sums["count"]
-        return {
-            "loss": np.float64(sums["loss"]) / count,
-            "accuracy": sums["correct"] / count,
-            "count": count,
-        }
+        loss, accuracy = (np.float64(sums[name]) / sums["count"] for name in ("loss", "correct"))
+        return {"loss": loss, "accuracy": accuracy, "count": sums["count"]}
 
     return evaluate

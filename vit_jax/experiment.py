@@ -1,6 +1,5 @@
 """Builds the data, model, optimizer, and jitted step of a config, and describes them."""
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import augment, data, optim, seeds
@@ -21,48 +21,137 @@ from vit_jax.durations import Plan
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluate
 from vit_jax.model import (
-    VisionTransformer,
     check_image_shape,
     make_model,
     num_tokens,
     train_flops_per_image,
 )
 from vit_jax.parallel import mesh as mesh_lib
-from vit_jax.step import TrainState
 
 _IMAGES_SHOWN = 64
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """Everything derived from a config before the first step.
+    """Everything derived from a config before the first step; see `make_experiment`.
 
     With several seeds, the arrays of the state and the metrics have a leading axis of seeds.
+
+    Attributes:
+      splits: {"train", "val", "test": Dataset or Stream}, except those empty in the config.
+      initial_weights: the source of the initial weights, and the changes made to them.
+      state_shapes: a TrainState of jax.ShapeDtypeStruct with shardings.
+      init: () -> the TrainState before the first step, on the devices.
+      train_step: jitted, (state, *inputs) -> (state, metrics); donates the state.
+      augmented_images: jitted, (state, *inputs) -> uint8[n, H, W, C] of the next step.
+      eval_step: (params, batch) -> sums.
     """
 
-    config: Any
-    mesh: jax.sharding.Mesh
-    splits: dict[str, data.Dataset | data.Stream]  # train, and val and test if the config has them
-    plan: Plan
-    model: VisionTransformer
-    feed: feed_lib.Feed
-    state_shapes: TrainState  # jax.ShapeDtypeStruct with shardings
-    train_step: Any  # jitted: (state, *inputs) -> (state, metrics); donates the state
-    augmented_images: Any  # jitted: (state, *inputs) -> uint8[n, H, W, C] of the next step
-    eval_step: Any  # (params, batch) -> sums
-    initial_weights: tuple[str, ...]  # source of the initial weights and the changes made to them
-    _init: Any  # seed -> TrainState, jitted
+    def __init__(self, config: ConfigDict, mesh: Mesh, splits: dict[str, Any], fresh: bool) -> None:
+        self.config, self.mesh, self.splits = config, mesh, splits
+        self.train = train = splits["train"]
+        self.plan = Plan(config, train.num_examples)
+        self.model = make_model(config.model, num_classes=len(train.class_names))
+        check_image_shape(self.model, train.image_shape)
+        augment.check_image_shape(config.augment, train.image_shape)
+        self.feed = feed_lib.make_feed(train, config, self.plan, mesh)
+        params, self.initial_weights = None, ()
+        if config.init_from and fresh:
+            weights = weights_lib.load_weights(config.init_from, num_heads=self.model.num_heads)
+            params, notes = weights_lib.start_from(
+                weights, self.model, train.image_shape, train.class_names
+            )
+            self.initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
+        lengths = {
+            "total_steps": self.plan.total_steps,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "warmup_steps": self.plan.warmup_steps,
+        }
+        o = config.optim
+        schedule = optim.make_schedule(o, **lengths)
+        muon_schedule = optim.make_schedule(o, **lengths, peak_lr=o.muon_lr)
+        optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule)
+        self.init, self.state_shapes = self._make_init(optimizer, params)
+        self.train_step, self.augmented_images = self._make_steps(optimizer, schedule)
+        eval_step = step_lib.make_eval_step(self.model, mean=config.data.mean, std=config.data.std)
+        self.eval_step = seeds.vmap_seeds(eval_step, config, (0, None))
+        self._evaluate = make_evaluate(self.eval_step, mesh)
+        self._eval_batches: dict[str, Any] = {}
 
-    @property
-    def train(self) -> data.Dataset | data.Stream:
-        """The training split."""
-        return self.splits["train"]
+    def _make_init(self, optimizer, params):
+        """(() -> TrainState, its jax.ShapeDtypeStruct with shardings)."""
+        config, mesh = self.config, self.mesh
+
+        def init(seed, params):
+            return step_lib.init_state(
+                seed,
+                self.model,
+                optimizer,
+                image_shape=self.train.image_shape,
+                params=params,
+                ema=config.optim.ema_decay > 0,
+                skip_bad=config.on_bad_loss == "skip",
+            )
+
+        init = seeds.vmap_seeds(init, config, (0, None))
+        seed = seeds.stack([np.uint32(seed) for seed in seeds.seeds_of(config)])
+        shapes = jax.eval_shape(init, seed, params)
+        shardings = seeds.state_sharding(mesh, shapes, config)
+        jitted = jax.jit(init, out_shardings=shardings)
+        shapes = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        everywhere = mesh_lib.replicated(mesh)
+        return lambda: jitted(mesh_lib.to_devices(seed, everywhere), params), shapes
+
+    def _make_steps(self, optimizer, schedule):
+        """(train_step, augmented_images), both jitted."""
+        config, feed = self.config, self.feed
+        mean, std = np.float32(config.data.mean), np.float32(config.data.std)
+        augment_fn = augment.make_augment(
+            config.augment,
+            num_classes=self.model.num_classes,
+            label_smoothing=config.optim.label_smoothing,
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+        plan = self.plan
+        counts = {"steps_per_epoch": plan.steps_per_epoch, "mix_steps": plan.mix_steps}
+        step = step_lib.make_train_step(
+            self.model,
+            optimizer,
+            augment_fn,
+            schedule=schedule,
+            ema_decay=config.optim.ema_decay,
+            accumulate_steps=config.accumulate_steps,
+            **counts,
+        )
+
+        def train_step(state, *inputs):
+            return step(state, feed.batch(state.step, *inputs))
+
+        def augmented_images(state, *inputs):
+            batch = feed.batch(state.step, *inputs)
+            images, _ = step_lib.augmented_batch(augment_fn, state, batch, **counts)
+            pixels = 255 * (images[: min(_IMAGES_SHOWN, config.batch_size)] * std + mean)
+            return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+
+        axes = (0, *feed.vmap_axes)
+        everywhere = mesh_lib.replicated(self.mesh)
+        state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        jitted_step = jax.jit(
+            seeds.vmap_seeds(train_step, config, axes),
+            # To locate a NaN, JAX reruns the step on the same inputs, which must not be donated.
+            donate_argnums=() if jax.config.jax_debug_nans else 0,
+            out_shardings=(state_shardings, everywhere),
+        )
+        images = seeds.vmap_seeds(augmented_images, config, axes)
+        return jitted_step, jax.jit(images, out_shardings=everywhere)
 
     @property
     def num_params(self) -> int:
         """Number of parameters of the model."""
         params = seeds.unstack_shapes(self.state_shapes.params, self.config)
-        return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+        return sum(p.size for p in jax.tree.leaves(params))
 
     @property
     def flops_per_image(self) -> float:
@@ -73,39 +162,27 @@ class Experiment:
     def data_identity(self) -> dict[str, Any]:
         """The identity of the data, as JSON: class names, and each split's size and digest.
 
-        A streamed split's digest covers a sample of its images, so it is comparable only with a
-        streamed split's; "digest_of" records the kind.
+        A streamed split's digest covers a sample of its images and is comparable only with another
+        such digest.
         """
-        digest_of = "a sample" if self.config.data.streaming else "all images"
-        return {
-            "class_names": list(self.train.class_names),
-            "splits": {
-                name: {
-                    "num_examples": split.num_examples,
-                    "digest": split.digest(),
-                    "digest_of": digest_of,
-                }
-                for name, split in self.splits.items()
-            },
+        kind = {"digest_of": "a sample" if self.config.data.streaming else "all images"}
+        splits = {
+            name: {"num_examples": split.num_examples, "digest": split.digest()} | kind
+            for name, split in self.splits.items()
         }
+        return {"class_names": list(self.train.class_names), "splits": splits}
 
     @functools.cached_property
     def documents(self) -> dict[str, Any]:
         """The JSON items of a checkpoint: `config` (completed by each workdir) and `data`."""
-        c = self.config
-        return {
-            "config": {
-                "class_names": list(self.train.class_names),
-                "image_shape": list(self.train.image_shape),
-                "num_heads": self.model.num_heads,  # 0 in config.model means the size's
-                "preprocessing": {
-                    "divide_by": 255,
-                    "mean": list(c.data.mean),
-                    "std": list(c.data.std),
-                },
-            },
-            "data": self.data_identity,
+        mean, std = list(self.config.data.mean), list(self.config.data.std)
+        config = {
+            "class_names": list(self.train.class_names),
+            "image_shape": list(self.train.image_shape),
+            "num_heads": self.model.num_heads,  # 0 in config.model means the size's
+            "preprocessing": {"divide_by": 255, "mean": mean, "std": std},
         }
+        return {"config": config, "data": self.data_identity}
 
     def check(self) -> None:
         """Traces the step, to raise the UserErrors that only tracing finds.
@@ -113,11 +190,6 @@ class Experiment:
         jit caches the trace, so the first step is not slower.
         """
         self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes)
-
-    def init(self) -> TrainState:
-        """The TrainState before the first step, on the devices."""
-        seed = seeds.stack([np.uint32(seed) for seed in seeds.seeds_of(self.config)])
-        return self._init(mesh_lib.to_devices(seed, mesh_lib.replicated(self.mesh)))
 
     def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
         """Yields (step, inputs of `train_step`) for every step after step `after`."""
@@ -130,27 +202,19 @@ class Experiment:
 
         {"image": uint8[b, H, W, C], "label": int32[b], "index": int32[b]}.
         """
-        epoch, i = divmod(step - 1, self.plan.steps_per_epoch)
-        size = self.plan.num_examples, self.plan.batch_size
-        index = data.epoch_order(*size, seed=seed, epoch=epoch)[i]
+        plan = self.plan
+        epoch, i = divmod(step - 1, plan.steps_per_epoch)
+        index = data.epoch_order(plan.num_examples, plan.batch_size, seed=seed, epoch=epoch)[i]
         index = index[index >= 0]
         images, labels = self.train.examples(index)
         return {"image": images, "label": labels, "index": index}
 
     def evaluate(self, params: Any, split: str) -> dict[str, Any]:
         """{"loss", "accuracy", "count"} of parameters on a split, by its name."""
-        return self._evaluate(params, self._eval_batches(split)())
-
-    @functools.cached_property
-    def _evaluate(self):
-        return make_evaluate(self.eval_step, self.mesh)
-
-    @functools.cached_property
-    def _eval_batches(self):
-        """A function from a split's name to its batches, which stay on the devices after use."""
-        return functools.cache(
-            lambda name: feed_lib.make_eval_batches(self.splits[name], self.config, self.mesh)
-        )
+        if split not in self._eval_batches:  # a resident split stays on the devices
+            batches = feed_lib.make_eval_batches(self.splits[split], self.config, self.mesh)
+            self._eval_batches[split] = batches
+        return self._evaluate(params, self._eval_batches[split]())
 
 
 def make_experiment(
@@ -164,42 +228,11 @@ def make_experiment(
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     splits = _read_splits(config)
-    train = splits["train"]
-    _check_data(config, train)
-    plan = Plan.make(config, train.num_examples)
-    model = make_model(config.model, num_classes=len(train.class_names))
-    check_image_shape(model, train.image_shape)
-    augment.check_image_shape(config.augment, train.image_shape)
-    optimizer, schedule = _make_optimizer(config, plan)
-    params, initial_weights = None, ()
-    if config.init_from and fresh:
-        weights = weights_lib.load_weights(config.init_from, num_heads=model.num_heads)
-        params, notes = weights_lib.start_from(weights, model, train.image_shape, train.class_names)
-        initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
-    init, state_shapes = _make_init(config, mesh, model, optimizer, train.image_shape, params)
-    feed = feed_lib.make_feed(train, config, plan, mesh)
-    train_step, augmented_images = _make_steps(
-        config, mesh, model, optimizer, schedule, plan, feed, state_shapes
-    )
-    eval_step = step_lib.make_eval_step(model, mean=config.data.mean, std=config.data.std)
-    return Experiment(
-        config=config,
-        mesh=mesh,
-        splits=splits,
-        plan=plan,
-        model=model,
-        feed=feed,
-        state_shapes=state_shapes,
-        train_step=train_step,
-        augmented_images=augmented_images,
-        eval_step=seeds.vmap_seeds(eval_step, config, (0, None)),
-        initial_weights=initial_weights,
-        _init=init,
-    )
+    _check_data(config, splits["train"])
+    return Experiment(config, mesh, splits, fresh)
 
 
 def _read_splits(config):
-    """{"train", "val", "test": split}, without those that the config leaves empty."""
     names = {name: config.data[f"{name}_split"] for name in ("train", "val", "test")}
     return {
         name: data.open_split(
@@ -216,115 +249,44 @@ def _read_splits(config):
 
 def _check_data(config, train):
     """Raises UserError if the training split does not fit the config."""
+    name, channels, given = config.data.name, train.image_shape[-1], len(config.data.mean)
     if config.batch_size > train.num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {train.num_examples} "
-            f"examples of {config.data.name} {config.data.train_split}"
+            f"examples of {name} {config.data.train_split}"
         )
-    channels = train.image_shape[-1]
-    if len(config.data.mean) != channels:
+    if given != channels:
         raise UserError(
-            f"config.data.mean has {len(config.data.mean)} entries, but the images of "
-            f"{config.data.name} have {channels} channels"
+            f"config.data.mean has {given} entries, but the images of {name} have {channels} "
+            "channels"
         )
-
-
-def _make_optimizer(config, plan):
-    """(optimizer, learning-rate schedule)."""
-    lengths = {
-        "total_steps": plan.total_steps,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "warmup_steps": plan.warmup_steps,
-    }
-    schedule = optim.make_schedule(config.optim, **lengths)
-    muon_schedule = optim.make_schedule(config.optim, **lengths, peak_lr=config.optim.muon_lr)
-    return optim.make_optimizer(config.optim, schedule, muon_schedule=muon_schedule), schedule
-
-
-def _make_init(config, mesh, model, optimizer, image_shape, params):
-    """(jitted seed -> TrainState, its jax.ShapeDtypeStruct with shardings)."""
-
-    def init(seed, params):
-        return step_lib.init_state(
-            seed,
-            model,
-            optimizer,
-            image_shape=image_shape,
-            params=params,
-            ema=config.optim.ema_decay > 0,
-            skip_bad=config.on_bad_loss == "skip",
-        )
-
-    init = seeds.vmap_seeds(init, config, (0, None))
-    seed = seeds.stack([np.uint32(seed) for seed in seeds.seeds_of(config)])
-    shapes = jax.eval_shape(init, seed, params)
-    shardings = seeds.state_sharding(mesh, shapes, config)
-    jitted = jax.jit(init, out_shardings=shardings)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    return lambda seed: jitted(seed, params), shapes
-
-
-def _make_steps(config, mesh, model, optimizer, schedule, plan, feed, state_shapes):
-    """(jitted train_step, jitted augmented_images), as `Experiment` documents them."""
-    mean, std = np.float32(config.data.mean), np.float32(config.data.std)
-    augment_fn = augment.make_augment(
-        config.augment,
-        num_classes=model.num_classes,
-        label_smoothing=config.optim.label_smoothing,
-        mean=config.data.mean,
-        std=config.data.std,
-    )
-    counts = {"steps_per_epoch": plan.steps_per_epoch, "mix_steps": plan.mix_steps}
-    step = step_lib.make_train_step(
-        model,
-        optimizer,
-        augment_fn,
-        schedule=schedule,
-        ema_decay=config.optim.ema_decay,
-        accumulate_steps=config.accumulate_steps,
-        **counts,
-    )
-
-    def train_step(state, *inputs):
-        return step(state, feed.batch(state.step, *inputs))
-
-    def augmented_images(state, *inputs):
-        batch = feed.batch(state.step, *inputs)
-        images, _ = step_lib.augmented_batch(augment_fn, state, batch, **counts)
-        pixels = 255 * (images[: min(_IMAGES_SHOWN, config.batch_size)] * std + mean)
-        return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
-
-    axes = (0, *feed.vmap_axes)
-    everywhere = mesh_lib.replicated(mesh)
-    state_shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
-    # To locate a NaN, JAX reruns the step on the same inputs, which must not be donated.
-    donated = () if jax.config.jax_debug_nans else 0
-    return (
-        jax.jit(
-            seeds.vmap_seeds(train_step, config, axes),
-            donate_argnums=donated,
-            out_shardings=(state_shardings, everywhere),
-        ),
-        jax.jit(seeds.vmap_seeds(augmented_images, config, axes), out_shardings=everywhere),
-    )
 
 
 def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
     """The lines that describe an experiment before its first step."""
     c, plan, train = experiment.config, experiment.plan, experiment.train
+    m, mesh, (H, W, C) = experiment.model, experiment.mesh, train.image_shape
+    resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
+    microbatches = f", {c.accumulate_steps} microbatches" if c.accumulate_steps > 1 else ""
+    recomputed = ", activations recomputed" if m.remat else ""
     last_batch = plan.num_examples - (plan.steps_per_epoch - 1) * plan.batch_size
     counts = ", ".join(
         f"{c.data[f'{name}_split']}: {split.num_examples:,}"
         for name, split in experiment.splits.items()
     )
+    stored = f"data decoded by {c.data.streaming_threads} threads per host"
+    if isinstance(train, data.Dataset):
+        stored = f"data {train.images.nbytes / 1e6:,.1f} MB on each device"
     lines = {
-        "model": _describe_model(experiment),
+        "model": f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} "
+        f"heads, MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, train.image_shape)} tokens of "
+        f"{H}x{W}x{C} images{resized}, init {m.weight_init}, compute {m.dtype.name}",
         "size": f"{experiment.num_params:,} parameters; "
         f"{experiment.flops_per_image / 1e9:.2f} GFLOP per image, forward and backward",
-        "devices": _describe_devices(experiment),
-        "sharding": _describe_sharding(experiment),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "
+        f"fsdp {mesh.shape['fsdp']}); global batch {c.batch_size}, "
+        f"{math.ceil(c.batch_size / mesh.size)} per device{microbatches}{recomputed}",
+        "sharding": f"{mesh_lib.describe(mesh, experiment.state_shapes)}; {stored}",
         "steps": f"{plan.total_steps:,} of batch {plan.batch_size}, {plan.steps_per_epoch:,} per "
         f"epoch ({plan.total_steps / plan.steps_per_epoch:g} epochs; the last batch of an epoch "
         f"has {last_batch})",
@@ -338,42 +300,14 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
     return [f"{name}: {text}" for name, text in lines.items() if text]
 
 
-def _describe_model(experiment):
-    m, (H, W, C) = experiment.model, experiment.train.image_shape
-    resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
-    return (
-        f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} heads, "
-        f"MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, (H, W, C))} tokens of {H}x{W}x{C} "
-        f"images{resized}, init {m.weight_init}, compute {m.dtype.name}"
-    )
-
-
-def _describe_devices(experiment):
-    c, mesh = experiment.config, experiment.mesh
-    text = (
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "
-        f"fsdp {mesh.shape['fsdp']}); global batch {c.batch_size}, "
-        f"{math.ceil(c.batch_size / mesh.size)} per device"
-    )
-    if c.accumulate_steps > 1:
-        text += f", {c.accumulate_steps} microbatches"
-    return text + (", activations recomputed" if c.model.remat else "")
-
-
-def _describe_sharding(experiment):
-    if experiment.config.data.streaming:
-        stored = f"data decoded by {experiment.config.data.streaming_threads} threads per host"
-    else:
-        stored = f"data {experiment.train.images.nbytes / 1e6:,.1f} MB on each device"
-    return f"{mesh_lib.describe(experiment.mesh, experiment.state_shapes)}; {stored}"
-
-
 def _describe_optimizer(experiment):
     c, o = experiment.config, experiment.config.optim
     params = seeds.unstack_shapes(experiment.state_shapes.params, c)
-    sizes = [math.prod(p.shape) for p in jax.tree.leaves(params)]
+
+    def count(mask):
+        return sum(jax.tree.leaves(jax.tree.map(lambda p, counts: p.size * counts, params, mask)))
+
     mask = optim.decay_mask(o.decay, params)
-    decayed = sum(size for size, d in zip(sizes, jax.tree.leaves(mask), strict=True) if d)
     excluded = {path[-1].key for path, d in jax.tree_util.tree_leaves_with_path(mask) if not d}
     text = f"{o.name}, {o.schedule} {o.peak_lr:g}"
     if o.schedule != "constant":
@@ -382,11 +316,10 @@ def _describe_optimizer(experiment):
         text += f" (the blocks' matrices {o.muon_lr:g})"
     if experiment.plan.warmup_steps:
         text += f", warmup of {experiment.plan.warmup_steps} steps"
-    if o.backbone_lr_factor != 1:
-        text += f", times {o.backbone_lr_factor:g} for all but the head"
     if o.freeze:
-        labels = jax.tree.leaves(optim.freeze_labels(o.freeze, params))
-        frozen = sum(s for s, label in zip(sizes, labels, strict=True) if label == "frozen")
+        labels = optim.freeze_labels(o.freeze, params)
+        frozen = count(jax.tree.map(lambda label: label == "frozen", labels))
         text += f"; {frozen:,} parameters frozen ({o.freeze})"
-    text += f"; weight decay {o.weight_decay:g} on {decayed:,} of {sum(sizes):,} parameters"
-    return text + (f" (not on {', '.join(sorted(excluded))})" if excluded else " (all of them)")
+    which = f"not on {', '.join(sorted(excluded))}" if excluded else "all of them"
+    decayed = f"{count(mask):,} of {experiment.num_params:,} parameters ({which})"
+    return f"{text}; weight decay {o.weight_decay:g} on {decayed}"

@@ -9,8 +9,6 @@ import traceback
 
 from vit_jax.errors import UserError, run_command
 
-_PACKAGE = pathlib.Path(__file__).parent
-
 
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
@@ -18,18 +16,23 @@ def main(argv=None):
     config, args = parse(argv)
     import jax
 
-    from vit_jax.config import DEFAULT_RECIPE
+    from vit_jax.config import DEFAULT_RECIPE, flat
     from vit_jax.parallel import backend, processes
 
     backend.enable_compilation_cache()
     jax.config.update("jax_debug_nans", args.debug_nans or jax.config.jax_debug_nans)
+    # What all processes must share before reading data; its directory may differ between hosts.
+    shared = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
+    shared |= {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}
     with processes.joined():
         backend.check_backend()
-        processes.check_same(_shared_settings(config))
+        processes.check_same(shared)
         _run(config, args, argv)
         is_first = jax.process_index() == 0
     if args.config.stem == DEFAULT_RECIPE and is_first:
-        print(f"Next, CIFAR-10: {_python()} -m vit_jax.main --config cifar10_vit")
+        launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
+        python = f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
+        print(f"Next, CIFAR-10: {python} -m vit_jax.main --config cifar10_vit")
 
 
 def parse(argv):
@@ -54,20 +57,13 @@ def parse(argv):
         "(default: a small ViT on drawn images)",
     )
     parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
-        "the compiled program; reads the data, writes no workdir",
-    )
-    parser.add_argument(
-        "--debug_nans",
-        action="store_true",
-        help="stop at the first operation that produces a NaN and report it (slow)",
-    )
-    parser.add_argument(
-        "--help_config", action="store_true", help="list every field of a config and exit"
-    )
+    text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
+    text += "the compiled program; reads the data, writes no workdir"
+    parser.add_argument("--dry_run", action="store_true", help=text)
+    text = "stop at the first operation that produces a NaN and report it (slow)"
+    parser.add_argument("--debug_nans", action="store_true", help=text)
+    text = "list every field of a config and exit"
+    parser.add_argument("--help_config", action="store_true", help=text)
     args, rest = parser.parse_known_args(argv)
 
     from vit_jax import config as config_lib  # slow to import: after --help
@@ -82,27 +78,6 @@ def parse(argv):
     return config, args
 
 
-def _shared_settings(config):
-    """{name: value} of the settings that all processes must share before reading data."""
-    import jax
-
-    from vit_jax.config import flat
-
-    # The data directory may differ between hosts.
-    fields = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
-    return {
-        "NUM_PROCESSES": os.environ.get("NUM_PROCESSES"),
-        "jax version": jax.__version__,
-        **fields,
-    }
-
-
-def _python():
-    """The shell command that runs this environment's Python, independent of PATH."""
-    launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
-    return f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
-
-
 def _run(config, args, argv):
     if args.dry_run:
         from vit_jax.commands import describe
@@ -115,8 +90,8 @@ def _run(config, args, argv):
     try:
         train(config, args.workdir, command=command)
     except FloatingPointError as e:  # from --debug_nans: report the last line of this package
-        frames = traceback.extract_tb(e.__traceback__)
-        frame = next(f for f in reversed(frames) if str(_PACKAGE) in f.filename)
+        package, frames = pathlib.Path(__file__).parent, traceback.extract_tb(e.__traceback__)
+        frame = [f for f in frames if str(package) in f.filename][-1]
         name = pathlib.Path(frame.filename).name
         raise UserError(f"{e}, under {name}, line {frame.lineno}: {frame.line}") from e
 

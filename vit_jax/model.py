@@ -1,10 +1,11 @@
-"""The Vision Transformer: float images in, float32 logits out.
+"""The Vision Transformer (arXiv 2010.11929, pre-norm): float images in, float32 logits out.
 
-Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), pre-norm encoder.
 Shapes: B batch, H W pixels, C channels, P patch size, N tokens, D width, h heads, K = D / h.
-Parameters are always float32 and activations have `dtype`. Softmax, norms, and logits are computed
-in float32.
+Parameters are float32, activations have `dtype`; softmax, norms, and logits compute in float32.
 """
+
+import dataclasses
+import itertools
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from vit_jax.errors import UserError
 
 
 def _linear_init(init, fan_in):
-    """Returns a linear layer's initializers: torch.nn.Linear's or timm's truncated normal, 0.02."""
+    """A linear layer's initializers: torch.nn.Linear's, or timm's truncated normal, 0.02."""
     if init == "pytorch":
         bound = fan_in**-0.5
 
@@ -28,7 +29,7 @@ def _linear_init(init, fan_in):
 
 
 def gelu(x):
-    """Returns x times the standard normal's distribution function, by erf in float32 as in torch.
+    """x times the standard normal's distribution function, by erf in float32 as in torch.
 
     jax.nn.gelu's erfc is exact far into the tail, but it branches: on a CPU, forward and backward
     take five times as long (docs/performance.md).
@@ -37,17 +38,21 @@ def gelu(x):
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
+def layer_norm(eps, dtype, name):
+    """Builds a LayerNorm over D, computed in float32 in two passes as in torch."""
+    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
 class Linear(nn.Module):
     """[..., D] -> [..., features]: nn.Dense over a 2-D view.
 
-    The results are the same. On a CPU, XLA takes a sixth less time for the forward and backward
-    pass of a small ViT than with nn.Dense on three axes.
+    On a CPU, XLA takes a sixth less time for a small ViT than with nn.Dense on three axes.
     """
 
     features: int
-    dtype: jnp.dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel_init: nn.initializers.Initializer
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -58,177 +63,9 @@ class Linear(nn.Module):
         return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
 
 
-class PatchEmbedding(nn.Module):
-    """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
+class _Part(nn.Module):
+    """The options that a VisionTransformer shares with its parts; `config.FIELDS` explains them."""
 
-    Equal to a convolution with kernel size and stride P. The kernel has a convolution's shape,
-    [P, P, C, D].
-    """
-
-    patch_size: int
-    width: int
-    weight_init: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        B, H, W, C = x.shape
-        P = self.patch_size
-        init = _linear_init(self.weight_init, P * P * C)
-        kernel = self.param("kernel", init["kernel_init"], (P, P, C, self.width))
-        bias = self.param("bias", init.get("bias_init", nn.initializers.zeros), (self.width,))
-        x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3)
-        x = x.reshape(B, (H // P) * (W // P), P * P * C).astype(self.dtype)
-        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
-
-
-class ConvStem(nn.Module):
-    """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
-
-    Source: Xiao et al., "Early Convolutions Help Transformers See Better" (arXiv 2106.14881),
-    without batch norm. LayerNorm over channels and GELU follow each 3x3, and the number of channels
-    doubles up to D.
-    """
-
-    patch_size: int
-    width: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        num_convs = self.patch_size.bit_length() - 1
-        x = x.astype(self.dtype)
-        for i in range(num_convs):
-            channels = self.width // 2 ** (num_convs - 1 - i)
-            x = nn.Conv(channels, (3, 3), 2, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
-            x = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
-            x = gelu(x)
-        x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="proj")(x)
-        return x.reshape(x.shape[0], -1, self.width)
-
-
-class MultiHeadAttention(nn.Module):
-    """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
-
-    Queries come from the first n tokens (all by default), keys and values from all N. `qkv/kernel`
-    is [D, 3 D], ordered q, k, v and by head within each: torch's MultiheadAttention, transposed.
-    The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
-    """
-
-    num_heads: int
-    qk_norm: bool
-    dropout: float
-    norm_eps: float
-    weight_init: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, *, train, n=None):
-        B, N, D = x.shape
-        K = D // self.num_heads
-        # torch's MultiheadAttention: Xavier over the fused matrix, zero bias
-        if self.weight_init == "pytorch":
-            qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
-        else:
-            qkv_init = _linear_init(self.weight_init, D)
-        qkv = Linear(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
-        q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
-        q = q[:, :, :n]
-        if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
-            q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
-            k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
-        scores = jnp.einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
-        attention = jax.nn.softmax(scores, axis=-1)
-        self.sow("intermediates", "attention", attention)
-        attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-        x = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
-        x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
-        out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
-        return Linear(D, dtype=self.dtype, name="out", **out_init)(x)
-
-
-class MlpBlock(nn.Module):
-    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back.
-
-    `gelu` is "exact", as in torch, or "tanh", the approximation in flax (by default) and in
-    Google's ViTs.
-    """
-
-    mlp_dim: int
-    dropout: float
-    weight_init: str
-    dtype: jnp.dtype
-    gelu: str
-
-    @nn.compact
-    def __call__(self, x, *, train):
-        D = x.shape[-1]
-        init = _linear_init(self.weight_init, D)
-        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **init)(x)
-        x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        init = _linear_init(self.weight_init, self.mlp_dim)
-        return Linear(D, dtype=self.dtype, name="fc2", **init)(x)
-
-
-class TransformerBlock(nn.Module):
-    """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Only the first n tokens (all by default) are computed; they attend to all N.
-    """
-
-    num_heads: int
-    mlp_dim: int
-    norm_eps: float
-    weight_init: str
-    dtype: jnp.dtype
-    qk_norm: bool = False
-    layer_scale: float = 0.0
-    dropout: float = 0.0
-    drop_path: float = 0.0
-    gelu: str = "exact"
-
-    @nn.compact
-    def __call__(self, x, *, train, n=None):
-        def residual(y, name):
-            if self.layer_scale:  # arXiv 2103.17239
-                scale = nn.initializers.constant(self.layer_scale)
-                y = y * self.param(name, scale, x.shape[-1:]).astype(self.dtype)
-            y = nn.Dropout(self.dropout)(y, deterministic=not train)
-            # Stochastic depth (arXiv 1603.09382) drops a branch for an entire image.
-            return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
-
-        y = layer_norm(self.norm_eps, self.dtype, "norm1")(x)
-        y = MultiHeadAttention(
-            self.num_heads,
-            self.qk_norm,
-            self.dropout,
-            self.norm_eps,
-            self.weight_init,
-            self.dtype,
-            name="attn",
-        )(y, train=train, n=n)
-        x = x[:, :n] + residual(y, "layer_scale1")
-        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
-        y = MlpBlock(
-            self.mlp_dim, self.dropout, self.weight_init, self.dtype, self.gelu, name="mlp"
-        )(y, train=train)
-        return x + residual(y, "layer_scale2")
-
-
-def layer_norm(eps, dtype, name):
-    """Builds a LayerNorm over D, computed in float32 in two passes as in torch."""
-    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
-
-
-class VisionTransformer(nn.Module):
-    """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
-
-    With an `image_size`, images are first resized to that side: bilinear, with antialiasing if they
-    shrink. Only the small images are then transferred to the device.
-    """
-
-    num_classes: int
     patch_size: int = 4
     width: int = 256
     depth: int = 6
@@ -249,47 +86,135 @@ class VisionTransformer(nn.Module):
     pre_logits: int = 0
     image_size: int = 0
 
+
+def _options(part):
+    names = {field.name for field in dataclasses.fields(_Part)} - {"parent", "name"}
+    return {name: getattr(part, name) for name in names}
+
+
+class PatchEmbedding(_Part):
+    """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
+
+    Equal to a convolution with stride P, and its kernel has a convolution's shape, [P, P, C, D].
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        P = self.patch_size
+        init = _linear_init(self.weight_init, P * P * C)
+        kernel = self.param("kernel", init["kernel_init"], (P, P, C, self.width))
+        bias = self.param("bias", init.get("bias_init", nn.initializers.zeros), (self.width,))
+        x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3)
+        x = x.reshape(B, (H // P) * (W // P), P * P * C).astype(self.dtype)
+        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+
+
+class ConvStem(_Part):
+    """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
+
+    Source: Xiao et al. (arXiv 2106.14881), with LayerNorm over channels instead of batch norm, and
+    GELU. The number of channels doubles up to D.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        num_convs = self.patch_size.bit_length() - 1
+        x = x.astype(self.dtype)
+        for i in range(num_convs):
+            channels = self.width // 2 ** (num_convs - 1 - i)
+            x = nn.Conv(channels, (3, 3), 2, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
+            x = gelu(x)
+        x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="proj")(x)
+        return x.reshape(x.shape[0], -1, self.width)
+
+
+class MultiHeadAttention(_Part):
+    """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
+
+    Queries come from the first n tokens (all by default), keys and values from all N. `qkv/kernel`
+    is [D, 3 D], ordered q, k, v and by head within each: torch's MultiheadAttention, transposed.
+    The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
+    """
+
+    @nn.compact
+    def __call__(self, x, *, train, n=None):
+        B, N, D = x.shape
+        K = D // self.num_heads
+        qkv_init = _linear_init(self.weight_init, D)
+        if self.weight_init == "pytorch":  # Xavier over the fused matrix, zero bias
+            qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
+        qkv = Linear(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
+        q = q[:, :, :n]
+        if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
+            q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
+            k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
+        scores = jnp.einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
+        attention = jax.nn.softmax(scores, axis=-1)
+        self.sow("intermediates", "attention", attention)
+        attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
+        x = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
+        x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
+        out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
+        return Linear(D, dtype=self.dtype, name="out", **out_init)(x)
+
+
+class MlpBlock(_Part):
+    """[B, N, D] -> [B, N, D]: linear to `mlp_dim`, GELU, linear back."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        D = x.shape[-1]
+        init = _linear_init(self.weight_init, D)
+        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **init)(x)
+        x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)  # tanh: as in Google's ViTs
+        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        init = _linear_init(self.weight_init, self.mlp_dim)
+        return Linear(D, dtype=self.dtype, name="fc2", **init)(x)
+
+
+class TransformerBlock(_Part):
+    """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Only the first n tokens (all by default) are computed; they attend to all N.
+    """
+
+    @nn.compact
+    def __call__(self, x, *, train, n=None):
+        def residual(y, name):
+            if self.layer_scale:  # arXiv 2103.17239
+                scale = nn.initializers.constant(self.layer_scale)
+                y = y * self.param(name, scale, x.shape[-1:]).astype(self.dtype)
+            y = nn.Dropout(self.dropout)(y, deterministic=not train)
+            # Stochastic depth (arXiv 1603.09382) drops a branch for an entire image.
+            return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
+
+        y = layer_norm(self.norm_eps, self.dtype, "norm1")(x)
+        y = MultiHeadAttention(**_options(self), name="attn")(y, train=train, n=n)
+        x = x[:, :n] + residual(y, "layer_scale1")
+        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
+        y = MlpBlock(**_options(self), name="mlp")(y, train=train)
+        return x + residual(y, "layer_scale2")
+
+
+class VisionTransformer(_Part, kw_only=True):
+    """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
+
+    With an `image_size`, images are first resized: bilinear, with antialiasing if they shrink.
+    """
+
+    num_classes: int
+
     @nn.compact
     def __call__(self, images, *, train=False):
-        B, C = images.shape[0], images.shape[3]
-        H, W, _ = resolution(self, images.shape[1:])
-        if images.shape[1:3] != (H, W):
-            images = jax.image.resize(images, (B, H, W, C), "bilinear")
-        if self.stem == "conv":
-            embed = ConvStem(self.patch_size, self.width, self.dtype, name="conv_stem")
-        else:
-            embed = PatchEmbedding(
-                self.patch_size, self.width, self.weight_init, self.dtype, name="patch_embed"
-            )
-        x = embed(images)
-        init = nn.initializers.truncated_normal(0.02)
-        if self.weight_init == "pytorch":  # the notebook initializes both embeddings to zero
-            init = nn.initializers.zeros
-        grid = (H // self.patch_size, W // self.patch_size)
-        if self.pool == "cls":
-            cls_token = self.param("cls_token", init, (1, 1, self.width))
-            cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
-            x = jnp.concatenate([cls_token, x], axis=1)
-        if self.posemb == "learned":
-            pos_embed = self.param("pos_embed", init, (1, x.shape[1], self.width))
-        else:
-            pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
-        x = x + jnp.asarray(pos_embed, self.dtype)
+        x = self._embed(images)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         for i in range(self.depth):
-            block = TransformerBlock(
-                self.num_heads,
-                self.mlp_dim,
-                self.norm_eps,
-                self.weight_init,
-                self.dtype,
-                self.qk_norm,
-                self.layer_scale,
-                self.dropout,
-                self.drop_path * i / max(self.depth - 1, 1),  # linear in depth, as in the paper
-                self.gelu,
-                name=f"block_{i}",
-            )
+            # The rate of stochastic depth is linear in depth, as in the paper.
+            options = _options(self) | {"drop_path": self.drop_path * i / max(self.depth - 1, 1)}
+            block = TransformerBlock(**options, name=f"block_{i}")
             # The head reads only the class token, so the last block skips the other outputs unless
             # attention maps are requested.
             last = i == self.depth - 1 and self.pool == "cls"
@@ -306,12 +231,33 @@ class VisionTransformer(nn.Module):
         head = Linear(self.num_classes, name="head", **_linear_init(self.weight_init, x.shape[-1]))
         return head(x.astype(jnp.float32))
 
+    def _embed(self, images):
+        """[B, N, D]: the class token and the patches, with their position embeddings."""
+        B, C = images.shape[0], images.shape[3]
+        H, W, _ = resolution(self, images.shape[1:])
+        if images.shape[1:3] != (H, W):
+            images = jax.image.resize(images, (B, H, W, C), "bilinear")
+        if self.stem == "conv":
+            x = ConvStem(**_options(self), name="conv_stem")(images)
+        else:
+            x = PatchEmbedding(**_options(self), name="patch_embed")(images)
+        # The notebook initializes both embeddings to zero.
+        zeros, normal = nn.initializers.zeros, nn.initializers.truncated_normal(0.02)
+        init = zeros if self.weight_init == "pytorch" else normal
+        if self.pool == "cls":
+            cls_token = self.param("cls_token", init, (1, 1, self.width))
+            cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
+            x = jnp.concatenate([cls_token, x], axis=1)
+        if self.posemb == "learned":
+            pos_embed = self.param("pos_embed", init, (1, x.shape[1], self.width))
+        else:
+            grid = (H // self.patch_size, W // self.patch_size)
+            pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
+        return x + jnp.asarray(pos_embed, self.dtype)
+
 
 def sincos2d(grid, width, *, cls_token):
-    """Returns the fixed position embedding float32[1, N, D] (arXiv 2205.01580).
-
-    A class token gets zeros.
-    """
+    """The fixed position embedding float32[1, N, D] (arXiv 2205.01580); zeros for a class token."""
     y, x = np.mgrid[: grid[0], : grid[1]]
     omega = 1.0 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -330,9 +276,9 @@ def make_model(model_config, *, num_classes):
 
 
 def resolution(model, image_shape):
-    """Returns the (H, W, C) that the model splits into patches, for images of (H, W, C)."""
+    """The (H, W, C) that the model splits into patches, for images of (H, W, C)."""
     H, W, C = image_shape
-    return (model.image_size or H, model.image_size or W, C)
+    return model.image_size or H, model.image_size or W, C
 
 
 def patch_grid(model, image_shape):
@@ -352,7 +298,7 @@ def check_image_shape(model, image_shape):
 
 
 def init_params(model, key, image_shape):
-    """Returns the initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
+    """The initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
     params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
     if model.weight_init != "mimetic":
         return params
@@ -367,50 +313,50 @@ def init_params(model, key, image_shape):
 def _mimetic_attention(key, D, num_heads):
     """Draws the kernels qkv, float32[D, 3 D], and out, float32[D, D], of one block.
 
-    Source: Trockman & Kolter (arXiv 2305.09828). Attention is near the identity, as in trained
-    ViTs: W_q W_k' ~ 0.7 Z + 0.7 I in each head and W_v W_out ~ 0.4 Z - 0.4 I, with Z ~ N(0, 1/D),
-    factored by SVD.
+    As in trained ViTs (arXiv 2305.09828), W_q W_k' ~ 0.7 Z + 0.7 I in each head and
+    W_v W_out ~ 0.4 Z - 0.4 I, with Z ~ N(0, 1/D), factored by SVD.
     """
     K = D // num_heads
+
+    def factors(key, scale, identity):
+        noise = jax.random.normal(key, (D, D)) / D**0.5
+        u, s, vt = jnp.linalg.svd(scale * noise + identity * jnp.eye(D))
+        return u * s**0.5, s[:, None] ** 0.5 * vt
+
     value_out_key, *head_keys = jax.random.split(key, num_heads + 1)
-    noise = jax.random.normal(value_out_key, (D, D)) / D**0.5
-    u, s, vt = jnp.linalg.svd(0.4 * noise - 0.4 * jnp.eye(D))
-    values, out = u * s**0.5, s[:, None] ** 0.5 * vt
-    queries, keys = [], []
-    for head_key in head_keys:
-        noise = jax.random.normal(head_key, (D, D)) / D**0.5
-        u, s, vt = jnp.linalg.svd(0.7 * noise + 0.7 * jnp.eye(D))
-        queries.append(u[:, :K] * s[:K] ** 0.5)
-        keys.append(vt[:K].T * s[:K] ** 0.5)
+    values, out = factors(value_out_key, 0.4, -0.4)
+    heads = [factors(head_key, 0.7, 0.7) for head_key in head_keys]
+    queries = [left[:, :K] for left, _ in heads]
+    keys = [right[:K].T for _, right in heads]
     return jnp.concatenate([*queries, *keys, values], axis=1), out
 
 
 def num_tokens(model, image_shape):
-    """Returns N, including the class token, for images of (H, W, C)."""
+    """N, including the class token, for images of (H, W, C)."""
     rows, columns = patch_grid(model, image_shape)
     return rows * columns + (model.pool == "cls")
 
 
 def train_flops_per_image(model, image_shape):
-    """Returns the floating-point operations of one image's forward and backward pass.
+    """Floating-point operations of one image's forward and backward pass.
 
     Counts only matrix products, a multiply-add as two operations, and the backward pass as twice
-    the forward (as in the PaLM paper's MFU, arXiv 2204.02311 appendix B). If the head reads only
-    the class token, the last block counts one token, except for its keys and values.
+    the forward (arXiv 2204.02311, appendix B).
     """
-    N, D = num_tokens(model, image_shape), model.width
+    N, D, P = num_tokens(model, image_shape), model.width, model.patch_size
     H, W, C = resolution(model, image_shape)
-    # Output tokens of each block.
-    outputs = [N] * (model.depth - 1) + [1 if model.pool == "cls" else N]
+    last = 1 if model.pool == "cls" else N  # tokens that the last block computes
     blocks = sum(
-        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim) for n in outputs
+        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim)
+        for n in [N] * (model.depth - 1) + [last]
     )
-    patches = N - (model.pool == "cls")
-    embed = 2 * patches * model.patch_size**2 * C * D
+    patches = H * W // P**2
+    embed = 2 * patches * P**2 * C * D
     if model.stem == "conv":
-        embed, channels, pixels = 0, C, H * W
-        for i in range(num_convs := model.patch_size.bit_length() - 1):
-            out, pixels = D // 2 ** (num_convs - 1 - i), pixels // 4
-            embed, channels = embed + 2 * pixels * 9 * channels * out, out
-        embed += 2 * patches * D * D
+        num_convs, pixels = P.bit_length() - 1, H * W
+        channels = [C, *(D // 2**i for i in reversed(range(num_convs)))]
+        embed = 2 * patches * D * D
+        for inputs, outputs in itertools.pairwise(channels):
+            pixels //= 4
+            embed += 2 * pixels * 9 * inputs * outputs
     return 3 * (blocks + embed + 2 * D * model.num_classes)

@@ -1,6 +1,7 @@
 """Learning-rate schedule, weight-decay mask, and gradient transformation, built from optax."""
 
 import fnmatch
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ from vit_jax.errors import UserError
 
 
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
-    """Builds the learning rate as a function of the step, float32[].
+    """Builds the learning rate as a function of the step, float32[], from the `optim` group.
 
-    A linear warmup over `warmup_steps`, then constant, cosine, or linear from `peak_lr` to `end_lr`
-    at `total_steps`. With `schedule_per = "epoch"`, the part after the warmup changes only at the
-    start of an epoch, like a torch scheduler stepped once per epoch.
+    A linear warmup, then constant, cosine, or linear from the peak (default: `o.peak_lr`) to
+    `o.end_lr` at `total_steps`. With `schedule_per = "epoch"`, the part after the warmup changes
+    only at the start of an epoch, like a torch scheduler stepped once per epoch.
     """
     peak = o.peak_lr if peak_lr is None else peak_lr
     steps = max(total_steps - warmup_steps, 1)
@@ -37,7 +38,7 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
 
 
 def decay_mask(decay, params):
-    """Returns a tree of bools: the parameters that weight decay applies to.
+    """A tree of bools: the parameters that weight decay applies to.
 
     "all" is every parameter, the default of torch.optim.AdamW. "kernels" excludes biases, norms,
     layer scales, and the position and class embeddings.
@@ -48,7 +49,7 @@ def decay_mask(decay, params):
 
 
 def freeze_labels(patterns, params):
-    """Returns a tree that labels each parameter "frozen" or "trained".
+    """A tree that labels each parameter "frozen" or "trained".
 
     `patterns` are shell patterns separated by commas. A pattern must match a complete path such as
     block_0/attn/qkv/kernel; * also matches slashes. Raises UserError if a pattern matches nothing
@@ -57,7 +58,7 @@ def freeze_labels(patterns, params):
     patterns = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
     paths = jax.tree_util.tree_map_with_path(lambda p, _: "/".join(k.key for k in p), params)
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in jax.tree.leaves(paths)):
+        if not fnmatch.filter(jax.tree.leaves(paths), pattern):
             raise UserError(
                 f"config.optim.freeze: no parameter matches {pattern!r}; use paths such as "
                 f"block_0/attn/qkv/kernel under {', '.join(params)}, or 'block_0/*' for a block"
@@ -75,21 +76,11 @@ def freeze_labels(patterns, params):
     return labels
 
 
-def _scale_backbone(factor):
-    """Scales all updates except those of the head and its pre-logits layer."""
-
-    def scale(path, update):
-        return update if path[0].key in ("head", "pre_logits") else factor * update
-
-    return optax.stateless(lambda u, _: jax.tree_util.tree_map_with_path(scale, u))
-
-
 def _muon_labels(params):
-    """Labels the matrices inside the blocks "muon" and all other parameters "adamw"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw",
-        params,
-    )
+    def label(path, p):
+        return "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def make_optimizer(o, schedule, *, muon_schedule=None):
@@ -99,28 +90,19 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
     to the gradient; both are torch's conventions. Frozen parameters are excluded from the clipped
     norm and have no optimizer state.
     """
-
-    def mask(params):
-        return decay_mask(o.decay, params)
-
+    mask = functools.partial(decay_mask, o.decay)
     adamw = optax.adamw(schedule, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=mask)
     if o.name == "adamw":
         steps = [adamw]
-    elif o.name == "lion":
-        steps = [optax.lion(schedule, o.b1, o.b2, weight_decay=o.weight_decay, mask=mask)]
     elif o.name == "sgd":
-        steps = [
-            optax.add_decayed_weights(o.weight_decay, mask),
-            optax.sgd(schedule, o.momentum or None),
-        ]
+        decay = optax.add_decayed_weights(o.weight_decay, mask)
+        steps = [decay, optax.sgd(schedule, o.momentum or None)]
     else:  # github.com/KellerJordan/Muon
         muon = optax.contrib.muon(muon_schedule, weight_decay=o.weight_decay)
         steps = [optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
         steps.insert(0, optax.clip_by_global_norm(o.grad_clip_norm))
-    if o.backbone_lr_factor != 1:
-        steps.append(_scale_backbone(o.backbone_lr_factor))
     if not o.freeze:
         return optax.chain(*steps)
     transforms = {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}
-    return optax.partition(transforms, lambda params: freeze_labels(o.freeze, params))
+    return optax.partition(transforms, functools.partial(freeze_labels, o.freeze))

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.durations import Every
+from vit_jax.errors import UserError
 from vit_jax.parallel import mesh as mesh_lib
 from vit_jax.step import TrainState
 from vit_jax.workdir import BadStep, TrainLog, Workdir, newest_intact_step, write_errors, write_json
@@ -81,7 +82,6 @@ class RunWorkdir:
                 self._each.append(Workdir(path / f"seed_{seed}", own))
             self._all = self._all + self._each  # that of the run has no steps and no metrics
         self.folders = [workdir.path for workdir in self._each]
-        self._corrupted: dict[pathlib.Path, str] = {}
 
     @property
     def has_checkpoints(self) -> bool:
@@ -97,9 +97,7 @@ class RunWorkdir:
 
     def find_resume_step(self) -> int:
         """The newest step that is intact for every seed; 0 if there is none."""
-        directories = [workdir.checkpoint_dir for workdir in self._each]
-        step, self._corrupted = newest_intact_step(directories)
-        return step
+        return newest_intact_step([workdir.checkpoint_dir for workdir in self._each])
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         for workdir in self._each:
@@ -109,7 +107,7 @@ class RunWorkdir:
         """Makes the first writes of the run, in process 0, and opens every seed's workdir."""
         if jax.process_index() == 0:
             for workdir in self._all:
-                workdir.begin(step, command=command, corrupted=self._corrupted)
+                workdir.begin(step, command)
         for workdir in self._each:
             workdir.open(step, keep=keep)
 
@@ -119,7 +117,7 @@ class RunWorkdir:
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
         states = []
         for workdir, seed in zip(self._each, self.seeds, strict=True):
-            arrays, progress = workdir.restore(step, items)
+            arrays, progress = workdir.checkpoints.restore(step, items)
             sums = {k: np.float32(progress["sums"].get(k, 0)) for k in shapes.sums}
             arrays |= {"step": np.int32(step), "seed": np.uint32(seed), "sums": sums}
             states.append(TrainState(**arrays))
@@ -143,7 +141,8 @@ class RunWorkdir:
 
     def is_best(self, val_accuracy: Any) -> bool:
         """Whether a validation accuracy is any seed's best so far."""
-        return any(workdir.is_best(accuracy) for workdir, accuracy in self._split(val_accuracy))
+        each = self._split(val_accuracy)
+        return any(workdir.checkpoints.is_best(accuracy) for workdir, accuracy in each)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         for workdir, own in self._split(scalars):
@@ -152,10 +151,6 @@ class RunWorkdir:
     def images(self, step: int, name: str, images: Any) -> None:
         for workdir, own in self._split(images):
             workdir.images(step, name, own)
-
-    def histograms(self, step: int, params: Any) -> None:
-        for workdir, own in self._split(params):
-            workdir.histograms(step, own)
 
     def _split(self, tree):
         return list(zip(self._each, unstack(tree, self._config), strict=True))
@@ -188,11 +183,14 @@ class RunWorkdir:
     def read_result(self) -> dict[str, Any] | None:
         """The content of the run's result.json, or None."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as e:
+            raise UserError(f"{path} is not a result ({e}): delete it, then rerun") from e
 
     def wait(self) -> None:
         for workdir in self._each:
-            workdir.wait()
+            workdir.checkpoints.wait()
 
     def close(self) -> None:
         for workdir in self._each:

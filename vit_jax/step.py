@@ -16,16 +16,15 @@ from vit_jax.model import VisionTransformer, init_params
 class TrainState(flax.struct.PyTreeNode):
     """Everything that changes from step to step, and the seed.
 
-    `sums` contains the sums of the batch losses and batch accuracies since the epoch began, so that
-    an epoch's mean survives an interruption. If bad steps are skipped, its "skipped" counts them.
-    `ema_params` is None without EMA.
+    `sums` are the sums of the batch losses and accuracies since the epoch began, so that an epoch's
+    mean survives an interruption. If bad steps are skipped, its "skipped" counts them.
     """
 
     step: jax.Array  # int32[]: optimizer updates so far
     seed: jax.Array  # uint32[]
     params: Any
     opt_state: Any
-    ema_params: Any
+    ema_params: Any  # None without EMA
     sums: dict[str, jax.Array]  # float32[] each
 
     @property
@@ -44,7 +43,7 @@ def init_state(
     params: Any = None,
     skip_bad: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step, for images of (H, W, C). Jittable.
+    """The state before the first step, for images of (H, W, C). Jittable.
 
     `params` replaces the model's random initial weights.
     """
@@ -61,22 +60,9 @@ def init_state(
 
 
 def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:
-    """Gathers a batch from a resident split.
-
-    Args:
-      data: {"image": uint8[N, H, W, C], "label": int32[N]}.
-      indices: int32[B], -1 for no example.
-
-    Returns:
-      {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}.
-    """
+    """The batch {"image", "label", "mask"} of rows int32[B] of a resident split; -1 is masked."""
     rows = jnp.maximum(indices, 0)
     return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
-
-
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the mean of float32[B] over the mask."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def augmented_batch(
@@ -87,10 +73,7 @@ def augmented_batch(
     steps_per_epoch: int,
     mix_steps: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the (images, labels) of a batch that the model trains on in the next step.
-
-    float32[B, H, W, C], normalized, and soft labels float32[B, classes].
-    """
+    """The next step's images, float32[B, H, W, C], and soft labels, float32[B, classes]."""
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
     epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
     return augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
@@ -102,56 +85,48 @@ def loss_and_grads(
     inputs: Sequence[jax.Array],
     count: jax.Array,
     dropout_key: jax.Array,
+    *,
+    num_microbatches: int = 1,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Returns (loss, gradients, logits) of one forward and backward pass.
+    """(loss, gradients, logits) of a batch.
 
     `inputs` is (images, soft labels, mask). The loss is the sum of the cross-entropies over the
-    mask, divided by `count`, the number of examples in the whole batch.
+    mask, divided by `count`. Microbatches run in sequence, in the memory of one. Microbatch i
+    consists of every `num_microbatches`-th row, so each device's share is among its own rows, and
+    draws dropout from fold_in(dropout_key, i).
     """
-    images, labels, mask = inputs
 
-    def loss_fn(params):
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": dropout_key})
-        losses = optax.softmax_cross_entropy(logits, labels)
-        return jnp.sum(jnp.where(mask, losses, 0.0)) / count, logits
+    def one_pass(inputs, dropout_key):
+        images, labels, mask = inputs
 
-    (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return loss, grads, logits
+        def loss_fn(params):
+            rngs = {"dropout": dropout_key}
+            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
+            losses = optax.softmax_cross_entropy(logits, labels)
+            return jnp.sum(jnp.where(mask, losses, 0.0)) / count, logits
 
-
-def accumulate(
-    model: VisionTransformer,
-    params: Any,
-    inputs: Sequence[jax.Array],
-    count: jax.Array,
-    dropout_key: jax.Array,
-    *,
-    num_microbatches: int,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """`loss_and_grads` over sequential microbatches, in the memory of one.
-
-    Microbatch i consists of every `num_microbatches`-th row, so each device's share is among its
-    own rows. It draws dropout from fold_in(dropout_key, i).
-    """
+        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return loss, grads, logits
 
     def one_microbatch(part):
         *inputs, rows = part
-        key = jax.random.fold_in(dropout_key, rows[0])
-        return loss_and_grads(model, params, inputs, count, key)
+        return one_pass(inputs, jax.random.fold_in(dropout_key, rows[0]))
 
-    num_rows = inputs[-1].shape[0]
+    if num_microbatches == 1:
+        return one_pass(inputs, dropout_key)
+    rows = jnp.arange(inputs[-1].shape[0])
     return microbatch(
         one_microbatch,
         argnums=0,
-        microbatch_size=num_rows // num_microbatches,
+        microbatch_size=len(rows) // num_microbatches,
         accumulator=(AccumulationType.SUM, AccumulationType.SUM, AccumulationType.CONCAT),
-    )((*inputs, jnp.arange(num_rows)))
+    )((*inputs, rows))
 
 
 def apply_update(
     optimizer: optax.GradientTransformation, grads: Any, state: TrainState, *, ema_decay: float
 ) -> TrainState:
-    """Returns the state with updated weights, optimizer state, and EMA weights.
+    """The state with updated weights, optimizer state, and EMA weights.
 
     The EMA decay warms up; otherwise a short run stays biased toward its initial weights.
     """
@@ -162,11 +137,6 @@ def apply_update(
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     return state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
-
-
-def skip_if_bad(bad: jax.Array, before: TrainState, after: TrainState) -> TrainState:
-    """Returns the state `before` if `bad`, else `after`."""
-    return jax.tree.map(lambda old, new: jnp.where(bad, old, new), before, after)
 
 
 def _add_to_sums(state, metrics, bad, *, steps_per_epoch):
@@ -194,14 +164,11 @@ def make_train_step(
 
     The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
     float32[]: loss and accuracy over the mask, grad_norm (before clipping), and lr; and `bad`,
-    bool[]: the loss or the gradient is not finite. All randomness of a step derives from
-    (state.seed, state.step). Mixup and CutMix stop after `mix_steps`.
+    bool[]: the loss or the gradient is not finite. If `state.sums` counts skipped steps, a bad step
+    changes only the step count, and the metric `skipped` is the number of such steps in the epoch.
 
-    If `state.sums` counts skipped steps, a bad step changes nothing except the step count, and the
-    metric `skipped` counts the skipped steps of the epoch so far.
-
-    With `accumulate_steps`, the whole batch is augmented and mixed, then split into that many
-    microbatches. The step is the same except for the dropout masks.
+    All randomness of a step derives from (state.seed, state.step). Mixup and CutMix stop after
+    `mix_steps`. The whole batch is augmented, then split into `accumulate_steps` microbatches.
     """
 
     def train_step(state, batch):
@@ -210,16 +177,19 @@ def make_train_step(
             augment_fn, state, batch, steps_per_epoch=steps_per_epoch, mix_steps=mix_steps
         )
         mask = batch["mask"]
-        arguments = (model, state.params, (images, labels, mask))
-        arguments += (jnp.maximum(jnp.sum(mask), 1), jax.random.fold_in(key, 1))
-        if accumulate_steps > 1:
-            loss, grads, logits = accumulate(*arguments, num_microbatches=accumulate_steps)
-        else:
-            loss, grads, logits = loss_and_grads(*arguments)
-        correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        count = jnp.maximum(jnp.sum(mask), 1)
+        loss, grads, logits = loss_and_grads(
+            model,
+            state.params,
+            (images, labels, mask),
+            count,
+            jax.random.fold_in(key, 1),
+            num_microbatches=accumulate_steps,
+        )
+        correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         metrics = {
             "loss": loss,
-            "accuracy": masked_mean(correct.astype(jnp.float32), mask),
+            "accuracy": jnp.sum(jnp.where(mask, correct, 0.0)) / count,
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
         }
@@ -227,7 +197,7 @@ def make_train_step(
         sums = _add_to_sums(state, metrics, bad, steps_per_epoch=steps_per_epoch)
         new_state = apply_update(optimizer, grads, state, ema_decay=ema_decay)
         if "skipped" in sums:
-            new_state = skip_if_bad(bad, state, new_state)
+            new_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state, new_state)
             metrics["skipped"] = sums["skipped"]
         return new_state.replace(step=state.step + 1, sums=sums), metrics | {"bad": bad}
 

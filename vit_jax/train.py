@@ -15,22 +15,15 @@ from vit_jax.parallel import mesh, peaks
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
-from vit_jax.workdir import (
-    BadStep,
-    TrainLog,
-    check_free_space,
-    epoch_means,
-    import_wandb,
-    saved_steps,
-)
+from vit_jax.workdir import BadStep, TrainLog, epoch_means, import_wandb, saved_steps
 
 
 def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") -> dict[str, Any]:
     """Trains by a config in the workdir at `path`, and returns the content of result.json.
 
-    Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before
-    anything is written, and for a failed write or a non-finite step; Stopped if a signal ended the
-    run early, after saving. With several processes, only process 0 prints.
+    Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before the
+    first write, and for a failed write or a non-finite step; Stopped after a signal, with the state
+    saved. With several processes, only process 0 prints.
     """
     if config.wandb:
         import_wandb()
@@ -42,9 +35,10 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
         with shared_errors():  # only now, since process 0 creates the workdir
-            check_free_space(workdir.folders, _checkpoint_bytes(experiment))
             workdir.lock(stack)
-        _check_same_data(experiment)
+        if jax.process_count() > 1:  # otherwise the digests are not needed yet
+            splits = experiment.data_identity["splits"]
+            check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
         _say(*describe(experiment, path))
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders found are not checkpoints
@@ -55,7 +49,7 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if start:
             workdir.check_data(start, experiment.data_identity)
         if result:
-            _say(f"Already complete. {summary(result)}")
+            _say(f"Already complete. {_summary(result)}")
             return result
         workdir.open(start, command=command, keep=experiment.plan.keep)
         return _train(experiment, workdir, start)
@@ -69,8 +63,7 @@ def _train(experiment, workdir, start):
     else:
         state, progress = experiment.init(), {"timed_images": 0, "timed_seconds": 0.0}
     log = _make_log(experiment, workdir, start, progress)
-    # The loop allows only explicit transfers between host and device. To locate a NaN, JAX itself
-    # reads every result.
+    # Only explicit transfers between host and device, unless JAX reads every result for a NaN.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
         with jax.transfer_guard(guard), StopSignal() as stop:
@@ -78,7 +71,7 @@ def _train(experiment, workdir, start):
             workdir.wait()
         if stop.signal:  # or one received during the last save
             workdir.close()
-            log.terminal.say(
+            log.say(
                 f"{signal.Signals(stop.signal).name}: saved step {log.step:,} of "
                 f"{experiment.plan.total_steps:,}; rerun the same command to resume"
             )
@@ -86,21 +79,18 @@ def _train(experiment, workdir, start):
     except BadStep as e:
         raise _bad_step_error(experiment, workdir, e) from e
     finally:
-        log.terminal.close()
+        log.close()
     result = _results(experiment, workdir, log, state, validated)
     workdir.close()
-    _say(summary(result))
+    _say(_summary(result))
     return result
 
 
 def _loop(experiment, workdir, log, state, stop):
-    """Trains to the last step or a signal, and starts saving the last state.
-
-    Returns (state, latest validation metrics or None).
-    """
+    """Trains to the last step or a signal; returns (state, last validation metrics or None)."""
     plan, validated = experiment.plan, None
     shows_images = experiment.config.tensorboard
-    for step, inputs in log.timed(experiment.batches(after=log.step)):
+    for step, inputs in experiment.batches(after=log.step):
         if shows_images and plan.shows_images(step):
             images = mesh.to_host(experiment.augmented_images(state, *inputs))
             workdir.images(step, "train/images", images)
@@ -116,19 +106,9 @@ def _loop(experiment, workdir, log, state, stop):
         if plan.save(step) or plan.keep(step) or log.has_new_best or stopping:
             with log.paused():
                 workdir.save(step, state, experiment.documents, log)
-        if plan.histograms(step):
-            with log.paused():
-                workdir.histograms(step, mesh.to_host(state.params))
         if stopping:
             break
     return state, validated
-
-
-def _check_same_data(experiment):
-    """Raises UserError in every process if they have read different data."""
-    if jax.process_count() > 1:  # otherwise the digests are not needed yet
-        splits = experiment.data_identity["splits"]
-        check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
 
 
 def _make_log(experiment, workdir, start, progress):
@@ -140,22 +120,19 @@ def _make_log(experiment, workdir, start, progress):
         progress=progress,
         # With bad steps skipped, this many in a row still end the run.
         patience=max(experiment.plan.log.steps, 10) if config.on_bad_loss == "skip" else 1,
-        flops_per_image=experiment.flops_per_image,
-        peak_flops=peak and peak * experiment.mesh.size,
-        streaming=config.data.streaming,
+        peak_rate=peak and peak * experiment.mesh.size / experiment.flops_per_image,
     )
 
 
 def _bad_step_error(experiment, workdir, bad_step):
     """The UserError of a non-finite step. Stores the step's batch next to the metrics."""
-    index = int(np.argmax(bad_step.bad))
+    index, step = int(np.argmax(bad_step.bad)), bad_step.step
     seed, folder = workdir.seeds[index], workdir.folders[index]
-    path = folder / f"bad_batch_{bad_step.step}.npz"
+    path = folder / f"bad_batch_{step}.npz"
     batch_note = f"the batch is in {path}"
     try:
         if jax.process_index() == 0:
-            batch = experiment.stored_batch(bad_step.step, seed)
-            np.savez(path, **batch, seed=seed, step=bad_step.step)
+            np.savez(path, **experiment.stored_batch(step, seed), seed=seed, step=step)
     except (OSError, UserError) as e:
         batch_note = f"the batch could not be stored ({e})"
     workdir.close()
@@ -165,7 +142,7 @@ def _bad_step_error(experiment, workdir, bad_step):
         loss, norm = (np.atleast_1d(v)[index] for v in (bad_step.loss, bad_step.grad_norm))
         problem = f"the loss is {loss:.4g} and the gradient norm {norm:.4g}"
     return UserError(
-        f"{problem} at step {bad_step.step} of seed {seed}; the last good checkpoint is "
+        f"{problem} at step {step} of seed {seed}; the last good checkpoint is "
         f"{folder / 'checkpoints' / str(steps[-1]) if steps else 'none'}; {batch_note}; a lower "
         "optim.peak_lr or an optim.grad_clip_norm may help, --config.on_bad_loss=skip skips such "
         "steps, --debug_nans locates the operation"
@@ -174,32 +151,25 @@ def _bad_step_error(experiment, workdir, bad_step):
 
 def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
-    plan, throughput = experiment.plan, log.throughput
+    plan = experiment.plan
     values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
+    metrics = {"val": validated}  # of the last step, unless the run resumed there
     for name in ("val", "test"):
         if name in experiment.splits:
-            found = validated if name == "val" else None  # the loop has validated the last step
-            found = found or experiment.evaluate(state.eval_params, name)
+            found = metrics.get(name) or experiment.evaluate(state.eval_params, name)
             values |= {f"{name}_{k}": found[k] for k in ("accuracy", "loss")}
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}
         workdir.write(plan.total_steps, scalars)
-    rate = throughput.images / throughput.seconds if throughput.seconds else None
     shared = {
         "steps": plan.total_steps,
         "epochs": plan.total_steps / plan.steps_per_epoch,
-        "seconds": throughput.seconds,
-        "images_per_second": rate,
+        "seconds": log.seconds,
+        "images_per_second": log.images / log.seconds if log.seconds else None,
         "num_params": experiment.num_params,
         "device": f"{experiment.mesh.size} x {jax.devices()[0].device_kind}",
     }
     return workdir.write_results(values, shared)
-
-
-def _checkpoint_bytes(experiment):
-    shapes = experiment.state_shapes
-    arrays = jax.tree.leaves((shapes.params, shapes.ema_params, shapes.opt_state))
-    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def _say(*lines):
@@ -207,11 +177,10 @@ def _say(*lines):
         print(*lines, sep="\n", flush=True)
 
 
-def summary(result: dict[str, Any]) -> str:
+def _summary(result):
     """'Test Accuracy: 63.68%', or of the validation split if there is no test split."""
-    name = "test" if "test_accuracy" in result else "val"
-    text = f"{'Test' if name == 'test' else 'Validation'} Accuracy: "
-    text += f"{100 * result[f'{name}_accuracy']:.2f}%"
+    name, title = ("test", "Test") if "test_accuracy" in result else ("val", "Validation")
+    text = f"{title} Accuracy: {100 * result[f'{name}_accuracy']:.2f}%"
     if f"{name}_accuracy_std" in result:
         std, n = 100 * result[f"{name}_accuracy_std"], len(result["seed"])
         text += f" (mean of {n} seeds, standard deviation {std:.2f})"

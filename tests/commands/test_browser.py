@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from werkzeug.serving import make_server
 
 import vit_jax
-from vit_jax.commands.demo import server as demo
+from vit_jax.commands import demo
 from vit_jax.commands.report.build import write_report
 
 FLAGS = (
@@ -87,7 +87,7 @@ def test_report_opens_from_disk_without_requests(browser, page, width):
 @pytest.fixture(scope="module")
 def address(tiny_run):
     """The URL of the demo on a free local port."""
-    app = demo.make_app(vit_jax.load(tiny_run), ["127.0.0.1"])
+    app = demo.make_app(vit_jax.load(tiny_run), "127.0.0.1")
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

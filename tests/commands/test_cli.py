@@ -9,8 +9,6 @@ import tomllib
 import pytest
 
 from vit_jax import __main__ as cli
-from vit_jax.commands import describe
-from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("train", "evaluate", "predict", "report", "demo", "export", "sweep", "describe")
@@ -42,7 +40,8 @@ def test_help_of_each_command(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main()
     usage, _, description = capsys.readouterr().out.partition("\n\n")
-    assert end.value.code == 0 and usage.startswith(f"usage: vit-jax {name} ")
+    shown = "train" if name == "describe" else name  # describe is train --dry_run
+    assert end.value.code == 0 and usage.startswith(f"usage: vit-jax {shown} ")
     assert description[0].isupper()
 
 
@@ -51,13 +50,17 @@ def test_console_script_is_the_list_of_commands():
     assert project["scripts"] == {"vit-jax": "vit_jax.__main__:main"}
 
 
-def test_describe_prints_the_run_and_its_program(tiny_folder, capsys):
+def test_describe_prints_the_run_and_its_program(tiny_folder, monkeypatch, capsys):
     fields = {"data.name": f"folder:{tiny_folder}", "model.depth": 1, "model.width": 8}
     fields |= {"model.num_heads": 2, "batch_size": 16}
-    describe.main(["--config", "cifar10_vit", *(f"--config.{k}={v}" for k, v in fields.items())])
+    fields = [f"--config.{k}={v}" for k, v in fields.items()]
+    monkeypatch.setattr(sys, "argv", ["vit-jax", "describe", "--config", "cifar10_vit", *fields])
+    cli.main()
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["model"].startswith("ViT, patch 4, width 8, depth 1")
     assert lines["workdir"] == "workdirs/cifar10_vit"
     assert {"compute", "memory of a step, by the compiler"} <= set(lines)
-    with pytest.raises(UserError, match="unknown argument --steps: use --config"):
-        describe.main(["--steps", "3"])
+    monkeypatch.setattr(sys, "argv", ["vit-jax", "describe", "--steps", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "unknown argument --steps: use --config" in capsys.readouterr().err

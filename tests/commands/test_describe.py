@@ -45,12 +45,6 @@ ENTRY %main (a: f32[4,2], b: f32[8,2]) -> f32[8,2] {
   %aa = ((f8e4m3fn[8,2]{1,0}), f8e4m3fn[8,2]{1,0}, s32[]) all-to-all-start(%q), replica_groups={{0,1}}, dimensions={0}
   %aau = ((f8e4m3fn[8,2]{1,0}), f8e4m3fn[8,2]{1,0}, s32[]) all-to-all-update(%aa)
   %aad = f8e4m3fn[8,2]{1,0} all-to-all-done(%aau)
-  %snd = (f32[4,2]{1,0}, u32[], token[]) send(%a, %tok), channel_id=5, is_host_transfer=true
-  %sndd = token[] send-done(%snd), channel_id=5, is_host_transfer=true
-  %rcv = (f32[4,2]{1,0}, u32[], token[]) recv(%tok), channel_id=6, is_host_transfer=true
-  %rcvd = (f32[4,2]{1,0}, token[]) recv-done(%rcv), channel_id=6, is_host_transfer=true
-  %inf = ((f32[4,2]{1,0}, pred[3]{0}), token[]) infeed(%tok)
-  %out = token[] outfeed(%b, %tok), outfeed_shape=f32[8,2]{1,0}, metadata={op_name="x[3]"}
   ROOT %r = f32[8,2]{1,0} add(%agd, %agd)
 }
 """  # noqa: E501
@@ -59,10 +53,6 @@ ENTRY %main (a: f32[4,2], b: f32[8,2]) -> f32[8,2] {
         "collective-permute": (1, 32),
         "reduce-scatter": (1, 32),
         "all-to-all": (1, 16),
-        "send": (1, 32),
-        "recv": (1, 32),
-        "infeed": (1, 35),
-        "outfeed": (1, 64),
     }
 
 

@@ -30,9 +30,3 @@ def test_export_writes_the_runs_weights_and_never_overwrites(tiny_run, tmp_path,
     assert same_bits(vit_jax.load_weights(folder).params, vit_jax.load(tiny_run).params)
     with pytest.raises(UserError, match=f"{folder} exists: give another name, or delete it"):
         export.main(argv)
-
-
-def test_export_of_a_function_prints_its_usage(tiny_run, tmp_path, capsys):
-    export.main(["--workdir", str(tiny_run), "--to", str(tmp_path / "vit.jax")])
-    usage = capsys.readouterr().out.splitlines()[-1]
-    assert "takes uint8[b, 8, 8, 3] and returns the probabilities of blue, green, red" in usage

@@ -54,7 +54,8 @@ def pictures(tmp_path_factory):
 def test_json_for_a_folder_contains_the_models_probabilities(
     tiny_run, pictures, monkeypatch, capsys
 ):
-    arguments = ("--workdir", tiny_run, "--json", "--batch_size", 2, "--top", 2, pictures)
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    arguments = ("--workdir", tiny_run, "--json", "--top", 2, pictures)
     lines, _ = run(monkeypatch, capsys, *arguments)
     answers = {pathlib.Path(t["image"]).name: t["classes"] for t in map(json.loads, lines)}
     best = {name: classes[0]["class"] for name, classes in answers.items()}

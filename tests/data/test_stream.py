@@ -71,8 +71,6 @@ def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsy
     expected = losses(tmp_path / "resident")
     np.testing.assert_allclose(losses(tmp_path / "streamed"), expected, atol=1e-5)
     assert result["test_accuracy"] > 0.5
-    line = (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()[3]
-    assert 0 <= json.loads(line)["time/waiting_for_data"] <= 1
 
 
 @pytest.fixture

@@ -35,14 +35,14 @@ else:
 with watched:
     from PIL import Image
 
-    from vit_jax import config, data, main, weights
+    from vit_jax import config, data, durations, main, weights
     from vit_jax.commands.report import figures, page, sections
     from vit_jax.commands.report.records import read_records
     from vit_jax.errors import UserError
     from vit_jax.inference import trained
     from vit_jax.model import init_params, make_model
     from vit_jax.weights import layouts
-    from vit_jax.workdir import checkpoints, checksums, metrics
+    from vit_jax.workdir import checkpoints, files, metrics
 
 # The fields that load_weights reads from config.json and preprocessor_config.json.
 HUGGING_FACE = {
@@ -109,9 +109,9 @@ class Targets:
             "preprocessing": {"divide_by": 255, "mean": [0.5] * 3, "std": [0.5] * 3},
         }
         self.workdir = folder / "in" / "workdir"
-        writer = checkpoints.Checkpoints(self.workdir / "checkpoints")
+        writer = checkpoints.Checkpoints(self.workdir / "checkpoints", durations.Every(0))
         items = {"params": params, "ema_params": None, "opt_state": {"n": np.int32(0)}}
-        writer.save(1, items, {"config": saved, "data": {}, "progress": {}})
+        writer.save(1, items, {"config": saved, "data": {}, "progress": {}}, None)
         writer.close()
         self.saved = self.workdir / "checkpoints" / "1" / "config" / "metadata"
 
@@ -196,7 +196,7 @@ class Targets:
         self.saved.write_bytes(given)
         folder = self.saved.parents[1]
         (folder / "SHA256SUMS").unlink()
-        checksums.write(folder)  # as an attacker would
+        files.write_checksums(folder)  # as an attacker would
         trained.load(self.workdir)
         weights.load_weights(self.workdir)
 

@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import Experiment
 from vit_jax.train import train
 from vit_jax.workdir import Workdir, saved_steps
-from vit_jax.workdir.checksums import find_corruption
+from vit_jax.workdir.files import find_corruption
 from vit_jax.workdir.metrics import JsonLines
 
 # Gives a child process its own 2 MB file system.

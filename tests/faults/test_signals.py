@@ -10,7 +10,7 @@ from runs import assert_same, command, command_after, content, finish, start
 
 from vit_jax.train import train
 from vit_jax.workdir import saved_steps
-from vit_jax.workdir.checksums import find_corruption
+from vit_jax.workdir.files import find_corruption
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_loss_gradients_and_steps_at_full_size(reference, make_reference, full, 
 
 def test_patch_embedding(torch, reference, make_reference, weights):
     images = np.random.default_rng(1).normal(size=(4, 32, 32, 3)).astype(np.float32)
-    ours = model.PatchEmbedding(4, 256, "pytorch", jnp.float32)
+    ours = model.PatchEmbedding(patch_size=4, width=256)
     ours = ours.apply({"params": weights["patch_embed"]}, images)
     with torch.no_grad():
         theirs = make_reference(FULL).patch_embed(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
@@ -101,7 +101,7 @@ def test_patch_embedding(torch, reference, make_reference, weights):
 
 def test_attention_and_its_maps(torch, make_reference, weights):
     x = np.random.default_rng(2).normal(size=(2, 65, 256)).astype(np.float32)
-    ours = model.MultiHeadAttention(8, False, 0.0, 1e-5, "pytorch", jnp.float32)
+    ours = model.MultiHeadAttention(num_heads=8)
     ours, sown = ours.apply(
         {"params": weights["block_1"]["attn"]}, x, train=False, mutable="intermediates"
     )
@@ -116,7 +116,7 @@ def test_attention_and_its_maps(torch, make_reference, weights):
 def test_transformer_block_and_its_gradient(torch, make_reference, weights):
     rng = np.random.default_rng(3)
     x, cotangent = rng.normal(size=(2, 2, 65, 256)).astype(np.float32)
-    block = model.TransformerBlock(8, 1024, 1e-5, "pytorch", jnp.float32)
+    block = model.TransformerBlock(num_heads=8, mlp_dim=1024)
     params = weights["block_1"]
 
     @jax.jit

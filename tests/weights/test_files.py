@@ -36,7 +36,7 @@ def test_corrupted_files_are_reported_in_one_line(tmp_path, monkeypatch, name):
 def test_pickled_objects_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "f.npz", a=np.array([Payload()], object))
-    with pytest.raises(UserError, match=r"corrupted, or not an \.npz of arrays"):
+    with pytest.raises(UserError, match="corrupted, or contains more than arrays"):
         vit_jax.load_weights(tmp_path / "f.npz")
     assert not pathlib.Path("executed").exists()
 

@@ -1,4 +1,7 @@
-"""Fine-tuning: the head, the grid, freezing, resuming, and weights that do not fit."""
+"""Fine-tuning: the head, the grid, freezing, resuming, and weights that do not fit.
+
+tests/parity compares the torch methods of resizing positions.
+"""
 
 import json
 import pathlib
@@ -9,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from scipy import ndimage
 from small_models import GOOGLE, random_model, same_bits
 
 import vit_jax
@@ -17,7 +21,7 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import describe, make_experiment
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.train import train
-from vit_jax.weights import layouts, start_from
+from vit_jax.weights import layouts, resize_positions, start_from
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -124,14 +128,14 @@ def test_run_from_a_google_file(tiny_config, google_file, tmp_path, capsys):
     c = tiny_config
     c.init_from, c.model.image_size, c.steps = str(google_file), 16, 6
     c.save_every = "3 steps"
-    c.optim.freeze, c.optim.backbone_lr_factor = "patch_embed/*,block_0/*", 0.5
+    c.optim.freeze = "patch_embed/*,block_0/*"
     initial = initial_params(make_experiment(c))
     train(c, tmp_path / "run")
     printed = capsys.readouterr().out
     assert f"initial weights: {google_file} (google), a new head, zeros, for 3 classes" in printed
     assert "positions of 3x3 patches resized to 4x4 (zoom)" in printed
     assert "17 tokens of 8x8x3 images resized to 16x16" in printed
-    assert "times 0.5 for all but the head" in printed and "(patch_embed/*,block_0/*)" in printed
+    assert "(patch_embed/*,block_0/*)" in printed
     params = vit_jax.load(tmp_path / "run").params
     for name in params:
         assert same_bits(params[name], initial[name]) == (name in ("patch_embed", "block_0"))
@@ -237,3 +241,22 @@ def test_train_command_rejects_bad_weights(tiny_folder, tmp_path, name, content,
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("error: ") and message in line
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "new"), [((14, 14), (24, 24)), ((4, 7), (9, 3)), ((8, 8), (3, 5)), ((1, 4), (3, 1))]
+)
+def test_zoom_equals_scipy(grid, new):
+    table = np.random.default_rng(0).normal(size=(1, 1 + grid[0] * grid[1], 6)).astype(np.float32)
+    got = resize_positions(table, grid, new, "zoom")
+    factors = (new[0] / grid[0], new[1] / grid[1], 1)
+    expected = ndimage.zoom(table[0, 1:].reshape(*grid, 6), factors, order=1)
+    np.testing.assert_allclose(got[0, 1:].reshape(*new, 6), expected, atol=1e-5)
+    assert (got[:, :1] == table[:, :1]).all()
+
+
+def test_resizing_to_the_same_grid_changes_nothing():
+    table = np.random.default_rng(0).normal(size=(1, 12, 4)).astype(np.float32)
+    for method in ("zoom", "bicubic", "bilinear"):
+        got = resize_positions(table, (3, 4), (3, 4), method)
+        np.testing.assert_array_equal(got, table)

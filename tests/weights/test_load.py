@@ -15,30 +15,28 @@ from vit_jax.weights import layouts
 def test_unrecorded_num_heads_is_an_argument_or_the_published_number(tmp_path):
     path = tmp_path / "timm.safetensors"
     save_tensors(path, layouts.from_params(random_model()[1], layouts.TIMM, num_heads=3))
-    with pytest.raises(UserError, match="does not record its number of heads: pass num_heads"):
+    with pytest.raises(UserError, match=r"does not record a number of heads .*: pass num_heads"):
         vit_jax.load_weights(path)
-    with pytest.raises(UserError, match="cannot be 5"):
+    with pytest.raises(UserError, match=r"width 24.*\(got 5\)"):
         vit_jax.load_weights(path, num_heads=5)
     save_tensors(path, layouts.from_params(random_model(width=192)[1], layouts.TIMM, num_heads=3))
     assert vit_jax.load_weights(path).model["num_heads"] == 3  # ViT-Ti
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value", "allowed"),
+    ("name", "field", "value"),
     [
-        ("config", "image_size", "16", "a positive integer or two"),
-        ("config", "image_size", [12, 12, 3], "a positive integer or two"),
-        ("config", "hidden_act", ["gelu"], "one of gelu, "),
-        ("config", "num_attention_heads", "2", "a positive integer"),
-        ("config", "layer_norm_eps", None, "a positive number"),
-        ("config", "id2label", {"a": "cat"}, "an object from class numbers to names"),
-        ("config", "id2label", ["cat"], "an object from class numbers to names"),
-        ("preprocessor_config", "image_mean", 0.5, "a list of numbers"),
+        ("config", "image_size", "16"),
+        ("config", "image_size", [12, 12, 3]),
+        ("config", "hidden_act", ["gelu"]),
+        ("config", "num_attention_heads", "2"),
+        ("config", "layer_norm_eps", None),
+        ("config", "id2label", {"a": "cat"}),
+        ("config", "id2label", ["cat"]),
+        ("preprocessor_config", "image_mean", 0.5),
     ],
 )
-def test_hugging_face_value_of_the_wrong_type_is_rejected_in_one_line(
-    tmp_path, name, field, value, allowed
-):
+def test_hugging_face_value_of_the_wrong_type_is_rejected_in_one_line(tmp_path, name, field, value):
     tensors = layouts.from_params(random_model()[1], layouts.HUGGINGFACE, num_heads=3)
     save_tensors(tmp_path / "model.safetensors", tensors)
     fields = {"model_type": "vit", "num_attention_heads": 3, "image_size": 12}
@@ -48,8 +46,9 @@ def test_hugging_face_value_of_the_wrong_type_is_rejected_in_one_line(
     assert vit_jax.load_weights(tmp_path).preprocessing["mean"] == [0.5] * 3
     changed = (fields if name == "config" else pixels) | {field: value}
     (tmp_path / f"{name}.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=rf"/{name}\.json: {field} must be {allowed}") as error:
+    with pytest.raises(UserError) as error:
         vit_jax.load_weights(tmp_path)
+    assert f"/{name}.json: {field} {value!r} is not supported" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -58,7 +57,7 @@ def test_recorded_num_heads_must_divide_the_width(tmp_path):
     save_tensors(tmp_path / "model.safetensors", tensors)
     fields = {"model_type": "vit", "num_attention_heads": 5, "image_size": 12}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"width 24, which its config\.json divides into 5 heads"):
+    with pytest.raises(UserError, match=r"width 24.*\(got 5\)"):
         vit_jax.load_weights(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-from vit_jax.workdir import Workdir, environment, files, folder
+from vit_jax.workdir import Workdir, environment
 from vit_jax.workdir.folder import commit_of
 
 
@@ -66,14 +66,6 @@ def test_symlink_in_a_workdir_is_not_followed(config, tmp_path, name):
     assert not (tmp_path / "w" / "config.json").exists()
 
 
-@pytest.mark.parametrize("saved", [None, [], {"class_names": 1}, {"class_names": ["a"]}])
-def test_malformed_data_item_is_rejected(config, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder.checkpoints_lib, "read_document", lambda *_: saved)
-    splits = {"train": {"num_examples": 1, "digest": "", "digest_of": ""}}
-    with pytest.raises(UserError, match="5/data is not what vit_jax writes"):
-        Workdir(tmp_path, config).check_data(5, {"class_names": ["a"], "splits": splits})
-
-
 def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment("command")["commit"] is None
@@ -96,13 +88,3 @@ def test_commit_belongs_to_the_repository_that_tracks_the_file(tmp_path):
     assert commit_of(installed) is None
     tracked.write_text("changed")
     assert commit_of(tracked).endswith("-dirty")
-
-
-def test_json_files_are_replaced_atomically(tmp_path):
-    files.write_json(tmp_path / "x.json", {"a": 1})
-    files.write_json(tmp_path / "x.json", {"a": 2})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
-    with pytest.raises(TypeError):
-        files.write_json(tmp_path / "x.json", {"a": object()})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -1,13 +1,11 @@
-"""Throughput, the terminal, and the log that reads metrics one step late."""
-
-import re
+"""The log that reads metrics one step late, its clock, and the terminal."""
 
 import numpy as np
 import pytest
 
 from vit_jax import config, durations
 from vit_jax.workdir import progress
-from vit_jax.workdir.progress import BadStep, Terminal, Throughput, TrainLog
+from vit_jax.workdir.progress import BadStep, TrainLog, progress_line
 
 
 @pytest.fixture
@@ -15,7 +13,7 @@ def plan():
     """Ten steps of four images, four steps per epoch."""
     c = config.defaults()
     c.batch_size, c.steps, c.log_every = 4, 10, "2 steps"
-    return durations.Plan.make(c, 16)
+    return durations.Plan(c, 16)
 
 
 @pytest.fixture
@@ -26,36 +24,15 @@ def clock(monkeypatch):
     return now
 
 
-def test_throughput_excludes_compilation_and_pauses(clock):
-    throughput = Throughput(images=100, seconds=10.0)
-    for passed, images in ((60.0, 64), (2.0, 64), (1.0, 16)):  # the first step compiles
-        clock[0] += passed
-        throughput.tick(images)
-    throughput.wait(0.75)
-    assert throughput.lap() == (pytest.approx(80 / 3), pytest.approx(0.25))
-    clock[0] += 100.0  # an evaluation
-    throughput.pause()
-    clock[0] += 1.0
-    throughput.tick(64)
-    assert throughput.lap() == (pytest.approx(64), 0)
-    assert (throughput.images, throughput.seconds) == (100 + 144, pytest.approx(14.0))
-
-
-def test_progress_without_a_terminal_prints_occasional_lines(plan, capsys):
-    terminal = Terminal(plan, step=0, shown=True)
+def test_progress_line(plan):
     values = {"train/loss": np.array([2.0, 3.0]), "train/accuracy": 0.25, "train/lr": 1e-3}
     values |= {"time/images_per_second": 8.0, "time/mfu": 0.31}
-    terminal.update(1, values, 36)
-    assert capsys.readouterr().out == ""
-    terminal._last -= 60
-    terminal.update(6, values, 16)
-    printed = re.sub(r"[\d.]+ GB", "1.0 GB", capsys.readouterr().out)
-    assert printed == (
-        "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, "
-        "1.0 GB, 2 s left\n"
+    # Of each of two seeds, 16 images are left.
+    assert progress_line(plan, 6, values) == (
+        "epoch 2/3, step 6/10, loss 2.5000, accuracy 25.0%, lr 0.001, 8 images/s, MFU 31%, 4 s left"
     )
-    terminal.update(7, values, 12)  # too soon for another line
-    assert capsys.readouterr().out == ""
+    del values["time/mfu"]
+    assert "8 images/s, 4 s left" in progress_line(plan, 6, values)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +57,9 @@ class Workdir:
 
 
 def make_log(workdir, plan, **options):
-    options = {"patience": 1, "streaming": True, "peak_flops": 100.0} | options
-    start = {"timed_images": 0, "timed_seconds": 0.0}
-    return TrainLog(workdir, plan, step=0, progress=start, flops_per_image=10.0, **options)
+    options = {"patience": 1, "peak_rate": 10.0} | options
+    start = {"timed_images": 100, "timed_seconds": 10.0}
+    return TrainLog(workdir, plan, step=0, progress=start, **options)
 
 
 def metrics(loss=1.0, bad=False):
@@ -94,8 +71,8 @@ def metrics(loss=1.0, bad=False):
 def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
     workdir = Workdir()
     log = make_log(workdir, plan)
-    for step in (1, 2):
-        clock[0] += 1.0
+    for step, seconds in ((1, 60.0), (2, 1.0)):  # the first step compiles
+        clock[0] += seconds
         log.push(step, metrics(step))
     assert workdir.written == [] and log.step == 2
     clock[0] += 1.0
@@ -105,28 +82,24 @@ def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
         assert line["time/images_per_second"] == 4.0  # the second step of four images
         assert line["time/mfu"] == pytest.approx(0.4)
         clock[0] += 100.0
-    assert log.progress == {"timed_images": 4, "timed_seconds": pytest.approx(1.0)}
+    assert log.progress == {"timed_images": 104, "timed_seconds": pytest.approx(11.0)}
     for step in (3, 4, 5):
         clock[0] += 2.0
         log.push(step, metrics(step))
     assert [step for step, _ in workdir.written] == [2, 4]
     # Read at the fifth: two steps in six seconds after the pause.
     assert workdir.written[-1][1]["time/images_per_second"] == pytest.approx(8 / 6)
+    assert (log.images, log.seconds) == (112, pytest.approx(17.0))
 
 
-def test_time_spent_waiting_for_batches_is_recorded(plan, clock):
-    def batches():
-        for i in range(3):
-            clock[0] += 0.25
-            yield i
-
-    workdir = Workdir()
-    log = make_log(workdir, plan)
-    for step in log.timed(batches()):
-        log.push(step + 1, metrics())
-        clock[0] += 0.75
-    ((_, line),) = workdir.written
-    assert line["time/waiting_for_data"] == pytest.approx(0.75)  # including the first batch
+def test_log_file_gets_a_line_every_30_seconds(plan, clock, monkeypatch, capsys):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    log = make_log(Workdir(), plan)
+    for step in range(1, 10):  # every second step is logged
+        clock[0] += 10.0
+        log.push(step, metrics())
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(", ")[1] for line in printed] == ["step 2/10", "step 6/10"]
 
 
 def test_bad_steps_end_the_run_when_patience_is_exhausted(plan):

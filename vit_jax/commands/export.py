@@ -53,10 +53,3 @@ def main(argv=None):
     trained = load(args.workdir, args.step)
     save_weights(trained, args.to, form)
     print(f"{args.to}: step {trained.step} of {args.workdir}, as {form}")
-    if form == "jax":
-        H, W, C = trained.image_shape
-        print(
-            f"jax.export.deserialize(bytearray(open({args.to!r}, 'rb').read())).call(images) takes "
-            f"uint8[b, {H}, {W}, {C}] and returns the probabilities of "
-            f"{', '.join(trained.class_names)}"
-        )

@@ -8,8 +8,7 @@ from flax.traverse_util import flatten_dict
 from vit_jax import model
 from vit_jax.errors import UserError
 from vit_jax.weights import layouts
-from vit_jax.weights.load import FIELDS, model_shapes, shapes
-from vit_jax.weights.positions import resize_positions
+from vit_jax.weights.load import FIELDS
 
 
 def start_from(weights, vit, image_shape, class_names):
@@ -23,26 +22,29 @@ def start_from(weights, vit, image_shape, class_names):
     Raises UserError, with keys and both shapes, if the model has another architecture.
     """
     params, notes = dict(weights.params), []
-    same_classes = weights.num_classes == vit.num_classes and (
-        not weights.class_names or list(weights.class_names) == list(class_names)
-    )
-    if not same_classes:
+    may_differ = {"image_size"}
+    if weights.model["layer_scale"] and vit.layer_scale:  # only an initial value
+        may_differ.add("layer_scale")
+    other_names = weights.class_names and weights.class_names != list(class_names)
+    if weights.num_classes != vit.num_classes or other_names:
         notes.append(_replace_head(params, weights, vit))
+        if not vit.pre_logits:
+            may_differ.add("pre_logits")
     grid = model.patch_grid(vit, image_shape)
-    if vit.posemb == weights.model["posemb"] == "learned" and weights.grid != grid:
-        notes += _resize(params, weights, grid)
-    given = shapes(flatten_dict(params, sep="/"))
-    problems = layouts.mismatches(given, model_shapes(vit, image_shape))
+    learned = vit.posemb == weights.model["posemb"] == "learned"
+    if learned and weights.grid not in (grid, None):
+        method = getattr(layouts.LAYOUTS.get(weights.kind), "resize", "bilinear")
+        params["pos_embed"] = resize_positions(params["pos_embed"], weights.grid, grid, method)
+        old, new = (f"{rows}x{columns}" for rows, columns in (weights.grid, grid))
+        notes.append(f"positions of {old} patches resized to {new} ({method})")
+    given = layouts.shapes(flatten_dict(params, sep="/"))
+    problems = layouts.mismatches(given, layouts.model_shapes(vit, image_shape))
     other = [name for name in FIELDS if weights.model[name] != getattr(vit, name)]
-    if weights.model["layer_scale"] and vit.layer_scale:
-        other = [name for name in other if name != "layer_scale"]  # only an initial value
-    if not same_classes and "pre_logits" not in problems:
-        other = [name for name in other if name != "pre_logits"]
-    if problems or other:
-        advice = " ".join(f"--config.model.{name}={weights.model[name]}" for name in other)
+    advice = [f"--config.model.{n}={weights.model[n]}" for n in other if n not in may_differ]
+    if problems or advice:
         text = f"config.init_from {weights.path} does not fit config.model"
         text += f": {problems}" if problems else ""
-        raise UserError(f"{text}; set {advice}" if advice else text)
+        raise UserError(f"{text}; set {' '.join(advice)}" if advice else text)
     return params, notes
 
 
@@ -58,21 +60,42 @@ def _replace_head(params, weights, vit):
     return f"a new head, zeros, for {vit.num_classes} classes (it has {old})"
 
 
-def _resize(params, weights, grid):
-    """Resizes the position embeddings in `params` to (rows, columns); returns notes."""
-    class_token = weights.model["pool"] == "cls"
-    if weights.grid is None:
-        tokens = params["pos_embed"].shape[1] - class_token
-        if tokens == math.prod(grid):
-            return []
-        raise UserError(
-            f"{weights.path}: pos_embed has shape {params['pos_embed'].shape}, the model's grid is "
-            f"{grid[0]}x{grid[1]}, and the file does not record its own: {tokens} is not a square"
-        )
-    layout = layouts.LAYOUTS.get(weights.kind)
-    method = layout.resize if layout else "bilinear"
-    params["pos_embed"] = resize_positions(
-        params["pos_embed"], weights.grid, grid, method=method, class_token=class_token
-    )
-    old, new = (f"{rows}x{columns}" for rows, columns in (weights.grid, grid))
-    return [f"positions of {old} patches resized to {new} ({method})"]
+def resize_positions(pos_embed, grid, new_grid, method):
+    """Resizes float32[1, N, D] from a grid (rows, columns) to float32[1, N', D] for `new_grid`.
+
+    A first token that is not in the grid, the class token, is kept. Computes in float64. Methods:
+      zoom: corners map to corners, linear: scipy.ndimage.zoom(order=1), as in google-research's
+        vision_transformer and big_vision. For Google's .npz.
+      bicubic: torch.nn.functional.interpolate(mode="bicubic", align_corners=False), without
+        antialiasing, as in transformers. For Hugging Face, and for timm (which antialiases; the
+        only difference here).
+      bilinear: the same with mode="bilinear". For vit_jax's own weights and the notebook's.
+    """
+    first = pos_embed.shape[1] - math.prod(grid)
+    table = np.asarray(pos_embed[0, first:], np.float64).reshape(*grid, -1)
+    table = np.einsum("ij,jkd->ikd", _matrix(grid[0], new_grid[0], method), table)
+    table = np.einsum("ij,kjd->kid", _matrix(grid[1], new_grid[1], method), table)
+    table = table.reshape(1, math.prod(new_grid), -1).astype(np.float32)
+    return np.concatenate([pos_embed[:, :first], table], axis=1)
+
+
+def _matrix(old, new, method):
+    """Returns float64[new, old]: the weight of each old sample in each new one, along one axis."""
+    i = np.arange(new)
+    at = (i + 0.5) * (old / new) - 0.5  # edges map to edges
+    if method == "zoom":  # corners map to corners
+        at = i * ((old - 1) / max(new - 1, 1))
+    base = np.floor(at).astype(int)
+    matrix = np.zeros((new, old))
+    for sample in (base - 1, base, base + 1, base + 2):
+        distance = np.abs(at - sample)
+        weight = _keys(distance) if method == "bicubic" else np.maximum(1 - distance, 0)
+        matrix[i, np.clip(sample, 0, old - 1)] += weight
+    return matrix
+
+
+def _keys(x, a=-0.75):
+    """Keys' cubic kernel at distances from 0 to 2, with torch's a."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = a * (((x - 5) * x + 8) * x - 4)
+    return np.where(x <= 1, near, far)

@@ -1,80 +1,48 @@
 """The layouts of other libraries: how each names, orders, and shapes the tensors of a ViT.
 
-Each layout is one table from our parameter paths to its tensor names. `to_params` and `from_params`
-convert between a flat dict of its tensors and our nested parameters. They compute nothing, so every
-bit is kept in both directions.
-
-Shapes are written with these symbols: D width, A attention width (equal to D), h heads, K = A / h,
-M MLP width, P patch size, C channels, N tokens, R pre-logits width, F features that the head reads
-(R or D), L classes, S tokens of a square grid and a class token.
+A layout is a table from our modules to its names. Its tensors are views of our parameters (split,
+reshaped, or transposed), so both directions keep every bit. The tensors determine the model, and
+the model determines every shape.
 """
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from statistics import mode
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit_jax import config, model
 from vit_jax.errors import UserError
+from vit_jax.weights import files
 
 NOTEBOOK, GOOGLE, TIMM = "notebook", "google", "timm"
 HUGGINGFACE, HUGGINGFACE_5 = "huggingface", "huggingface 5"
 
-# Our parameters: path -> shape. The parameters in _BLOCK repeat in every `block_N/`.
-_EMBEDDING = {
-    "cls_token": (1, 1, "D"),
-    "pos_embed": (1, "N", "D"),
-    "patch_embed/kernel": ("P", "P", "C", "D"),
-    "patch_embed/bias": ("D",),
-}
-_BLOCK = {
-    "norm1/scale": ("D",),
-    "norm1/bias": ("D",),
-    "attn/qkv/kernel": ("D", "3A"),
-    "attn/qkv/bias": ("3A",),
-    "attn/out/kernel": ("A", "D"),
-    "attn/out/bias": ("D",),
-    "layer_scale1": ("D",),
-    "norm2/scale": ("D",),
-    "norm2/bias": ("D",),
-    "mlp/fc1/kernel": ("D", "M"),
-    "mlp/fc1/bias": ("M",),
-    "mlp/fc2/kernel": ("M", "D"),
-    "mlp/fc2/bias": ("D",),
-    "layer_scale2": ("D",),
-}
-_HEAD = {
-    "norm/scale": ("D",),
-    "norm/bias": ("D",),
-    "pre_logits/kernel": ("D", "R"),
-    "pre_logits/bias": ("R",),
-    "head/kernel": ("F", "L"),
-    "head/bias": ("L",),
-}
+# Our modules and single arrays, in the order of the files. Those in _BLOCK repeat in each block_N.
+_EMBEDDING = ("cls_token", "pos_embed", "patch_embed")
+_ATTENTION = ("norm1", "attn/qkv", "attn/out", "layer_scale1")
+_BLOCK = (*_ATTENTION, "norm2", "mlp/fc1", "mlp/fc2", "layer_scale2")
+_HEAD = ("norm", "pre_logits", "head")
 
 
 class Layout(NamedTuple):
     """One library's tensors, and its settings that the files do not record."""
 
-    # Our path or module -> its name. "*" is the leaf; {q,k,v} are tensors that ours concatenates.
+    # Our module or array -> its name. "*" is the leaf; {q,k,v} are tensors that ours concatenates.
     names: Mapping[str, str]
     block: str  # prefix of the names in block {}
     norm_eps: float
     gelu: str = "exact"
-    resize: str = "bicubic"  # how it resizes position embeddings; see positions.py
-    flax: bool = False  # leaves and axes as in flax, A split into h and K; otherwise as in torch
+    resize: str = "bicubic"  # how it resizes position embeddings; see finetune.py
+    flax: bool = False  # leaves and axes as in flax, attention split by heads; else as in torch
     optional: tuple[str, ...] = ()  # parts of our paths; all tensors of a part or none are present
-    sizes: Mapping[str, str | int] = {}  # symbols that it restricts to other symbols or numbers
     num_heads: int | None = None
-    requires: str = ""  # what a model must have to be stored in it
 
 
-_TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_TORCH_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # [out, in] and [out, in, P, P] to ours
 _TORCH_NAMES = {
     "cls_token": "cls_token",
     "pos_embed": "pos_embed",
@@ -84,85 +52,87 @@ _TORCH_NAMES = {
     "norm": "norm.*",
     "head": "head.*",
 }
-# The notebook's VisionTransformer, as in commands/benchmark/notebook_torch.py.
-_NOTEBOOK = Layout(
-    _TORCH_NAMES
-    | {
-        "attn/qkv": "attn.in_proj_*",
-        "attn/out": "attn.out_proj.*",
-        "mlp/fc1": "mlp.0.*",
-        "mlp/fc2": "mlp.2.*",
-    },
-    block="blocks.{}.",
-    norm_eps=1e-5,
-    resize="bilinear",
-    sizes={"M": "4D", "C": 3, "N": "S"},
-    num_heads=8,
-    requires="a class token, a learned position embedding of a square grid, a patch stem on 3 "
-    "channels, mlp_dim 4 x width, and neither qk_norm nor layer_scale",
-)
-# github.com/google-research/vision_transformer, vit_jax/models_vit.py: the .npz files.
-# It calls nn.gelu with flax's default, the tanh approximation.
-_GOOGLE = Layout(
-    {
-        "cls_token": "cls",
-        "pos_embed": "Transformer/posembed_input/pos_embedding",
-        "patch_embed": "embedding/*",
-        "norm1": "LayerNorm_0/*",
-        "attn/qkv": "MultiHeadDotProductAttention_1/{query,key,value}/*",
-        "attn/out": "MultiHeadDotProductAttention_1/out/*",
-        "norm2": "LayerNorm_2/*",
-        "mlp/fc1": "MlpBlock_3/Dense_0/*",
-        "mlp/fc2": "MlpBlock_3/Dense_1/*",
-        "norm": "Transformer/encoder_norm/*",
-        "pre_logits": "pre_logits/*",
-        "head": "head/*",
-    },
-    block="Transformer/encoderblock_{}/",
-    norm_eps=1e-6,
-    gelu="tanh",
-    resize="zoom",
-    flax=True,
-    optional=("cls_token", "pre_logits"),
-)
-# github.com/huggingface/pytorch-image-models, timm/models/vision_transformer.py.
-_TIMM = Layout(
-    _TORCH_NAMES
-    | {
-        "attn/qkv": "attn.qkv.*",
-        "attn/out": "attn.proj.*",
-        "layer_scale1": "ls1.gamma",
-        "mlp/fc1": "mlp.fc1.*",
-        "mlp/fc2": "mlp.fc2.*",
-        "layer_scale2": "ls2.gamma",
-        "pre_logits": "pre_logits.fc.*",
-    },
-    block="blocks.{}.",
-    norm_eps=1e-6,
-    optional=("cls_token", "layer_scale", "pre_logits", "head"),
-)
-# github.com/huggingface/transformers, ViTForImageClassification as saved to files.
-_HUGGINGFACE = Layout(
-    {
-        "cls_token": "vit.embeddings.cls_token",
-        "pos_embed": "vit.embeddings.position_embeddings",
-        "patch_embed": "vit.embeddings.patch_embeddings.projection.*",
-        "norm1": "layernorm_before.*",
-        "attn/qkv": "attention.attention.{query,key,value}.*",
-        "attn/out": "attention.output.dense.*",
-        "norm2": "layernorm_after.*",
-        "mlp/fc1": "intermediate.dense.*",
-        "mlp/fc2": "output.dense.*",
-        "norm": "vit.layernorm.*",
-        "head": "classifier.*",
-    },
-    block="vit.encoder.layer.{}.",
-    norm_eps=1e-12,
-)
+LAYOUTS = {
+    # The notebook's VisionTransformer, as in commands/benchmark/notebook_torch.py.
+    NOTEBOOK: Layout(
+        {
+            **_TORCH_NAMES,
+            "attn/qkv": "attn.in_proj_*",
+            "attn/out": "attn.out_proj.*",
+            "mlp/fc1": "mlp.0.*",
+            "mlp/fc2": "mlp.2.*",
+        },
+        block="blocks.{}.",
+        norm_eps=1e-5,
+        resize="bilinear",
+        num_heads=8,
+    ),
+    # github.com/google-research/vision_transformer, vit_jax/models_vit.py: the .npz files.
+    # It calls nn.gelu with flax's default, the tanh approximation.
+    GOOGLE: Layout(
+        {
+            "cls_token": "cls",
+            "pos_embed": "Transformer/posembed_input/pos_embedding",
+            "patch_embed": "embedding/*",
+            "norm1": "LayerNorm_0/*",
+            "attn/qkv": "MultiHeadDotProductAttention_1/{query,key,value}/*",
+            "attn/out": "MultiHeadDotProductAttention_1/out/*",
+            "norm2": "LayerNorm_2/*",
+            "mlp/fc1": "MlpBlock_3/Dense_0/*",
+            "mlp/fc2": "MlpBlock_3/Dense_1/*",
+            "norm": "Transformer/encoder_norm/*",
+            "pre_logits": "pre_logits/*",
+            "head": "head/*",
+        },
+        block="Transformer/encoderblock_{}/",
+        norm_eps=1e-6,
+        gelu="tanh",
+        resize="zoom",
+        flax=True,
+        optional=("cls_token", "pre_logits"),
+    ),
+    # github.com/huggingface/pytorch-image-models, timm/models/vision_transformer.py.
+    TIMM: Layout(
+        {
+            **_TORCH_NAMES,
+            "attn/qkv": "attn.qkv.*",
+            "attn/out": "attn.proj.*",
+            "layer_scale1": "ls1.gamma",
+            "mlp/fc1": "mlp.fc1.*",
+            "mlp/fc2": "mlp.fc2.*",
+            "layer_scale2": "ls2.gamma",
+            "pre_logits": "pre_logits.fc.*",
+        },
+        block="blocks.{}.",
+        norm_eps=1e-6,
+        optional=("cls_token", "layer_scale", "pre_logits", "head"),
+    ),
+    # github.com/huggingface/transformers, ViTForImageClassification as saved to files. ViTModel
+    # has no head, no prefix "vit.", and usually a pooler.
+    HUGGINGFACE: Layout(
+        {
+            "cls_token": "vit.embeddings.cls_token",
+            "pos_embed": "vit.embeddings.position_embeddings",
+            "patch_embed": "vit.embeddings.patch_embeddings.projection.*",
+            "norm1": "layernorm_before.*",
+            "attn/qkv": "attention.attention.{query,key,value}.*",
+            "attn/out": "attention.output.dense.*",
+            "norm2": "layernorm_after.*",
+            "mlp/fc1": "intermediate.dense.*",
+            "mlp/fc2": "output.dense.*",
+            "norm": "vit.layernorm.*",
+            "pre_logits": "vit.pooler.dense.*",
+            "head": "classifier.*",
+        },
+        block="vit.encoder.layer.{}.",
+        norm_eps=1e-12,
+        optional=("pre_logits", "head"),
+    ),
+}
 # The same model as transformers 5 names its tensors in memory.
-_HUGGINGFACE_5 = _HUGGINGFACE._replace(
-    names=_HUGGINGFACE.names
-    | {
+LAYOUTS[HUGGINGFACE_5] = LAYOUTS[HUGGINGFACE]._replace(
+    names={
+        **LAYOUTS[HUGGINGFACE].names,
         "attn/qkv": "attention.{q_proj,k_proj,v_proj}.*",
         "attn/out": "attention.o_proj.*",
         "mlp/fc1": "mlp.fc1.*",
@@ -170,123 +140,81 @@ _HUGGINGFACE_5 = _HUGGINGFACE._replace(
     },
     block="vit.layers.{}.",
 )
-LAYOUTS = {
-    NOTEBOOK: _NOTEBOOK,
-    GOOGLE: _GOOGLE,
-    TIMM: _TIMM,
-    HUGGINGFACE: _HUGGINGFACE,
-    HUGGINGFACE_5: _HUGGINGFACE_5,
-}
-
-
-class _Row(NamedTuple):
-    """One tensor of a layout. `tensor.transpose(axes).reshape(our_shape)` makes it ours."""
-
-    name: str
-    path: str
-    their_shape: tuple
-    our_shape: tuple  # of one of q, k, v if `part`
-    axes: tuple
-    part: int | None  # 0, 1, 2: q, k, v
-    group: str  # the optional part that the tensor belongs to, or ""
-
-    @property
-    def whole_shape(self):
-        return self.our_shape if self.part is None else (*self.our_shape[:-1], "3A")
 
 
 def _rows(layout, depth):
-    """Returns all rows, including optional ones, of a model with `depth` blocks, in order."""
+    """Returns {path of our array: names of its tensor, or of q, k, and v}, optional ones too."""
     blocks = [(f"block_{i}/", layout.block.format(i), _BLOCK) for i in range(depth)]
-    rows = []
-    for ours, theirs, shapes in (("", "", _EMBEDDING), *blocks, ("", "", _HEAD)):
-        for path, shape in shapes.items():
-            module, _, leaf = path.rpartition("/")
-            name = layout.names.get(path) or layout.names.get(module)
-            if name:
-                leaf = leaf if layout.flax else _TORCH_LEAVES.get(leaf, "")
-                name = theirs + name.replace("*", leaf)
-                rows += _rows_of(layout, name, ours + path, shape)
+    rows = {}
+    for ours, theirs, modules in (("", "", _EMBEDDING), *blocks, ("", "", _HEAD)):
+        for module in filter(layout.names.get, modules):
+            before, _, rest = (theirs + layout.names[module]).partition("{")
+            parts, _, after = rest.partition("}")
+            names = [before + part + after for part in parts.split(",")]
+            leaves = ("scale" if "norm" in module else "kernel", "bias")
+            for leaf in leaves if "*" in names[0] else [""]:
+                their_leaf = leaf if layout.flax or leaf == "bias" else "weight"
+                path = f"{ours}{module}/{leaf}".rstrip("/")
+                rows[path] = [name.replace("*", their_leaf) for name in names]
     return rows
 
 
-def _rows_of(layout, name, path, shape):
-    """Returns the row of one of our tensors, or its three rows for q, k, and v."""
-    shape = tuple(layout.sizes.get(size, size) for size in shape)
-    group = next((part for part in layout.optional if part in path), "")
-    before, *parts, after = re.split("[{,}]", name) if "{" in name else (name, "", "")
-    if len(parts) == 3:
-        shape = tuple("A" if size == "3A" else size for size in shape)
-    stored = shape
-    if layout.flax and "A" in shape:
-        at = shape.index("A")
-        stored = (*shape[:at], "h", "K", *shape[at + 1 :])
-    axes = tuple(range(len(stored)))
-    if path.endswith("kernel") and not layout.flax:
-        axes = _TORCH_AXES[len(stored)]
-        stored = tuple(stored[axis] for axis in np.argsort(axes))
-    for i, part in enumerate(parts):
-        index = i if len(parts) == 3 else None
-        yield _Row(before + part + after, path, stored, shape, axes, index, group)
+def _views(flat, rows, layout, num_heads):
+    """Returns {name: tensor in the layout}, views of our arrays {path: array}."""
+    views = {}
+    for path, names in rows.items():
+        for name, array in zip(names, np.split(flat[path], len(names), axis=-1), strict=True):
+            if layout.flax and "attn/qkv" in path:
+                array = array.reshape(*array.shape[:-1], num_heads, -1)
+            elif layout.flax and "attn/out/kernel" in path:
+                array = array.reshape(num_heads, -1, array.shape[-1])
+            elif not layout.flax and path.endswith("kernel"):  # [out, in] or [out, in, P, P]
+                array = array.transpose((1, 0) if array.ndim == 2 else (3, 2, 0, 1))
+            views[name] = array
+    return views
 
 
-def find_layout(names):
-    """Returns the key in LAYOUTS for these tensor names; None if they are unknown."""
-    for kind in LAYOUTS:
-        layout = _layout(kind, names)
-        rows = _rows(layout, _depth(layout, names))
-        if any(row.name in names for row in rows if row.path.endswith("attn/qkv/kernel")):
-            return kind
-    return None
+def find_layout(tensors):
+    """Returns the key in LAYOUTS with the most of these names; None if no name is known."""
+
+    def count(kind):
+        _, rows = _table(kind, tensors)
+        return sum(name in tensors for names in rows.values() for name in names)
+
+    kind = max(LAYOUTS, key=count)
+    return kind if count(kind) else None
 
 
-def _layout(kind, names):
-    """Returns a layout; for a Hugging Face ViTModel, without prefix and classifier."""
+def _table(kind, tensors):
+    """Returns a layout, without the prefix "vit." if no tensor has it, and its rows."""
     layout = LAYOUTS[kind]
-    if kind not in (HUGGINGFACE, HUGGINGFACE_5):
-        return layout
-    if any(str(name).startswith(("vit.", "classifier.")) for name in names):
-        return layout
-    ours = {p: name.removeprefix("vit.") for p, name in layout.names.items() if p != "head"}
-    return layout._replace(
-        names=ours | {"pre_logits": "pooler.dense.*"},
-        block=layout.block.removeprefix("vit."),
-        optional=("pre_logits",),
-    )
-
-
-def _depth(layout, names):
-    before, after = map(re.escape, layout.block.split("{}"))
-    found = (re.match(rf"{before}(\d{{1,3}}){after}", str(name)) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    if not any(name.startswith("vit.") for name in tensors):
+        names = {module: name.removeprefix("vit.") for module, name in layout.names.items()}
+        layout = layout._replace(names=names, block=layout.block.removeprefix("vit."))
+    block = re.compile(re.escape(layout.block).replace(r"\{\}", r"(\d{1,3})"))
+    depth = max((int(match[1]) + 1 for match in map(block.match, tensors) if match), default=1)
+    return layout, _rows(layout, depth)
 
 
 def to_params(tensors, kind, where):
-    """Converts the tensors of a layout to our parameters.
+    """Converts the tensors of a layout, {name: float array}, to our parameters.
 
-    Args:
-      tensors: flat dict of numpy arrays or torch tensors of any float type.
-      kind: the layout, a key of LAYOUTS.
-      where: the tensors' name in errors, such as their file.
-    Returns (params, sizes): a nested dict of float32 arrays that share no memory with `tensors`,
-      and {symbol: number}.
+    `where` names the tensors in errors, such as their file. Returns (params, fields): a nested dict
+    of float32 arrays that share no memory with `tensors`, and the fields of config.model, with
+    num_heads 0 unless the axes of the tensors contain it.
     Raises UserError if a tensor is missing, unused, or of the wrong shape.
     """
-    layout = _layout(kind, tensors)
-    rows = _rows(layout, _depth(layout, tensors))
-    present = {row.group for row in rows if row.name in tensors} | {""}
-    rows = [row for row in rows if row.group in present]
-    arrays, sizes = _match(
-        tensors,
-        {row.name: row.their_shape for row in rows},
-        f"{where} does not contain a ViT with {kind} names",
-        layout.requires,
-    )
-    flat = {row.path: np.empty(_numbers(row.whole_shape, sizes), np.float32) for row in rows}
-    for row in rows:
-        array = arrays[row.name].transpose(row.axes)
-        _part(flat[row.path], row)[...] = array.reshape(_numbers(row.our_shape, sizes))
-    return unflatten_dict(flat, sep="/"), sizes
+    problem, given = f"{where} does not contain a ViT with {kind} names", shapes(tensors)
+    layout, rows = _table(kind, tensors)
+    rows = _match(layout, rows, given, problem)
+    axes = slice(None, None, 1 if layout.flax else -1)  # torch's are ours in reverse
+    fields, expected = _infer(kind, {path: given[names[0]][axes] for path, names in rows.items()})
+    flat = {path: np.empty(expected[path], np.float32) for path in rows}
+    views = _views(flat, rows, layout, fields["num_heads"] or 1)
+    check(given, shapes(views), problem)
+    for name, view in views.items():
+        view[...] = tensors[name]
+    return unflatten_dict(flat, sep="/"), fields
 
 
 def from_params(params, kind, *, num_heads=None):
@@ -295,94 +223,81 @@ def from_params(params, kind, *, num_heads=None):
     `num_heads` is required for GOOGLE. The arrays share no memory with `params`. Raises UserError
     if the layout has no tensor for a parameter, or the parameters lack one.
     """
+    problem = f"the {kind} layout cannot represent this model"
     layout, flat = LAYOUTS[kind], flatten_dict(params, sep="/")
     rows = _rows(layout, sum(name.startswith("block_") for name in params))
-    present = {row.group for row in rows if row.path in flat} | {""}
-    rows = [row for row in rows if row.group in present]
-    arrays, sizes = _match(
-        flat,
-        {row.path: row.whole_shape for row in rows},
-        f"the {kind} layout cannot represent this model",
-        layout.requires,
-    )
-    if layout.flax:
-        sizes |= {"h": num_heads, "K": sizes["A"] // num_heads}
-    tensors = {}
-    for row in rows:
-        stored = _numbers(row.their_shape, sizes)
-        array = _part(arrays[row.path], row).reshape([stored[axis] for axis in row.axes])
-        tensors[row.name] = np.array(array.transpose(np.argsort(row.axes)), order="C")
-    return tensors
+    paths = _match(layout, {path: [path] for path in rows}, flat, problem)
+    _, expected = _infer(kind, shapes(flat))
+    check(shapes(flat), {path: expected[path] for path in paths}, problem)
+    flat = {path: np.asarray(array, np.float32) for path, array in flat.items()}
+    views = _views(flat, {path: rows[path] for path in paths}, layout, num_heads)
+    return {name: np.array(view, order="C") for name, view in views.items()}
 
 
-def _part(array, row):
-    """Returns a view of a row's part of one of our arrays."""
-    return array if row.part is None else np.split(array, 3, axis=-1)[row.part]
+def _match(layout, rows, given, problem):
+    """Returns the rows without absent optional parts, if their names are exactly the given ones."""
+    for part in layout.optional:
+        if not any(part in path and names[0] in given for path, names in rows.items()):
+            rows = {path: names for path, names in rows.items() if part not in path}
+    expected = [name for names in rows.values() for name in names]
+    check(dict.fromkeys(given), dict.fromkeys(expected), problem)
+    return rows
 
 
-def _match(tensors, shapes, problem, requires):
-    """Returns (float32 arrays, sizes) of tensors with exactly these names and symbolic shapes."""
-    difference = mismatches(dict.fromkeys(tensors), dict.fromkeys(shapes))
-    if not difference:
-        arrays = {name: _to_numpy(tensors[name]) for name in shapes}
-        sizes = _sizes(shapes, arrays)
-        given = {name: array.shape for name, array in arrays.items()}
-        expected = {name: _numbers(shape, sizes) for name, shape in shapes.items()}
-        difference = mismatches(given, expected)
-    if difference:
-        note = f" (required: {requires})" if requires else ""
-        raise UserError(f"{problem}: {difference}{note}")
-    return arrays, sizes
+def _infer(kind, given):
+    """Infers the model with these shapes of our arrays, of which some may be wrong.
 
-
-def _sizes(shapes, arrays):
-    """Returns {symbol: number} from the arrays with these symbolic shapes.
-
-    Element counts are used if they suffice, so that only an array with the wrong number of axes is
-    reported, and not all others.
+    Returns (fields of config.model, {path: shape of the model's array}).
     """
-    found = defaultdict(list)
-    for name, shape in shapes.items():
-        found[shape].append(arrays[name])
+    sizes = {path: max(1, math.prod(shape)) for path, shape in given.items()}
+    D = mode([size for path, size in sizes.items() if len(given[path]) == 1] or [1])
+    kernel, qkv = given["patch_embed/kernel"], given["block_0/attn/qkv/kernel"]
+    C = kernel[2] if len(kernel) == 4 else 3
+    patches = sizes["pos_embed"] // D - ("cls_token" in given)
+    fields = {
+        **config.defaults().model,
+        "width": D,
+        "depth": sum(path.endswith("/norm1/bias") for path in given),
+        "num_heads": math.gcd(qkv[1], D) if len(qkv) == 3 else 0,  # flax: [D, h, D / h]
+        "mlp_dim": sizes["block_0/mlp/fc1/bias"],
+        "pool": "cls" if "cls_token" in given else "gap",
+        "pre_logits": sizes.get("pre_logits/bias", 0),
+        "layer_scale": float("block_0/layer_scale1" in given),
+    }
+    if kind == NOTEBOOK:
+        C, patches = 3, math.isqrt(max(patches, 0)) ** 2
+        fields["mlp_dim"] = 4 * D
+    P = fields["patch_size"] = math.isqrt(sizes["patch_embed/kernel"] // max(C * D, 1)) or 1
+    vit = model.make_model(fields | {"num_heads": 1}, num_classes=sizes.get("head/bias", 1))
+    return fields, model_shapes(vit, (P, P * max(patches, 1), max(C, 1)))
 
-    def count(*shape):
-        return mode(array.size for array in found[shape]) if shape in found else 0
 
-    D, R = count("D"), count("R")
-    tokens = (count(1, "N", "D") or count(1, "S", "D")) // max(D, 1)
-    sizes = {"D": D, "A": D, "3A": 3 * D, "4D": 4 * D, "M": count("M"), "L": count("L")}
-    sizes |= {"N": tokens, "S": math.isqrt(max(tokens - 1, 0)) ** 2 + 1, "R": R, "F": R or D}
-    heads = [array.shape for array in found.get(("h", "K"), ()) if array.ndim == 2]
-    sizes |= dict(zip("hK", mode(heads) if heads else (0, 0), strict=True))
-    for shape, (array, *_) in found.items():
-        if "P" in shape and array.ndim == len(shape):
-            sizes |= {s: n for s, n in zip(shape, array.shape, strict=True) if s in ("P", "C")}
-    return sizes
+def model_shapes(vit, image_shape):
+    """Returns {path: shape} of a model's parameters for images of (H, W, C); computes nothing."""
+    init = lambda key: model.init_params(vit, key, tuple(image_shape))  # noqa: E731
+    return shapes(flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/"))
 
 
-def _numbers(shape, sizes):
-    return tuple(sizes.get(size, size) for size in shape)
-
-
-def _to_numpy(value):
-    if hasattr(value, "detach"):  # a torch tensor, on any device
-        value = value.detach().cpu().float().numpy()
-    return np.asarray(value, np.float32)
+def shapes(flat):
+    """Returns {path: shape} of a flat dict of arrays."""
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
 def mismatches(given, expected):
     """Describes how one {name: shape} differs from another; returns "" if they are equal."""
-    wrong = [
-        f"{name} has shape {given[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name] != shape
-    ]
-    unused = [str(name) for name in given if name not in expected]
-    missing = [name for name in expected if name not in given]
-    problems = [listed(wrong)] if wrong else []
-    problems += [f"unused {listed(unused)}"] if unused else []
-    problems += [f"missing {listed(missing)}"] if missing else []
-    return "; ".join(problems)
+    wrong = [name for name in expected if name in given and given[name] != expected[name]]
+    problems = {
+        "": [f"{name} has shape {given[name]}, expected {expected[name]}" for name in wrong],
+        "unused ": [name for name in given if name not in expected],
+        "missing ": [name for name in expected if name not in given],
+    }
+    return "; ".join(problem + listed(names) for problem, names in problems.items() if names)
+
+
+def check(given, expected, problem):
+    """Raises UserError, with the problem and what differs, unless two {name: shape} are equal."""
+    if difference := mismatches(given, expected):
+        raise UserError(f"{problem}: {difference}")
 
 
 def listed(names, limit=6):
@@ -397,18 +312,13 @@ def notebook_to_params(state_dict):
         params = notebook_to_params(torch.load("vit.pt", weights_only=True))
         logits = model.apply({"params": params}, images)  # images NHWC; the notebook's are NCHW
 
-    Args: state_dict {name: torch tensor or numpy array}. Depth, width, patch size, image size, and
-      number of classes are read from it. It records neither the number of heads nor the epsilon of
-      the norms: the model must have the notebook's `num_heads`, and `norm_eps` 1e-5.
-    Returns a nested dict of float32 numpy arrays that share no memory with the state_dict.
+    Takes {name: torch tensor or numpy array}; returns a nested dict of float32 numpy arrays that
+    share no memory with it. It records neither the number of heads nor the epsilon of the norms:
+    the model must have the notebook's `num_heads`, and `norm_eps` 1e-5.
     Raises UserError if a key is missing, unused, or of the wrong shape.
     """
-    if not isinstance(state_dict, Mapping):
-        raise UserError(
-            f"notebook_to_params takes a state_dict, got {type(state_dict).__name__}: "
-            "pass model.state_dict()"
-        )
-    return to_params(state_dict, NOTEBOOK, "the state_dict")[0]
+    tensors = files.to_float32(state_dict, "the state_dict")
+    return to_params(tensors, NOTEBOOK, "the state_dict")[0]
 
 
 def params_to_notebook(params):
@@ -417,17 +327,8 @@ def params_to_notebook(params):
         torch_model.load_state_dict(params_to_notebook(params), strict=True)
 
     Raises UserError if the notebook's model cannot have these parameters, or without PyTorch.
+    `from_params(params, "notebook")` returns numpy arrays and needs no PyTorch.
     """
-    if not isinstance(params, Mapping):
-        raise UserError(
-            f"params_to_notebook takes a nested dict of arrays, got {type(params).__name__}"
-        )
     arrays = from_params(params, NOTEBOOK)
-    try:
-        import torch
-    except ImportError as e:
-        raise UserError(
-            "a state_dict of tensors needs PyTorch, which is not installed: pip install torch, or "
-            "call vit_jax.weights.from_params(params, 'notebook') for numpy arrays"
-        ) from e
+    torch = files.import_torch("a state_dict of tensors")
     return {name: torch.tensor(array) for name, array in arrays.items()}

@@ -1,39 +1,24 @@
-"""Pretrained weights from third-party files and folders or from vit_jax runs.
-
-weights = vit_jax.load_weights("B_16.npz")
-logits = weights.make_model().apply({"params": weights.params}, images)
-"""
+"""Pretrained weights from third-party files and folders or from vit_jax runs."""
 
 import json
 import math
+import operator
 from typing import Any, NamedTuple
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import config, model, workdir
 from vit_jax.errors import UserError, expand_home
-from vit_jax.weights import files, huggingface, layouts
+from vit_jax.weights import files, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
-# The fields of config.model that define a model.
-FIELDS = (
-    "width",
-    "depth",
-    "num_heads",
-    "mlp_dim",
-    "patch_size",
-    "pool",
-    "posemb",
-    "stem",
-    "norm_eps",
-    "gelu",
-    "pre_logits",
-    "qk_norm",
-    "layer_scale",
-)
+# The fields of config.model that define a model: all but those for training.
+_TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat", "dtype")
+FIELDS = tuple(name for name in config.defaults().model if name not in _TRAINING)
 # Width -> heads of the published models: Ti, S, B, L, and H.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+# Hugging Face's hidden_act -> config.model.gelu.
+_GELU = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 class Weights(NamedTuple):
@@ -59,35 +44,34 @@ class Weights(NamedTuple):
 def load_weights(path, *, num_heads=None):
     """Loads weights from a file or folder; every key and shape must be accounted for.
 
+        weights = vit_jax.load_weights("B_16.npz")
+        logits = weights.make_model().apply({"params": weights.params}, images)
+
     Args:
       path: Google's .npz; a .safetensors, .pt, .pth, or .bin with the names of Hugging Face, timm,
         or the notebook; a Hugging Face folder; a .safetensors of ours; a workdir, or one of its
         checkpoints. "~" is expanded.
-      num_heads: the model's, for sources that do not record it (timm, the notebook, a Hugging
-        Face file without its config.json). Defaults to the published models' number for the width,
-        and to 8 for the notebook.
+      num_heads: the model's, for sources that do not record it: timm, the notebook, a Hugging Face
+        file without its config.json. Defaults to the published models' number for the width.
     Returns Weights.
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """
     path = expand_home(path)
     if (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
-    path = _file_in(path) if path.is_dir() else path
+    if path.is_dir():
+        names = ("model.safetensors", "pytorch_model.bin")
+        existing = [path / name for name in names if (path / name).is_file()]
+        if not existing:
+            raise UserError(
+                f"{path} contains no weights: give a workdir, a checkpoint in it, or a folder with "
+                f"{' or '.join(names)}"
+            )
+        path = existing[0]
     arrays, metadata = files.read(path)
     if OURS in metadata:
         return _load_our_file(path, arrays, metadata[OURS])
     return _load_layout(path, arrays, num_heads)
-
-
-def _file_in(folder):
-    names = ("model.safetensors", "pytorch_model.bin")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"{folder} contains no weights: give a workdir, a checkpoint in it, or a folder with "
-        f"{' or '.join(names)}"
-    )
 
 
 def _load_layout(path, arrays, num_heads):
@@ -98,109 +82,122 @@ def _load_layout(path, arrays, num_heads):
             f"{path} contains no ViT with the names of Google, Hugging Face, timm, the notebook, "
             f"or vit_jax: its names are {layouts.listed(list(arrays))}"
         )
-    params, sizes = layouts.to_params(arrays, kind, path)
-    recorded = {}
-    if kind in (layouts.HUGGINGFACE, layouts.HUGGINGFACE_5):
-        recorded = huggingface.read_configs(path)
-    layout, width = layouts.LAYOUTS[kind], sizes["D"]
-    known = sizes["h"] or recorded.get("num_heads")
-    fields = {
-        "width": width,
-        "depth": sum(name.startswith("block_") for name in params),
-        "num_heads": known or num_heads or layout.num_heads or _HEADS.get(width),
-        "mlp_dim": len(params["block_0"]["mlp"]["fc1"]["bias"]),
-        "patch_size": sizes["P"],
-        "pool": "cls" if "cls_token" in params else "gap",
-        "posemb": "learned",
-        "stem": "patch",
-        "norm_eps": recorded.get("norm_eps", layout.norm_eps),
-        "gelu": recorded.get("gelu", layout.gelu),
-        "pre_logits": sizes["R"],
-        "qk_norm": False,
-        "layer_scale": 1.0 if "layer_scale1" in params["block_0"] else 0.0,
-    }
-    _check_heads(path, width, fields["num_heads"], known)
-    names = recorded.get("class_names")
+    params, fields = layouts.to_params(arrays, kind, path)
+    recorded = _read_configs(path) if kind.startswith(layouts.HUGGINGFACE) else {}
+    layout, width = layouts.LAYOUTS[kind], fields["width"]
+    heads = fields["num_heads"] or recorded.get("num_heads")
+    heads = heads or num_heads or layout.num_heads or _HEADS.get(width) or 0
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"{path} has width {width}, and does not record a number of heads that divides it (got "
+            f"{heads}): pass num_heads; config.init_from passes config.model.num_heads"
+        )
+    fields["num_heads"] = heads
+    fields["norm_eps"] = recorded.get("norm_eps", layout.norm_eps)
+    fields["gelu"] = recorded.get("gelu", layout.gelu)
+    names = recorded.get("class_names", [])
+    num_classes = len(params["head"]["bias"]) if "head" in params else 0
+    patches = params["pos_embed"].shape[1] - ("cls_token" in params)
     return Weights(
         params=params,
-        model=fields,
-        num_classes=sizes["L"],
-        grid=_grid(path, sizes["N"] - (fields["pool"] == "cls"), sizes["P"], recorded),
+        model={name: fields[name] for name in FIELDS},
+        num_classes=num_classes,
+        grid=_grid(patches, fields["patch_size"], recorded.get("image_size")),
         kind=kind,
         path=str(path),
-        class_names=names if names and len(names) == sizes["L"] else None,
+        class_names=names if names and len(names) == num_classes else None,
         preprocessing=recorded.get("preprocessing"),
     )
 
 
-def _check_heads(path, width, heads, recorded):
-    if heads and width % heads == 0:
-        return
-    if recorded:
-        raise UserError(
-            f"{path} has width {width}, which its config.json divides into {heads} heads: correct "
-            "the file"
-        )
-    raise UserError(
-        f"{path} of width {width} does not record its number of heads"
-        + (f", which cannot be {heads}" if heads else "")
-        + ": pass num_heads, or set config.model.num_heads if it is config.init_from"
-    )
+def _read_configs(path):
+    """Returns what the JSON files next to a Hugging Face weight file record; {} without them."""
+    fields, get = {}, _reader(path.with_name("config.json"))
+    if get("model_type", None, {None: False, "vit": True}.__getitem__):
+        fields = {
+            "num_heads": get("num_attention_heads", 12, operator.index),
+            "norm_eps": get("layer_norm_eps", 1e-12, float),
+            "gelu": get("hidden_act", "gelu", _GELU.__getitem__),
+            "image_size": get("image_size", 224, _sides),
+            "class_names": get("id2label", {}, _names),
+        }
+    get = _reader(path.with_name("preprocessor_config.json"))
+    pixels = {name: get(f"image_{name}", [], _numbers) for name in ("mean", "std")}
+    if all(pixels.values()):
+        fields["preprocessing"] = {"divide_by": 255, **pixels}
+    return fields
 
 
-def _grid(path, patches, patch_size, recorded):
-    """Returns (rows, columns), from the recorded image size or as the root of `patches`."""
-    if "image_size" not in recorded:
-        side = math.isqrt(patches)
-        return (side, side) if side * side == patches else None
-    grid = tuple(size // patch_size for size in recorded["image_size"])
-    if math.prod(grid) != patches:
-        raise UserError(
-            f"{path}: pos_embed has {patches} patches, but its config.json specifies a grid of "
-            f"{grid}"
-        )
-    return grid
+def _reader(path):
+    """Returns get(name, default, convert), which reads a value of a JSON file if it exists."""
+    try:
+        saved = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+
+    def get(name, default, convert):
+        value = saved.get(name, default)
+        try:
+            return convert(value)
+        except (TypeError, ValueError, LookupError, OverflowError) as e:
+            raise UserError(f"{path}: {name} {value!r:.60} is not supported") from e
+
+    return get
+
+
+def _sides(size):
+    height, width = size if isinstance(size, list) else (size, size)
+    return operator.index(height), operator.index(width)
+
+
+def _names(labels):
+    return [str(labels[number]) for number in sorted(labels or {}, key=int)]
+
+
+def _numbers(values):
+    return [float(value) for value in values or []]
+
+
+def _grid(patches, patch_size, image_size):
+    """Returns (rows, columns) of a recorded (height, width), else of a square; None: unknown."""
+    side = math.isqrt(patches)
+    grid = tuple(n // patch_size for n in image_size) if image_size else (side, side)
+    return grid if math.prod(grid) == patches else None
 
 
 def _load_run(path):
     """Returns Weights from a workdir or one of its checkpoints."""
-    if (path / "checkpoints").is_dir():
-        directory, step = path / "checkpoints", None
-    else:
-        directory, step = path.absolute().parent, path.absolute().name
-        if not step.isdigit():
-            raise UserError(
-                f"{path} is not a checkpoint, because its name is not a step: give "
-                "WORKDIR/checkpoints/STEP"
-            )
-        step = int(step)
+    directory, step = path / "checkpoints", None
+    if not directory.is_dir():
+        directory, name = path.absolute().parent, path.absolute().name
+        if not name.isdigit():
+            raise UserError(f"{path} is not a checkpoint: give WORKDIR/checkpoints/STEP")
+        step = int(name)
     params, saved, step = workdir.restore_for_inference(directory, step)
     c = config.from_dict(saved["config"])
     config.validate(c)
     flat = flatten_dict(params, sep="/")
-    return _our_weights(flat, {**saved, "model": dict(c.model)}, directory / str(step))
+    return _our_weights(flat, c.model, saved, directory / str(step))
 
 
 def _load_our_file(path, arrays, metadata):
     try:
         saved = json.loads(metadata)
-        H, W, C = saved["image_shape"]
-        if not all(type(size) is int and size > 0 for size in (H, W, C)):
-            raise ValueError(f"image_shape {(H, W, C)}")
-        fields = dict(config.from_dict({"model": saved["model"]}).model)
-        return _our_weights(arrays, {**saved, "model": fields}, path)
+        fields = config.from_dict({"model": saved["model"]}).model
+        return _our_weights(arrays, fields, saved, path)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not what vit_jax writes ({e})") from e
 
 
-def _our_weights(flat, saved, path):
-    vit = model.make_model(saved["model"], num_classes=len(saved["class_names"]))
-    problems = layouts.mismatches(shapes(flat), model_shapes(vit, saved["image_shape"]))
-    if problems:
-        raise UserError(f"{path} is corrupted: it does not match its config: {problems}")
+def _our_weights(flat, fields, saved, path):
+    vit = model.make_model(fields, num_classes=len(saved["class_names"]))
+    expected = layouts.model_shapes(vit, saved["image_shape"])
+    layouts.check(
+        layouts.shapes(flat), expected, f"{path} is corrupted: it does not match its config"
+    )
     return Weights(
         params=unflatten_dict(flat, sep="/"),
-        model={name: getattr(vit, name) for name in FIELDS} | {"image_size": vit.image_size},
+        model={name: getattr(vit, name) for name in FIELDS},
         num_classes=vit.num_classes,
         grid=model.patch_grid(vit, saved["image_shape"]),
         kind=OURS,
@@ -208,14 +205,3 @@ def _our_weights(flat, saved, path):
         class_names=list(saved["class_names"]),
         preprocessing=saved["preprocessing"],
     )
-
-
-def model_shapes(vit, image_shape):
-    """Returns {path: shape} of a model's parameters for images of (H, W, C); computes nothing."""
-    init = lambda key: model.init_params(vit, key, tuple(image_shape))  # noqa: E731
-    return shapes(flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/"))
-
-
-def shapes(flat):
-    """Returns {path: shape} of a flat dict of arrays."""
-    return {path: tuple(leaf.shape) for path, leaf in flat.items()}

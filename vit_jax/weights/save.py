@@ -1,19 +1,20 @@
-"""Atomic writing of trained weights in other libraries' formats."""
+"""Trained weights written in other libraries' formats."""
 
+import io
 import json
 import os
 import pathlib
-import shutil
-import uuid
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from vit_jax import augment, model
+from vit_jax import augment, model, workdir
 from vit_jax.errors import UserError
-from vit_jax.weights import huggingface, layouts
+from vit_jax.weights import files, layouts
 from vit_jax.weights.load import FIELDS, OURS
 
 FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
@@ -22,37 +23,38 @@ FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
 def save_weights(trained, path, form):
     """Writes a TrainedModel to a path, in one of FORMATS.
 
-    The suffix of the path selects timm's .safetensors or .pt; nothing else depends on it.
+    The path's suffix selects .npz, .safetensors, or torch for tensors with another library's names.
     Raises UserError, before anything is written, if the format cannot represent the model or the
     path exists.
     """
     path = pathlib.Path(path)
     if path.exists():
         raise UserError(f"{path} exists: give another name, or delete it")
-    if form == "safetensors":
-        metadata = {OURS: json.dumps(_describe(trained))}
-        write = _safetensors(flatten_dict(trained.params, sep="/"), metadata)
-    elif form == "jax":
-        serialized = serialize(trained)
-        write = lambda temporary: temporary.write_bytes(serialized)  # noqa: E731
+    if form == "jax":
+        content = _serialize(trained)
+    elif form == "safetensors":
+        described = {  # load_weights rebuilds the model from it
+            "model": {name: getattr(trained.model, name) for name in FIELDS},
+            "class_names": trained.class_names,
+            "preprocessing": trained.preprocessing,
+            "image_shape": trained.image_shape,
+        }
+        metadata = {OURS: json.dumps(described)}
+        content = _encode(flatten_dict(trained.params, sep="/"), ".safetensors", metadata)
     elif form == "huggingface":
-        write = _huggingface(trained)
-    elif form == "google":
-        write = _npz(_tensors(trained, layouts.GOOGLE))
+        content = {"model.safetensors": _encode(_tensors(trained, form), ".safetensors")}
+        for name, fields in _huggingface_configs(trained).items():
+            content[name] = (json.dumps(fields, indent=2) + "\n").encode()
     else:
-        tensors = _tensors(trained, form)
-        if path.suffix == ".safetensors":
-            write = _safetensors(tensors, {"format": "pt"})
-        else:
-            write = _torch(tensors, path)
-    _write_atomically(path, write)
+        content = _encode(_tensors(trained, form), path.suffix)
+    _write_atomically(path, content)
 
 
-def serialize(trained):
-    """Serializes a jax.export function, uint8[b, H, W, C] -> float32[b, classes] probabilities.
+def _serialize(trained):
+    """Returns the bytes of a jax.export function, uint8[b, H, W, C] -> float32[b, classes].
 
-    It takes any b, on CPU, CUDA, and TPU, and contains the weights and the preprocessing:
-    `jax.export.deserialize(bytearray(data)).call(images)` needs only jax and flatbuffers.
+    It returns probabilities for any b, on CPU, CUDA, and TPU, and contains the weights and the
+    preprocessing. Calling it needs only jax and flatbuffers.
     """
     vit, params, config = trained
     params = jax.tree.map(jnp.asarray, params)
@@ -65,28 +67,21 @@ def serialize(trained):
     exported = jax.export.export(jax.jit(predict), platforms=["cpu", "cuda", "tpu"])(
         jax.ShapeDtypeStruct(shape, jnp.uint8)
     )
-    try:
-        return bytes(exported.serialize())
-    except ImportError as e:
-        raise UserError(f"serializing needs flatbuffers: pip install flatbuffers ({e})") from e
-
-
-def _describe(trained):
-    """Returns the metadata from which `load_weights` rebuilds the model."""
-    fields = {name: getattr(trained.model, name) for name in FIELDS}
-    return {
-        "model": {**fields, "image_size": trained.model.image_size},
-        "class_names": trained.class_names,
-        "preprocessing": trained.preprocessing,
-        "image_shape": trained.image_shape,
-    }
+    return bytes(exported.serialize())
 
 
 def _tensors(trained, kind):
     """Returns a layout's tensors. Raises UserError if its library computes something else."""
     layout, vit, params = layouts.LAYOUTS[kind], trained.model, trained.params
-    if kind != layouts.HUGGINGFACE:  # its config.json records them
-        _require(vit, kind, norm_eps=layout.norm_eps, gelu=layout.gelu)
+    required = {"norm_eps": layout.norm_eps, "gelu": layout.gelu}
+    if kind == layouts.HUGGINGFACE:  # its config.json records these two
+        required = {"pool": "cls", "pre_logits": 0, "layer_scale": 0.0, "qk_norm": False}
+    for name, value in required.items():
+        if getattr(vit, name) != value:
+            raise UserError(
+                f"the {kind} model has {name}={value}, this model {getattr(vit, name)}: export to "
+                f"a .safetensors or .jax, or train with --config.model.{name}={value}"
+            )
     if vit.posemb != "learned":  # written as a learned table
         grid = model.patch_grid(vit, trained.image_shape)
         table = model.sincos2d(grid, vit.width, cls_token=vit.pool == "cls")
@@ -94,64 +89,68 @@ def _tensors(trained, kind):
     return layouts.from_params(params, kind, num_heads=vit.num_heads)
 
 
-def _require(vit, kind, **fields):
-    for name, value in fields.items():
-        if getattr(vit, name) != value:
-            raise UserError(
-                f"the {kind} model has {name}={value}, this model {getattr(vit, name)}: export to "
-                f"a .safetensors or .jax, or train with --config.model.{name}={value}"
-            )
+def _huggingface_configs(trained):
+    """Returns {file name: content} of the JSON files for a TrainedModel."""
+    vit, names = trained.model, dict(enumerate(trained.class_names))
+    H, W, C = model.resolution(vit, trained.image_shape)
+    config = {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "hidden_size": vit.width,
+        "num_hidden_layers": vit.depth,
+        "num_attention_heads": vit.num_heads,
+        "intermediate_size": vit.mlp_dim,
+        "hidden_act": {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}[vit.gelu],
+        "layer_norm_eps": vit.norm_eps,
+        "hidden_dropout_prob": vit.dropout,
+        "attention_probs_dropout_prob": vit.dropout,
+        "image_size": H if H == W else [H, W],
+        "patch_size": vit.patch_size,
+        "num_channels": C,
+        "qkv_bias": True,
+        "id2label": names,
+        "label2id": {name: i for i, name in names.items()},
+        "dtype": "float32",
+    }
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": H, "width": W},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / trained.preprocessing["divide_by"],
+        "do_normalize": True,
+        "image_mean": trained.preprocessing["mean"],
+        "image_std": trained.preprocessing["std"],
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor}
 
 
-def _huggingface(trained):
-    _require(trained.model, "huggingface", pool="cls", pre_logits=0, layer_scale=0.0, qk_norm=False)
-    save = _safetensors(_tensors(trained, layouts.HUGGINGFACE), {"format": "pt"})
-    configs = huggingface.make_configs(trained)
-
-    def write(temporary):
-        temporary.mkdir()
-        save(temporary / "model.safetensors")
-        for name, content in configs.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-
-    return write
-
-
-def _safetensors(arrays, metadata):
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return lambda temporary: temporary.write_bytes(save(arrays, metadata))
+def _encode(tensors, suffix, metadata=None):
+    """Returns the bytes of a file with this suffix."""
+    if suffix == ".safetensors":
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        return safetensors.numpy.save(tensors, metadata or {"format": "pt"})
+    file = io.BytesIO()
+    if suffix == ".npz":
+        np.savez(file, **tensors)
+    else:
+        torch = files.import_torch("a torch file")
+        torch.save({name: torch.tensor(array) for name, array in tensors.items()}, file)
+    return file.getvalue()
 
 
-def _npz(arrays):
-    def write(temporary):
-        with temporary.open("wb") as file:  # given a path, savez would add .npz to it
-            np.savez(file, **arrays)
-
-    return write
-
-
-def _torch(arrays, path):
-    try:
-        import torch
-    except ImportError as e:
-        raise UserError(f"{path} needs PyTorch: pip install torch, or write .safetensors") from e
-    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
-    return lambda temporary: torch.save(tensors, temporary)
-
-
-def _write_atomically(path, write):
-    """Writes next to the final name, then renames."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+def _write_atomically(path, content):
+    """Writes bytes, or a folder of {name: bytes}, next to the final name, then renames."""
+    with workdir.write_errors(path):
+        parent = path.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as folder:
+            temporary = pathlib.Path(folder) / path.name
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                temporary.mkdir()
+                for name, data in content.items():
+                    (temporary / name).write_bytes(data)
+            os.replace(temporary, path)

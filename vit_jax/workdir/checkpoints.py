@@ -10,7 +10,6 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from logging import CRITICAL, getLogger
 from typing import Any
 
@@ -20,225 +19,171 @@ from absl import logging
 
 from vit_jax.durations import Every
 from vit_jax.errors import DISK_REFUSES, UserError
-from vit_jax.workdir import checksums
+from vit_jax.workdir.files import find_corruption, read_errors, write_checksums
 
-CORRUPTED = ".corrupted"
-_COMMITTED, _DELETED = "commit_success.txt", ".deleted"
-_REFUSALS = [os.strerror(number) for number in DISK_REFUSES]
+_DELETED = ".deleted"
+_previous_hook = sys.unraisablehook
 
 
 def _quiet():
-    """Silences orbax's progress logs and the duplicate errors that asyncio prints after a failed
-    save."""
+    """Silences orbax's progress, and what asyncio adds to the error of a failed save."""
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
-    previous_hook = sys.unraisablehook
+    sys.unraisablehook = _without_closed_loops
 
-    def without_closed_loops(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous_hook(unraisable)
 
-    if getattr(previous_hook, "__name__", "") != without_closed_loops.__name__:
-        sys.unraisablehook = without_closed_loops
+def _without_closed_loops(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _previous_hook(unraisable)
 
 
 class _ChecksummedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The temporary directory of a checkpoint: the checksums are written last, then it is renamed.
-
-    As in orbax, the checkpoint and each item contain commit_success.txt: in a bucket, which has no
-    rename, orbax reads only folders with this file.
-    """
+    """The temporary directory of a checkpoint, renamed after the checksums are written."""
 
     async def finalize(self):
         if self._checkpoint_metadata_store:
             await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
         folder = pathlib.Path(self.get())
-        await asyncio.to_thread((folder / _COMMITTED).touch)
+        # In a bucket, which has no rename, orbax reads only folders with this file.
+        await asyncio.to_thread((folder / "commit_success.txt").touch)
         if self.get_final().name.isdecimal():  # a checkpoint, not one of its items
-            await asyncio.to_thread(checksums.write, folder)
-        os.rename(self.get(), self.get_final())
-
-
-class _Keep:
-    """orbax's preservation policy: the newest two, the best, and a cadence.
-
-    orbax's own BestN breaks ties toward the newest step; the best here is the earliest.
-    """
-
-    def __init__(self, every):
-        self.every, self.best_step = every, None
-
-    def should_preserve(self, checkpoints, *, context):
-        steps = [info.step for info in checkpoints]
-        return [
-            step in steps[-2:] or step == self.best_step or (self.every and self.every(step))
-            for step in steps
-        ]
+            await asyncio.to_thread(write_checksums, folder)
+        os.rename(folder, self.get_final())
 
 
 class Checkpoints:
-    """The checkpoints in one directory, opened for saving. Every process must open them together.
+    """The checkpoints in one directory, opened for saving by every process together."""
 
-    Keeps the newest two, the best by validation accuracy, and the cadence `keep`. A save
-    is written under a temporary name and renamed when complete, so a kill leaves the previous
-    checkpoint as the newest. `best_accuracy` is -1 before there is a best.
-    """
-
-    def __init__(self, directory: pathlib.Path, *, keep: Every | None = None) -> None:
+    def __init__(self, directory: pathlib.Path, keep: Every) -> None:
         _quiet()
-        self._directory, self._keep = directory.absolute(), _Keep(keep)
-        self.best_accuracy = -1.0
+        self._directory, self._keep = directory.absolute(), keep
+        self._best: dict[str, Any] = {"step": None, "val_accuracy": -1.0}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._keep,
+            preservation_policy=self,
             cleanup_tmp_directories=True,
             todelete_subdir=_DELETED,  # renamed first: none is partly deleted under its name
             temporary_path_class=_ChecksummedPath,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._empty_deleted()
 
-    def _empty_deleted(self):
-        if jax.process_index() == 0:
-            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """orbax's preservation policy: the newest two, the best, and the cadence `keep`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [s in steps[-2:] or s == self._best["step"] or self._keep(s) for s in steps]
 
-    def save(
-        self,
-        step: int,
-        arrays: dict[str, Any],
-        documents: dict[str, Any],
-        *,
-        val_accuracy: float | None = None,
-    ) -> None:
-        """Starts a save and returns; `wait` and `close` wait for it.
+    def is_best(self, val_accuracy: float) -> bool:
+        """Whether a validation accuracy exceeds every saved step's; the first of a tie is best."""
+        return val_accuracy > self._best["val_accuracy"]
 
-        Args:
-          arrays: {item: tree of host arrays}; an item of None is omitted.
-          documents: {item: JSON value}; must include `progress`, a dict.
-          val_accuracy: of this step, if it was validated.
-        """
+    def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
+        """Starts saving {item: tree of host arrays, or None} and {item: JSON value}."""
         self.wait()
-        if val_accuracy is not None and val_accuracy > self.best_accuracy:
-            self._keep.best_step, self.best_accuracy = step, float(val_accuracy)
-        best = {"step": self._keep.best_step, "val_accuracy": self.best_accuracy}
-        documents = documents | {"progress": {**documents["progress"], "best": best}}
+        if val_accuracy is not None and self.is_best(val_accuracy):
+            self._best = {"step": step, "val_accuracy": float(val_accuracy)}
+        documents = documents | {"progress": {**documents["progress"], "best": self._best}}
         items = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v is not None}
         items |= {k: ocp.args.JsonSave(v) for k, v in documents.items()}
         with self._save_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns ({item: tree of host arrays}, progress) of a step.
-
-        `shapes` is {item: tree of jax.ShapeDtypeStruct without shardings}; an item of None is
-        returned as None. Raises UserError if the files do not contain them.
-        """
+        """({item: tree of host arrays}, progress) of a step; `shapes` has no shardings."""
         items = {k: ocp.args.StandardRestore(v) for k, v in shapes.items() if v is not None}
         items["progress"] = ocp.args.JsonRestore()
         with _restore_errors(self._directory / str(step)):
             restored = dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
         progress = restored.pop("progress")
-        best = progress["best"]
-        self._keep.best_step, self.best_accuracy = best["step"], best["val_accuracy"]
+        self._best = progress["best"]
         return dict.fromkeys(shapes) | restored, progress
 
     def wait(self) -> None:
         """Waits until the save that was started is complete on disk."""
         with self._save_errors():
             self._manager.wait_until_finished()
-        self._empty_deleted()
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / _DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Waits for the save that was started, and closes orbax's manager."""
         self.wait()
-        with self._save_errors():
-            self._manager.close()
+        self._manager.close()
 
     @contextlib.contextmanager
     def _save_errors(self):
-        """Raises UserError for a failed write, which orbax raises at the next save or at the end.
-
-        orbax waits for the other processes with multihost_utils.sync_global_devices, which fetches
-        its result from the device without jax.device_get: the transfer guard must allow it.
-        """
+        """Raises UserError for a failed write, which orbax reports at the next call."""
         try:
-            with jax.transfer_guard("allow"):
+            with jax.transfer_guard("allow"):  # orbax's sync_global_devices fetches implicitly
                 yield
         except Exception as e:  # orbax and tensorstore raise many types for a failed write
-            reason = next((r for r in _REFUSALS if r in str(e)), None)
-            if reason is None:
+            reasons = [text for text in map(os.strerror, DISK_REFUSES) if text in str(e)]
+            if not reasons:
                 raise
-            steps = list_steps(self._directory)
+            steps = saved_steps(self._directory)
             kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             raise UserError(
-                f"cannot save to {self._directory}: {reason}; {kept}; make room, then rerun the "
-                "same command to resume"
+                f"cannot save to {self._directory}: {reasons[0]}; {kept}; make room, then rerun "
+                "the same command to resume"
             ) from e
 
 
-def list_steps(directory: pathlib.Path) -> list[int]:
+def saved_steps(directory: pathlib.Path) -> list[int]:
     """The complete steps in a directory, ascending; [] if it does not exist."""
-    with checksums.reading(directory):
+    with read_errors(directory):
         try:
             names = os.listdir(directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def newest_intact_step(directories: Sequence[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
-    """The newest step that is intact in every directory of checkpoints, one per seed.
+def newest_intact_step(directories: list[pathlib.Path]) -> int:
+    """The newest step that is intact in every directory, one per seed; 0 if there are no steps.
 
-    Returns (step, corrupted): 0 if there are no checkpoints; {folder: description} of the newer
-    corrupted ones. Changes nothing. Raises UserError if one cannot be read, if some are corrupted
-    and none is intact, or if a seed lacks more than the last step: a kill between the saves of two
-    seeds loses only that one.
+    Raises UserError if a checkpoint cannot be read, if all are corrupted, or if a seed lacks more
+    than one step: a kill between the saves of two seeds loses only one.
     """
-    saved = {d: list_steps(d) for d in directories}
-    corrupted: dict[pathlib.Path, str] = {}
+    saved = {d: saved_steps(d) for d in directories}
+    corrupted: list[str] = []
     missing: list[pathlib.Path] = []
     for step in sorted(set().union(*saved.values()), reverse=True):
         folders = [d / str(step) for d in directories if step in saved[d]]
-        found = {folder: checksums.find_corruption(folder) for folder in folders}
-        problems = {folder: problem for folder, problem in found.items() if problem}
-        corrupted |= problems
-        if len(folders) < len(directories):
-            missing += [d / str(step) for d in directories if step not in saved[d]]
-        elif not problems:
-            return step, corrupted
-        if len({folder.name for folder in missing}) > 1:
+        problems = [f"{f}: {problem}" for f in folders if (problem := find_corruption(f))]
+        lacking = [d / str(step) for d in directories if step not in saved[d]]
+        if not problems and not lacking:
+            return step
+        if missing and lacking:
             raise UserError(
-                f"checkpoints are missing ({', '.join(map(str, missing))}) that the other seeds "
-                "have: restore them from a copy, or delete every seed's checkpoints to start over"
+                f"checkpoints are missing ({', '.join(map(str, missing + lacking))}) that the "
+                "other seeds have: restore them from a copy, or delete every seed's checkpoints "
+                "to start over"
             )
+        corrupted += problems
+        missing += lacking
     if corrupted:
-        listed = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
         raise UserError(
-            f"every checkpoint is corrupted ({listed}): restore them from a copy, or delete the "
-            "checkpoints folder to start over"
+            f"every checkpoint is corrupted ({'; '.join(corrupted)}): restore them from a copy, "
+            "or delete the checkpoints folder to start over"
         )
-    return 0, {}
+    return 0
 
 
-def clear_after(
-    directory: pathlib.Path, step: int, corrupted: Mapping[pathlib.Path, str]
-) -> dict[pathlib.Path, pathlib.Path]:
+def clear_after(directory: pathlib.Path, step: int) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Renames the later checkpoints in `corrupted` to STEP.corrupted, and deletes the others, which
-    were saved for some seeds only. Returns {folder: its new path} of the renamed ones.
+    Later checkpoints are renamed to STEP.corrupted if they are, else deleted: a seed lacks them.
     """
-    deleted, moved = directory / _DELETED, {}
+    deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
-    for folder in (directory / str(later) for later in list_steps(directory) if later > step):
-        if folder in corrupted:
+    for folder in (directory / str(later) for later in saved_steps(directory) if later > step):
+        if problem := find_corruption(folder):
             target = folder
             while target.exists():
-                target = target.with_name(target.name + CORRUPTED)
-            moved[folder] = folder.rename(target)
+                target = target.with_name(f"{target.name}.corrupted")
+            folder.rename(target)
+            print(f"corrupted: {folder}: {problem}; moved to {target}", flush=True)
         else:
             deleted.mkdir(exist_ok=True)
             folder.rename(deleted / folder.name)
-    return moved
 
 
 def read_document(folder: pathlib.Path, item: str) -> Any:
@@ -259,56 +204,41 @@ def _restore_errors(folder):
         ) from e
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The complete steps in a directory, ascending. Raises UserError if it does not exist."""
-    if not directory.is_dir():
-        remedy = "train with this --workdir first"
-        if seeds := sorted(p.name for p in directory.parent.glob("seed_*")):
-            remedy = f"it contains a run of several seeds; pass one of {', '.join(seeds)}"
-        raise UserError(f"no checkpoints in {directory}: {remedy}")
-    return list_steps(directory)
+def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
+    """(params as numpy arrays, config item, step) of `step` (default: the newest).
 
-
-def restore_for_inference(
-    directory: pathlib.Path, step: int | None = None
-) -> tuple[Any, dict[str, Any], int]:
-    """(params, config item, step): the weights to evaluate, as numpy arrays.
-
-    These are `ema_params` if the run keeps them, else `params`. Raises UserError if there is no
-    complete checkpoint, or none of `step`.
+    The params are `ema_params` if the run keeps them. Raises UserError unless it is intact.
     """
     steps = saved_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        known = f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
-        wanted = "checkpoint" if step is None else f"checkpoint {step}"
-        raise UserError(f"no {wanted} in {directory}: {known}")
-    step = max(steps) if step is None else step
+    if not steps:
+        seeds = ", ".join(sorted(path.name for path in directory.parent.glob("seed_*")))
+        several = f"it is a run of several seeds; pass one of {seeds}"
+        remedy = several if seeds else "train with this --workdir first"
+        raise UserError(f"no checkpoints in {directory}: {remedy}")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"no checkpoint {step} in {directory}: it has {', '.join(map(str, steps))}")
     folder = directory.absolute() / str(step)
-    if problem := checksums.find_corruption(folder):
-        others = ", ".join(str(s) for s in steps if s != step) or "none"
+    if problem := find_corruption(folder):
+        others = ", ".join(str(other) for other in steps if other != step) or "none"
         raise UserError(f"the checkpoint {folder} is corrupted: {problem}; other steps: {others}")
     config = read_document(folder, "config")
     item = "ema_params" if (folder / "ema_params").is_dir() else "params"
     with _restore_errors(folder), ocp.StandardCheckpointer() as reader:
         params = reader.restore(folder / item)
-    if not _is_config_item(config):
-        raise UserError(f"cannot restore {folder}: its config is not what vit_jax writes")
+        if not _is_config_item(config):
+            raise ValueError("its config is not what vit_jax writes")
     return params, config, step
 
 
 def _is_config_item(saved):
     """Whether JSON has the fields of a `config` item: classes, image shape, and preprocessing."""
-    try:
-        names, shape, pixels = (saved[k] for k in ("class_names", "image_shape", "preprocessing"))
-        lists = (names, shape, pixels["mean"], pixels["std"])
-        return (
-            isinstance(saved["config"], dict)
-            and all(isinstance(each, list) for each in lists)
-            and bool(names)
-            and all(isinstance(name, str) for name in names)
-            and [type(n) for n in shape] == [int] * 3
-            and all(0 < n < 2**16 for n in shape)
-            and all(isinstance(x, (int, float)) for x in (*pixels["mean"], *pixels["std"]))
-        )
-    except (KeyError, TypeError):
-        return False
+    names, shape, pixels = (saved[k] for k in ("class_names", "image_shape", "preprocessing"))
+    return (
+        isinstance(saved["config"], dict)
+        and isinstance(names, list)
+        and {type(name) for name in names} == {str}
+        and [type(n) for n in shape] == [int] * 3
+        and all(0 < n < 2**16 for n in shape)
+        and {type(x) for x in pixels["mean"] + pixels["std"]} <= {int, float}
+    )

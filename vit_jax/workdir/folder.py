@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import importlib.metadata
 import itertools
@@ -10,13 +9,14 @@ import json
 import os
 import pathlib
 import platform
-import shutil
+import shlex
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -27,32 +27,28 @@ from vit_jax.workdir import metrics
 from vit_jax.workdir.files import write_errors, write_json
 
 # Fields that may change on resume: they do not affect the results of a healthy run.
-RESUMABLE_CHANGES = (
+_RESUMABLE_CHANGES = (
     *("data.dir", "data.streaming", "data.streaming_threads", "mesh.data", "mesh.fsdp"),
-    *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every", "histograms_every"),
+    *("model.remat", "tensorboard", "wandb", "on_bad_loss", "keep_every"),
 )
 
 
 class Workdir:
-    """The files of one seed.
-
-    Several processes share a workdir: process 0 writes everything except the other processes'
-    parts of a checkpoint.
-    """
+    """The files of one seed. Process 0 writes them, except the parts of a checkpoint."""
 
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self.config = path, config
         self.checkpoint_dir = path.absolute() / "checkpoints"
-        self._checkpoints: Any = None
-        self._sinks: list[Any] = []
+        self.checkpoints: Any = None  # opened by `open`, like these
+        self._lines: Any = None
         self._tensorboard: Any = None
+        self._wandb: Any = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Creates the workdir and its config.json, or checks that it has this config's.
+        """Holds the lock of the workdir, after creating it or checking that its config is the same.
 
-        Holds an exclusive lock. Raises UserError if the workdir cannot be written, is locked,
-        contains a run with a different config, or contains a symbolic link.
+        Raises UserError if it cannot be written, is locked, or contains a symbolic link.
         """
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -65,16 +61,18 @@ class Workdir:
             lock = _lock(self.path)
         with lock:
             with write_errors(self.path):
-                self._check_config()
+                self._check_config(self.path / "config.json")
             yield
 
-    def _check_config(self):
-        path = self.path / "config.json"
+    def _check_config(self, path):
         if not path.exists():
             write_json(path, self.config.to_dict())
             return
-        other = config_lib.difference(self.config, read_config(path), ignore=RESUMABLE_CHANGES)
-        if other:
+        try:
+            saved = config_lib.from_dict(json.loads(path.read_text()))
+        except ValueError as e:
+            raise UserError(f"{path} is not the config of a run: {e}") from e
+        if other := config_lib.difference(self.config, saved, ignore=_RESUMABLE_CHANGES):
             raise UserError(
                 f"{self.path} contains a run with a different config ({'; '.join(other[:5])}): "
                 "use another --workdir, or delete this one"
@@ -82,151 +80,90 @@ class Workdir:
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint of a step was trained on other data."""
-        folder = self.checkpoint_dir / str(step)
-        try:
-            saved = checkpoints_lib.read_document(folder, "data")
-            other = _data_difference(saved, data_identity)
-        except (LookupError, TypeError, ValueError) as e:
-            raise UserError(f"{folder / 'data'} is not what vit_jax writes ({e!r})") from e
-        if other:
+        saved = checkpoints_lib.read_document(self.checkpoint_dir / str(step), "data")
+        if other := _data_difference(saved, data_identity):
             raise UserError(
                 f"{self.path} contains a run on other data ({'; '.join(other)}): resume it with "
                 "the data that it started with, or use another --workdir"
             )
 
-    def begin(self, step: int, *, command: str, corrupted: Mapping[pathlib.Path, str]) -> None:
+    def begin(self, step: int, command: str) -> None:
         """Writes run.json and clears the checkpoints after `step` (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
-            moved = checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
-        for folder, target in moved.items():
-            print(f"corrupted: {folder}: {corrupted[folder]}; moved to {target}", flush=True)
+            checkpoints_lib.clear_after(self.checkpoint_dir, step)
 
     def open(self, step: int, *, keep: Every) -> None:
-        """Opens the checkpoints, in every process, and the metric sinks after `step`."""
-        self._checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep=keep)
+        """Opens the checkpoints, in every process, and the metrics after `step` in process 0."""
+        self.checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep)
         if jax.process_index() == 0:
-            fields = config_lib.flat(self.config)
-            self._sinks = [metrics.JsonLines(self.path / "metrics.jsonl", step=step)]
+            self._lines = metrics.JsonLines(self.path / "metrics.jsonl", step=step)
             if self.config.tensorboard:
-                self._tensorboard = metrics.TensorBoard(self.path, fields, step=step)
-                self._sinks.append(self._tensorboard)
+                self._tensorboard = metrics.open_tensorboard(self.path, self.config, step=step)
             if self.config.wandb:
-                self._sinks.append(metrics.Wandb(self.config.wandb, self.path, fields))
+                self._wandb = metrics.open_wandb(self.path, self.config)
 
-    def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See `Checkpoints.restore`."""
-        return self._checkpoints.restore(step, shapes)
-
-    def save(
-        self,
-        step: int,
-        arrays: dict[str, Any],
-        documents: dict[str, Any],
-        *,
-        val_accuracy: float | None,
-    ) -> None:
+    def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save; see `Checkpoints.save`."""
         documents = documents | {"config": {"config": self.config.to_dict(), **documents["config"]}}
-        for sink in self._sinks:
-            sink.sync()  # before the checkpoint: a resumed run keeps the lines up to its step
-        self._checkpoints.save(step, arrays, documents, val_accuracy=val_accuracy)
-
-    def is_best(self, val_accuracy: float) -> bool:
-        """Whether a validation accuracy exceeds every checkpoint's so far."""
-        return val_accuracy > self._checkpoints.best_accuracy
+        if self._lines:
+            self._lines.sync()  # before the checkpoint: a resumed run keeps the lines up to it
+        self.checkpoints.save(step, arrays, documents, val_accuracy)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number} to every sink, without NaN and infinity, which JSON lacks."""
-        scalars = {name: float(value) for name, value in scalars.items()}
-        scalars = {name: v for name, v in scalars.items() if abs(v) < float("inf")}
-        for sink in self._sinks:
-            sink.write(step, scalars)
+        scalars = {name: float(value) for name, value in scalars.items() if np.isfinite(value)}
+        if self._lines:
+            self._lines.write(step, scalars)
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
 
     def images(self, step: int, name: str, images: Any) -> None:
-        """Writes uint8[N, H, W, C] to TensorBoard."""
+        """Writes uint8[N, H, W, C] to TensorBoard, as one grid."""
         if self._tensorboard:
-            self._tensorboard.images(step, name, images)
-
-    def histograms(self, step: int, params: Any) -> None:
-        """Writes the distribution of each parameter to TensorBoard."""
-        if self._tensorboard:
-            self._tensorboard.histograms(step, params)
-
-    def wait(self) -> None:
-        """Waits for a pending save."""
-        self._checkpoints.wait()
+            self._tensorboard.add_images(name, images, step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Waits for a pending save, and closes the checkpoints and the sinks."""
-        if self._checkpoints:
-            self._checkpoints.close()
-        for sink in self._sinks:
-            sink.close()
-        self._checkpoints, self._sinks, self._tensorboard = None, [], None
+        """Waits for a pending save, and closes the checkpoints and the metrics."""
+        self.checkpoints.close()
+        if self._lines:
+            self._lines.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def _lock(folder):
-    """Locks a workdir; returns the open lock file. Raises UserError if it is locked."""
+    """Locks a workdir, and returns the open lock file."""
     file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno == errno.EWOULDBLOCK:
+    except BlockingIOError as e:
+        with file:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"{folder} is in use by {owner}: wait for it, end it, or use another --workdir"
-            ) from e
-        # Otherwise this file system does not support locks.
+        raise UserError(
+            f"{folder} is in use by {owner}: wait for it, end it, or use another --workdir"
+        ) from e
+    except OSError:
+        pass  # this file system does not support locks
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
 
 
-def read_config(path: pathlib.Path) -> ConfigDict:
-    """The ConfigDict of a config.json. Raises UserError if it is not one."""
-    try:
-        return config_lib.from_dict(json.loads(path.read_text()))
-    except ValueError as e:
-        raise UserError(f"{path} is not the config of a run: {e}") from e
-
-
-def check_free_space(folders: Sequence[pathlib.Path], checkpoint_bytes: int) -> None:
-    """Raises UserError if the disk lacks space for a run's checkpoints.
-
-    `checkpoint_bytes` counts all seeds. There must be space for four: two and the best are kept
-    while another is written. Existing ones count, except corrupted ones, which stay.
-    """
-    needed = 4 * checkpoint_bytes
-    for step_folder in (p for folder in folders for p in folder.glob("checkpoints/*")):
-        if step_folder.suffix == checkpoints_lib.CORRUPTED:
-            continue
-        for parent, _, names in os.walk(step_folder):
-            for name in names:
-                with contextlib.suppress(OSError):  # another run may delete it
-                    needed -= os.lstat(os.path.join(parent, name)).st_size
-    path = folders[0].absolute()
-    with write_errors(path):
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"the checkpoints of this run need {needed / 1e6:,.1f} MB in {folders[0]}, where "
-            f"{free / 1e6:,.1f} MB are free: make room, or use another --workdir"
-        )
-
-
 def _data_difference(saved, current):
-    """Describes how two data identities differ, one string per class list or split."""
-    classes = [data["class_names"] for data in (saved, current)]
-    if classes[0] != classes[1]:
-        pairs = enumerate(itertools.zip_longest(*classes))
-        i, (before, now) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        return [f"class {i} is {now or 'absent'}, was {before or 'absent'}"]
+    """Describes how two data identities differ, one string per class or split."""
     differences = []
+    pairs = itertools.zip_longest(saved["class_names"], current["class_names"])
+    for i, (before, now) in enumerate(pairs):
+        if before != now:
+            return [f"class {i} is {now or 'absent'}, was {before or 'absent'}"]
     for name, now in current["splits"].items():
         before = saved["splits"][name]
         sizes = now["num_examples"], before["num_examples"]
@@ -238,20 +175,13 @@ def _data_difference(saved, current):
 
 
 def commit_of(path: pathlib.Path) -> str | None:
-    """The commit of the repository that tracks a file, with -dirty if it has changes; else None.
-
-    A package in an environment that the surrounding repository ignores has none.
-    """
-
-    def git(*arguments):
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
-
-    with contextlib.suppress(OSError):  # git is not installed
-        if git("ls-files", "--error-unmatch", path.name).returncode == 0:
-            described = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-            return described.stdout.strip() or None
-    return None
+    """The commit of the repository that tracks a file, with -dirty if it has changes; else None."""
+    tracked = f"git ls-files --error-unmatch {shlex.quote(path.name)} >&2"
+    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    done = subprocess.run(
+        f"{tracked} && {describe}", shell=True, cwd=path.parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or None
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -1,31 +1,23 @@
-"""Sinks for the metrics of one seed: metrics.jsonl, TensorBoard, Weights & Biases.
-
-Each has `write(step, scalars)`, `sync()`, and `close()`.
-"""
+"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import contextlib
 import errno
 import json
-import math
 import os
 import pathlib
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
+from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 from vit_jax.workdir.files import write_text
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (text, values) for each line of a metrics.jsonl, except a line that a kill cut off.
-
-    Raises OSError, and ValueError if the file is not text.
-    """
+    """Yields (text, values) of each complete line. Raises ValueError if the file is not text."""
     for line in path.read_text().splitlines():
         try:
             values = json.loads(line)
@@ -36,17 +28,21 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per line, with "step" and numbers by name."""
+    """metrics.jsonl, opened to append: one JSON object per line, with "step" and numbers."""
 
     def __init__(self, path: pathlib.Path, *, step: int) -> None:
-        """Opens the file to append after `step`; see `_drop_lines_after`."""
-        self._path = path
-        _drop_lines_after(path, step)
-        self._file = open(path, "ab", buffering=0)
+        """Drops the lines that a run resumed from `step` writes again: the later and the test's."""
+        try:
+            lines = list(read_lines(path)) if path.exists() else []
+        except ValueError as e:
+            raise UserError(f"{path} is corrupted ({e}): repair or delete it") from e
+        kept = [text for text, v in lines if v["step"] <= step and "test/accuracy" not in v]
+        write_text(path, "".join(f"{text}\n" for text in kept))
+        self._path, self._file = path, open(path, "ab", buffering=0)
         self._pending = b""  # bytes not yet written
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends a line. Bytes that cannot be written are kept for the next call."""
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line. Bytes that cannot be written wait for the next call."""
         self._pending += (json.dumps({"step": step, **scalars}) + "\n").encode()
         with contextlib.suppress(OSError):
             self._flush()
@@ -66,102 +62,40 @@ class JsonLines:
             raise UserError(f"cannot write {self._path}: {e.strerror}") from e
 
     def close(self) -> None:
-        """Syncs and closes the file."""
         self.sync()
         self._file.close()
 
 
-def _drop_lines_after(path, step):
-    """Drops the lines later than `step`, which the resumed run writes again.
+def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> Any:
+    """A tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
+    from tensorboardX import SummaryWriter  # slow to import
 
-    Also drops the final test's line, which follows the last checkpoint, and a last line that a kill
-    cut off. Raises UserError if the file is not text.
-    """
-    if not path.exists():
-        return
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
+    writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
+    return writer
+
+
+def open_wandb(folder: pathlib.Path, config: ConfigDict) -> Any:
+    """The Weights & Biases run of a workdir, started or resumed. WANDB_MODE=offline works."""
+    wandb = import_wandb()
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
     try:
-        lines = list(read_lines(path))
-    except ValueError as e:
-        raise UserError(f"{path} is corrupted ({e}): repair or delete it") from e
-    kept = [text for text, v in lines if v["step"] <= step and "test/accuracy" not in v]
-    write_text(path, "".join(f"{text}\n" for text in kept))
-
-
-class TensorBoard:
-    """TensorBoard events, with images and histograms."""
-
-    def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:
-        from tensorboardX import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-        rows = [f"| {name} | {value!r} |" for name, value in config.items()]
-        self._writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
-
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Adds scalars."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-
-    def images(self, step: int, name: str, images: Any) -> None:
-        """Adds uint8[N, H, W, C] as one mosaic."""
-        columns = math.ceil(len(images) ** 0.5)
-        rows = math.ceil(len(images) / columns)
-        H, W, C = images.shape[1:]
-        page = np.zeros((rows * columns, H, W, C), np.uint8)
-        page[: len(images)] = images
-        page = page.reshape(rows, columns, H, W, C).swapaxes(1, 2)
-        mosaic = page.reshape(rows * H, columns * W, C)
-        self._writer.add_image(name, mosaic, step, dataformats="HWC")
-
-    def histograms(self, step: int, params: Any) -> None:
-        """Adds the distribution of each array of a tree of host arrays."""
-        for path, values in jax.tree_util.tree_leaves_with_path(params):
-            if np.isfinite(values).all():
-                name = "params/" + "/".join(part.key for part in path)
-                self._writer.add_histogram(name, np.asarray(values, np.float32), step)
-
-    def sync(self) -> None:
-        """Does nothing: the events are not needed to resume."""
-
-    def close(self) -> None:
-        """Closes the event file."""
-        self._writer.close()
-
-
-class Wandb:
-    """A Weights & Biases run, resumed with the training run. WANDB_MODE=offline works."""
-
-    def __init__(self, project: str, folder: pathlib.Path, config: ConfigDict) -> None:
-        """Starts the run. Raises UserError if wandb is not installed or does not start."""
-        wandb = import_wandb()
-        identity = folder / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex)
-        try:
-            self._run = wandb.init(
-                project=project,
-                dir=folder,
-                id=identity.read_text(),
-                name=folder.name,
-                config=config,
-                resume="allow",
-                reinit="create_new",
-            )
-        except wandb.errors.Error as e:
-            raise UserError(
-                f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
-            ) from e
-
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Logs scalars."""
-        self._run.log(scalars, step=step)
-
-    def sync(self) -> None:
-        """Does nothing: the run is not needed to resume."""
-
-    def close(self) -> None:
-        """Finishes the run."""
-        self._run.finish()
+        return wandb.init(
+            project=config.wandb,
+            dir=folder,
+            id=identity.read_text(),
+            name=folder.name,
+            config=config_lib.flat(config),
+            resume="allow",
+            reinit="create_new",
+        )
+    except wandb.errors.Error as e:
+        raise UserError(
+            f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
+        ) from e
 
 
 def import_wandb() -> Any:

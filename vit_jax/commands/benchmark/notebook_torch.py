@@ -1,10 +1,12 @@
-"""The ported notebook's model and step in PyTorch, the reference of tests/parity and the benchmark.
+"""The ported notebook in PyTorch: the reference of tests/parity, and the benchmark's loops.
 
 Class names, constructor arguments, attributes (hence the `state_dict`), construction order (hence
 the random draws), and arithmetic are the notebook's. Training never imports this module.
 """
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 
@@ -79,3 +81,53 @@ def train_step(model, optimizer, images, labels):
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def transformed_batches(images, labels, batch_size, device):
+    """Yields shuffled batches of uint8[N, H, W, 3] images as the notebook's DataLoader does."""
+
+    def collate(rows):
+        pixels = [transform(np.array(Image.fromarray(images[i]))[None]) for i in rows]
+        batch = torch.cat([image.contiguous() for image in pixels])
+        return batch.to(device), torch.tensor([int(labels[i]) for i in rows]).to(device)
+
+    options = {"batch_size": batch_size, "shuffle": True, "collate_fn": collate}
+    loader = torch.utils.data.DataLoader(range(len(labels)), **options)
+    while True:
+        yield from loader
+
+
+def gathered_batches(images, labels, batch_size, device):
+    """Yields shuffled full batches, gathered and transformed on the device."""
+    images = torch.from_numpy(images).to(device)
+    labels = torch.from_numpy(labels).to(device).long()
+    while True:
+        order = torch.randperm(len(labels), device=device)
+        for rows in order.split(batch_size)[: len(order) // batch_size]:
+            batch = images[rows].to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+            if device == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            yield batch.permute(0, 3, 1, 2).contiguous(), labels[rows]
+
+
+def train(variant, images, labels, arguments, batch_size, device, bfloat16):
+    """Trains a variant of torch_side.py, and yields the loss of each step.
+
+    `arguments` are VisionTransformer's. As written, the notebook trains in float32.
+    """
+    written, criterion = variant == "written", nn.CrossEntropyLoss()
+    if not written:
+        TransformerBlock.need_weights = False
+        torch.set_float32_matmul_precision("high")  # TF32, the default of JAX on a GPU
+    model = VisionTransformer(**arguments).to(device)
+    optimizer = make_optimizer(model, fused=None if written else True)
+    if variant == "compiled":
+        model = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
+    make_batches = transformed_batches if written else gathered_batches
+    for batch, targets in make_batches(images, labels, batch_size, device):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16 and not written):
+            loss = criterion(model(batch), targets)
+        loss.backward()
+        optimizer.step()
+        yield loss.item() if written else loss.detach().clone()

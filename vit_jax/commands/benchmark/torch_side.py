@@ -1,121 +1,105 @@
-"""The notebook's training in PyTorch, in a process that `vit-jax benchmark` drives.
+"""The notebook's training in PyTorch, each variant in a process of its own, without JAX.
 
-    python -m vit_jax.commands.benchmark.torch_side JSON
-
-JSON has the keys "variant", "dtype", "device", "batch_size", "seed", "data" (the config's), and
-"model" (arguments of `VisionTransformer`). The variants are:
-
-    written   the notebook's loop: PIL images are transformed one by one in the training process,
-              and every loss is read immediately
-    eager     optimized: uint8 data on the device, batches gathered and normalized there,
-              fused AdamW, fused attention, losses left on the device
-    compiled  eager with torch.compile, on a GPU with CUDA graphs
-
-The process answers each line of stdin, a number of steps, with a line of JSON on stdout: their
-seconds and losses.
+written   the notebook's loop, with PIL images transformed one by one
+eager     optimized: data on the device, fused AdamW and attention, losses read at the end
+compiled  eager with torch.compile, on a GPU with CUDA graphs
 """
 
-import json
+import concurrent.futures
+import multiprocessing
 import sys
 import time
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError
 
-from vit_jax import data
-from vit_jax.commands.benchmark.notebook_torch import (
-    TransformerBlock,
-    VisionTransformer,
-    make_optimizer,
-)
+# Fields that must be the notebook's, except for some, which are arguments of its code.
+_COMPARED = ("model.", "augment.", "optim.", "num_seeds", "accumulate_steps")
+_COMPARED += ("data.mean", "data.std", "data.streaming")
+_ARGUMENTS = ("size", "width", "depth", "num_heads", "mlp_dim", "patch_size", "dtype")
 
 
-class Images(torch.utils.data.Dataset):
-    """Equivalent of torchvision's CIFAR10 with ToTensor and Normalize, without torchvision."""
+class TorchSide:
+    """Training steps of a variant, for the experiment's model and data."""
 
-    def __init__(self, images, labels, mean, std):
-        self.images, self.labels = images, labels
-        self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    def __init__(self, variant, experiment):
+        config, train = experiment.config, experiment.train
+        options = {
+            "variant": variant,
+            "images": train.images,
+            "labels": train.labels,
+            "arguments": notebook_arguments(experiment),
+            "batch_size": config.batch_size,
+            "device": "cuda" if experiment.mesh.devices.flat[0].platform == "gpu" else "cpu",
+            "bfloat16": config.model.dtype == "bfloat16",
+        }
+        spawn = multiprocessing.get_context("spawn")
+        self._process = concurrent.futures.ProcessPoolExecutor(
+            1, spawn, initializer=_start, initargs=(config.seed, options)
+        )
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        image = Image.fromarray(self.images[i])
-        tensor = torch.from_numpy(np.array(image, np.uint8, copy=True))  # ToTensor
-        tensor = tensor.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-        return tensor.sub_(self.mean).div_(self.std), int(self.labels[i])  # Normalize
-
-
-def written(split, spec, device):
-    """Runs one step of the notebook's loop per iteration, and yields its loss, a float."""
-    model = VisionTransformer(**spec["model"]).to(device)
-    criterion, optimizer = nn.CrossEntropyLoss(), make_optimizer(model)
-    dataset = Images(split.images, split.labels, spec["data"]["mean"], spec["data"]["std"])
-    loader = torch.utils.data.DataLoader(dataset, batch_size=spec["batch_size"], shuffle=True)
-    while True:
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            yield loss.item()
+    def steps(self, n):
+        """Returns the seconds that n steps take."""
+        return self._process.submit(_seconds, n).result()
 
 
-def best(split, spec, device):
-    """Runs one optimized step per iteration, and yields its loss on the device."""
-    TransformerBlock.need_weights = False
-    torch.set_float32_matmul_precision("high")  # TF32, the default of JAX on a GPU
-    model = VisionTransformer(**spec["model"]).to(device)
-    criterion, autocast = nn.CrossEntropyLoss(), spec["dtype"] == "bfloat16"
-    forward = model
-    if spec["variant"] == "compiled":
-        forward = torch.compile(model, mode="reduce-overhead" if device == "cuda" else None)
-    optimizer = make_optimizer(model, fused=True)
-    images = torch.from_numpy(split.images).to(device)
-    labels = torch.from_numpy(split.labels).to(device).long()
-    mean, std = (torch.tensor(spec["data"][k], device=device) for k in ("mean", "std"))
-    while True:
-        order = torch.randperm(len(labels), device=device)
-        for rows in order.split(spec["batch_size"])[: len(order) // spec["batch_size"]]:
-            batch = images[rows].to(torch.float32).div_(255).sub_(mean).div_(std)
-            batch = batch.permute(0, 3, 1, 2).contiguous()
-            if device == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss = criterion(forward(batch), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            yield loss.detach().clone()
+def _start(seed, options):
+    global _losses
+    import torch
+
+    from vit_jax.commands.benchmark import notebook_torch
+
+    torch.manual_seed(seed)
+    _losses = notebook_torch.train(**options)
 
 
-def main():
-    """Builds the model, then runs the steps that stdin requests until it ends."""
-    spec = json.loads(sys.argv[1])
-    device = spec["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"torch {torch.__version__} does not find the GPU that JAX uses")
-    torch.manual_seed(spec["seed"])
-    split = data.open_split(
-        spec["data"]["name"],
-        spec["data"]["train_split"],
-        data_dir=spec["data"]["dir"] or None,
-        image_size=spec["data"]["image_size"] or None,
-    )
-    steps = (written if spec["variant"] == "written" else best)(split, spec, device)
-    about = f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
-    print(json.dumps({"about": about}), flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        losses = [next(steps) for _ in range(int(line))]
-        losses = [float(loss) for loss in losses]  # waits for the device
-        answer = {"seconds": time.perf_counter() - start, "losses": losses}
-        print(json.dumps(answer), flush=True)
+def _seconds(n):
+    start = time.perf_counter()
+    for _ in range(n):
+        loss = next(_losses)
+    float(loss)  # waits for the device
+    return time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    main()
+def start_torch_sides(experiment):
+    """Returns {name: TorchSide}. A variant that fails is reported on stderr and omitted.
+
+    Raises UserError if the notebook cannot train by the experiment's config.
+    """
+    notebook_arguments(experiment)
+    sides = {}
+    for variant in ("written", "eager", "compiled"):
+        side, name = TorchSide(variant, experiment), f"PyTorch {variant}"
+        try:
+            side.steps(1)
+            sides[name] = side
+        except Exception as e:  # PyTorch and its compiler raise many types
+            print(f"{name} is not measured: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+    return sides
+
+
+def notebook_arguments(experiment):
+    """Returns the arguments with which the notebook's class builds the experiment's model.
+
+    Raises UserError, with the fields that differ, if the notebook cannot train by this config.
+    """
+    model, config = experiment.model, config_lib.flat(experiment.config)
+    notebook = config_lib.flat(config_lib.from_file("cifar10_vit"))
+    notebook |= {f"model.{name}": config[f"model.{name}"] for name in _ARGUMENTS}
+    compared = [name for name in config if name.startswith(_COMPARED)]
+    differences = [f"{name}={config[name]}" for name in compared if config[name] != notebook[name]]
+    if model.mlp_dim != 4 * model.width:
+        differences.append(f"model.mlp_dim={model.mlp_dim}")
+    if differences:
+        raise UserError(
+            "--against torch compares with the notebook's model and loop, from which this recipe "
+            f"differs ({', '.join(differences)}): use --config cifar10_vit"
+        )
+    return {
+        "img_size": experiment.train.image_shape[0],
+        "patch_size": model.patch_size,
+        "num_classes": model.num_classes,
+        "embed_dim": model.width,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+    }

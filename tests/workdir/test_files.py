@@ -1,13 +1,14 @@
-"""Checksums: any change to any file is detected, and sha256sum agrees."""
+"""Checksums: any change to any file is detected, and sha256sum agrees. Atomic writes."""
 
+import json
 import os
 import subprocess
 
 import pytest
 
 from vit_jax.errors import UserError
-from vit_jax.workdir import checksums
-from vit_jax.workdir.checksums import find_corruption
+from vit_jax.workdir import files
+from vit_jax.workdir.files import find_corruption
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def folder(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}" * (name != "empty"))
     (tmp_path / "link").symlink_to("/etc/hostname")
-    checksums.write(tmp_path)
+    files.write_checksums(tmp_path)
     return tmp_path
 
 
@@ -62,6 +63,16 @@ def test_sha256sum_agrees(folder):
 
 
 def test_unreadable_file_is_not_reported_as_corrupted(folder, monkeypatch):
-    monkeypatch.setattr(checksums, "_sha256", lambda *_: os.stat("/none"))
+    monkeypatch.setattr(files, "_sha256", lambda *_: os.stat("/none"))
     with pytest.raises(UserError, match="cannot read /none"):
         find_corruption(folder)
+
+
+def test_json_files_are_replaced_atomically(tmp_path):
+    files.write_json(tmp_path / "x.json", {"a": 1})
+    files.write_json(tmp_path / "x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
