@@ -2,7 +2,7 @@
 
     ./launch.sh python -m vit_jax.main --config configs/cifar100_vit.py --config.num_seeds=3
 
-Expected test accuracy: not yet measured. docs/results.md lists measurements.
+Not measured.
 """
 
 import pathlib

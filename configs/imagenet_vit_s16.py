@@ -32,7 +32,7 @@ def get_config():
     config.model.posemb = "sincos2d"
     config.model.dtype = "bfloat16"
 
-    config.augment.crop = "decoded"
+    config.augment.crop = "resized"
     config.augment.crop_scale = (0.05, 1.0)
     config.augment.flip = "random"
     config.augment.policy = "randaugment"

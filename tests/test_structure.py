@@ -17,8 +17,6 @@ ENTRIES = ("__init__", "__main__", "main")
 # Modules without a test file of their own, and the tests that cover them.
 COVERED_BY = {
     "__main__": "commands/test_cli",
-    "augment/decoded": "data/test_stream",
-    "augment/draws": "augment/test_policy",
     "commands/benchmark/measure": "commands/test_benchmark",
     "commands/benchmark/notebook_torch": "parity/test_benchmark_torch",
     "commands/benchmark/torch_side": "parity/test_benchmark_torch",
@@ -29,7 +27,6 @@ COVERED_BY = {
     "commands/report/records": "commands/test_report",
     "commands/report/sections": "commands/test_report",
     "data/source": "data/test_open",
-    "inference/classify": "commands/test_predict",
     "main": "commands/test_cli",
     "weights/huggingface": "weights/test_load",
 }

@@ -73,17 +73,10 @@ def by_pil(pixels, name, magnitude):
             out = ImageOps.posterize(image, int(magnitude))
         case "Solarize":
             out = ImageOps.solarize(image, magnitude)
-        case "AutoContrast" | "Equalize" | "Invert":
+        case "AutoContrast" | "Equalize":
             out = getattr(ImageOps, name.lower())(image)
         case "Identity":
             out = image
         case _:
             out = getattr(ImageEnhance, name)(image).enhance(1 + magnitude)
     return np.asarray(out)
-
-
-def shift_hue_by_pil(pixels, shift):
-    """PIL's result of adding `shift` to the hue of one image, uint8[H,W,3]."""
-    hue, saturation, value = Image.fromarray(pixels).convert("HSV").split()
-    hue = Image.fromarray(np.asarray(hue) + np.int32(shift).astype(np.uint8))
-    return np.asarray(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))

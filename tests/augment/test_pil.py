@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from augment_helpers import by_pil, shift_hue_by_pil
+from augment_helpers import by_pil
 
 from vit_jax.augment import pil
 
@@ -56,15 +56,3 @@ def test_autocontrast_keeps_the_float64_quirks_of_pil():
     for chunk in np.split(pixels, len(pairs) // BATCH):
         out = apply_ops(chunk, op, np.zeros(BATCH, np.float32))
         np.testing.assert_array_equal(out, [by_pil(x, "AutoContrast", 0) for x in chunk])
-
-
-def test_shift_hue_equals_pil(images):
-    steps = np.arange(0, 256, 5)  # every chroma, and the ties of PIL's float32
-    cube = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).astype(np.uint8)
-    shift_hue = jax.jit(pil.shift_hue)
-    shifts = np.linspace(-128, 127, len(cube)).astype(np.int32)
-    for pixels in (cube, cube[..., ::-1].copy()):
-        expected = [shift_hue_by_pil(x, s) for x, s in zip(pixels, shifts, strict=True)]
-        np.testing.assert_array_equal(shift_hue(pixels, shifts), expected)
-    expected = [shift_hue_by_pil(x, s) for x, s in zip(images, range(BATCH), strict=True)]
-    np.testing.assert_array_equal(shift_hue(images, np.arange(BATCH)), expected)

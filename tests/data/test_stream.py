@@ -8,7 +8,6 @@ from PIL import Image
 
 from vit_jax import config as config_lib
 from vit_jax.augment import make_crop
-from vit_jax.augment.geometric import random_boxes
 from vit_jax.data import epoch_order, open_split
 from vit_jax.errors import UserError
 from vit_jax.experiment import make_experiment
@@ -78,7 +77,7 @@ def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsy
 def cropped(photos):
     """batches(rows, start): 24 photos in batches of 16, cropped at random, up to the sixth step."""
     c = config_lib.defaults()
-    c.augment.crop = "decoded"
+    c.augment.crop = "resized"
     crop = make_crop(c.augment, size=32, seed=3, steps_per_epoch=2)
     split = open_split(f"folder:{photos}", "train", image_size=32, streaming=True)
     order = [epoch_order(24, 16, seed=3, epoch=step // 2)[step % 2] for step in range(6)]
@@ -104,36 +103,21 @@ def test_crops_belong_to_the_example_and_the_epoch(cropped):
         np.testing.assert_array_equal(a["image"][8:], b["image"])
 
 
-def test_alternating_flip_is_rejected_with_decoded_crops():
+def test_alternating_flip_is_rejected_with_resized_crops():
     """It identifies an image by its pixels, which change with every crop."""
     c = config_lib.defaults()
     c.data.streaming, c.data.image_size = True, 32
-    c.augment.crop, c.augment.flip = "decoded", "random"
+    c.augment.crop, c.augment.flip = "resized", "random"
     config_lib.validate(c)
     c.augment.flip = "alternating"
     with pytest.raises(UserError, match=r"flip=alternating .* use flip=random"):
         config_lib.validate(c)
 
 
-def test_boxes_match_random_resized_crop():
-    uniform = np.random.default_rng(0).random((2000, 40))
-    boxes = random_boxes(uniform, 300, 200, (0.08, 1.0), (3 / 4, 4 / 3))
-    assert all(isinstance(side, np.ndarray) for side in boxes)  # on the host, in float64
-    top, left, rows, columns = boxes
-    assert np.all(top >= 0) and np.all(rows > 0) and np.all(top + rows <= 300)
-    assert np.all(left >= 0) and np.all(columns > 0) and np.all(left + columns <= 200)
-    areas, aspects = rows * columns / 300 / 200, columns / rows
-    assert areas.min() < 0.1 and areas.max() > 0.8
-    assert 0.74 < aspects.min() < 0.76 and 1.3 < aspects.max() < 1.35
-    # None of the ten candidates fits: the center crop, as wide as allowed.
-    boxes = random_boxes(np.full((1, 40), 0.999), 10, 400, (0.08, 1), (3 / 4, 4 / 3))
-    assert [int(side[0]) for side in boxes] == [0, 193, 10, 13]
-
-
 def test_training_on_mixed_sizes(photos, tiny_config, tmp_path):
     c = tiny_config
     c.data.name, c.data.image_size, c.data.streaming = f"folder:{photos}", 16, True
-    c.augment.crop, c.augment.flip = "decoded", "random"
+    c.augment.crop, c.augment.flip = "resized", "random"
     c.batch_size, c.epochs = 8, 10
     assert train(c, tmp_path)["test_accuracy"] == 1
 

@@ -36,8 +36,7 @@ with watched:
     from PIL import Image
 
     from vit_jax import config, data, durations, main, weights
-    from vit_jax.commands.report import figures, sections
-    from vit_jax.commands.report.page import Page
+    from vit_jax.commands.report import figures, page, sections
     from vit_jax.commands.report.records import read_records
     from vit_jax.errors import UserError
     from vit_jax.inference import trained
@@ -223,13 +222,14 @@ class Targets:
         (self.report / name).write_bytes(given)
         try:
             records = read_records(self.report)
-            page = Page(self.report)
-            sections.add_notices(page, records, "a")
-            with unittest.mock.patch.object(figures, "save", lambda *_: ""), figures.style():
-                sections.add_comparison(page, [("a", records), ("b", records)])
-                sections.add_curves(page, [("a", records)])
-            sections.add_identity(page, records)
-            page.render("a", "", sections.headline(records, None))
+            with unittest.mock.patch.object(page, "plot", lambda _: ""), figures.style():
+                parts = [
+                    sections.notices(records, "a"),
+                    sections.results([("a", records), ("b", records)]),
+                    sections.curves([("a", records)]),
+                    sections.provenance(records),
+                ]
+            page.render("a", parts)
         finally:
             self._restore_report()
 

@@ -7,7 +7,7 @@ import pytest
 import vit_jax
 from vit_jax import config
 from vit_jax.inference import attention
-from vit_jax.inference.classify import make_classify, patch_grid
+from vit_jax.inference.classify import make_classify
 from vit_jax.inference.trained import TrainedModel
 from vit_jax.model import init_params, make_model
 
@@ -62,7 +62,6 @@ def test_attention_maps_reproduce_the_last_block(tiny_run):
     out = mixed @ block["attn"]["out"]["kernel"] + block["attn"]["out"]["bias"]
     np.testing.assert_allclose(out, blocks["block_1"]["attn"]["__call__"][0], atol=1e-5)
     np.testing.assert_allclose(logits, blocks["__call__"][0], atol=1e-5)
-    assert patch_grid(trained) == (2, 2)
 
 
 def test_logits_do_not_depend_on_the_number_of_images():
@@ -92,22 +91,6 @@ def test_attention_received_is_from_the_class_token_or_the_mean_of_all_patches()
     np.testing.assert_array_equal(
         attention.attention_received(maps, (2, 2)), [[0.25, 0], [0.75, 0]]
     )
-
-
-def test_distance_is_in_pixels_between_patches():
-    # Three patches of 4 pixels in a row; all attend to the last: 8, 4, and 0 pixels away.
-    maps = np.eye(3)[[2, 2, 2]]
-    assert attention.distance(maps, (1, 3), 4) == pytest.approx(4)
-    # Attention to and from the class token is excluded.
-    with_token = np.full((4, 4), 0.5)
-    with_token[1:, 1:] = maps / 2
-    assert attention.distance(with_token, (1, 3), 4) == pytest.approx(4)
-    assert attention.distance(np.eye(3), (1, 3), 4) == 0
-
-
-def test_spread_is_the_mean_distance_from_the_center():
-    assert attention.spread(np.array([[0.0, 1.0, 0.0]]), 4) == 0
-    assert attention.spread(np.array([[1.0, 0.0, 1.0]]), 4) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -33,31 +33,30 @@ def test_loss_confusion_and_accuracy_match_scikit_learn():
     assert sum(c["count"] for c in result["classes"]) == result["count"] == 500
 
 
-def test_reliability_matches_scikit_learn():
+def test_calibration_error_matches_guo_et_al_and_scikit_learn():
     confidence, correct = PROBABILITIES.max(1), LOGITS.argmax(1) == LABELS
-    bins = scores.reliability(confidence, correct, num_bins=10)
-    accuracy, mean = sklearn.calibration.calibration_curve(correct, confidence, n_bins=10)
-    filled = bins[:, 0] > 0
-    np.testing.assert_allclose(bins[filled, 1], mean)
-    np.testing.assert_allclose(bins[filled, 2], accuracy)
     # Guo et al., equation 3.
     upper = np.arange(1, 11) / 10
     inside = (confidence > upper[:, None] - 0.1) & (confidence <= upper[:, None])
-    terms = [
-        m.sum() / 500 * abs(correct[m].mean() - confidence[m].mean()) for m in inside if m.any()
-    ]
-    assert scores.expected_calibration_error(bins) == pytest.approx(sum(terms))
+    inside = inside[inside.any(axis=1)]
+    terms = [m.sum() / 500 * abs(correct[m].mean() - confidence[m].mean()) for m in inside]
+    error = scores.calibration_error(confidence, correct, num_bins=10)
+    assert error == pytest.approx(sum(terms))
+    accuracy, mean = sklearn.calibration.calibration_curve(correct, confidence, n_bins=10)
+    assert error == pytest.approx(np.average(abs(accuracy - mean), weights=inside.sum(axis=1)))
 
 
 def test_calibration_error_of_a_hand_computed_case():
     # Two at 0.95, one wrong: |0.5 - 0.95|; two at 0.6, both correct: |1 - 0.6|.
-    bins = scores.reliability(np.array([0.95, 0.95, 0.6, 0.6]), np.array([1, 0, 1, 1]))
-    assert scores.expected_calibration_error(bins) == pytest.approx((0.45 + 0.4) / 2)
+    error = scores.calibration_error(np.array([0.95, 0.95, 0.6, 0.6]), np.array([1, 0, 1, 1]))
+    assert error == pytest.approx((0.45 + 0.4) / 2)
 
 
 def test_upper_bin_edge_is_inclusive():
-    bins = scores.reliability(np.array([1 / 5, 1.0, 0.0]), np.ones(3), num_bins=5)
-    assert bins[:, 0].tolist() == [2, 0, 0, 0, 1]
+    # 0.2 is in the bin of 0.1, not in that of 0.3: |(0 - 0.1) + (1 - 0.2)| + |0 - 0.3|.
+    error = scores.calibration_error(np.array([0.1, 1 / 5, 0.3]), np.array([0, 1, 0]), num_bins=5)
+    assert error == pytest.approx((0.7 + 0.3) / 3)
+    assert scores.calibration_error(np.array([0.0, 1.0]), np.array([0, 1]), num_bins=5) == 0
 
 
 def test_class_without_images_has_no_accuracy():

@@ -1,7 +1,7 @@
 """The port against PyTorch: the same weights and batches give the same numbers, in float32.
 
 Limits at the notebook's size: logits 1e-5, each gradient 1e-4 of its largest entry. Limit over 50
-AdamW steps: losses 1e-4. docs/results.md lists the measured differences. Tests of the parts have
+AdamW steps: losses 1e-4. docs/port.md lists the measured differences. Tests of the parts have
 smaller limits.
 """
 

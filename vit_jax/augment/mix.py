@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from vit_jax.augment import draws
-from vit_jax.augment.geometric import box_mask
+from vit_jax.augment.geometric import in_box
+
+CUTMIX_SHARE = 0.5  # probability of cutmix if mixup is on, too (as in timm)
 
 
 def draw_mix(key, augment, height, width):
@@ -12,18 +13,17 @@ def draw_mix(key, augment, height, width):
 
     With mixup (Zhang et al. 2017) the weight is lam ~ Beta(alpha, alpha) everywhere. With cutmix
     (Yun et al. 2019) it is 0 in a box of area share 1 - lam with a uniform center, clipped to the
-    image, and 1 elsewhere. A draw mixes with probability `mix_prob`. If both are on, it then uses
-    cutmix with probability `mix_switch_prob` (as in timm).
+    image, and 1 elsewhere. A draw mixes with probability `mix_prob`.
     """
     mixes, switch, *center = jax.random.uniform(jax.random.fold_in(key, 0), (4,))
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
-    cutmix = switch < augment.mix_switch_prob if both else jnp.array(augment.cutmix_alpha > 0)
+    cutmix = switch < CUTMIX_SHARE if both else jnp.array(augment.cutmix_alpha > 0)
     alpha = jnp.where(cutmix, augment.cutmix_alpha, augment.mixup_alpha)
     lam = jax.random.beta(jax.random.fold_in(key, 1), alpha, alpha)
     size = jnp.array([height, width])
     cut = (size * jnp.sqrt(1 - lam)).astype(jnp.int32)
-    low = draws.below(jnp.array(center), size) - cut // 2
-    kept = ~box_mask(*low, *cut, height, width)
+    low = (jnp.array(center) * size).astype(jnp.int32) - cut // 2
+    kept = ~in_box(*low, *cut, height, width)
     weights = jnp.where(cutmix, kept, lam)
     lam = jnp.where(cutmix, jnp.sum(kept) / (height * width), lam)
     mixes = mixes < augment.mix_prob
@@ -34,8 +34,8 @@ def partner(x, mask):
     """Returns the row that each row of x[B,...] mixes with, for the rows valid in mask, bool[B].
 
     It is the next row if that is valid, otherwise the first valid row, so valid rows only mix with
-    valid rows. If the mask has no gaps, no image is mixed with itself, and no pair twice. On
-    several devices the shift moves one row between neighbors, and the gather sends one row.
+    valid rows. On several devices the shift moves one row between neighbors, and the gather sends
+    one row.
     """
     num_rows = len(mask)
     first = jnp.min(jnp.where(mask, jnp.arange(num_rows), num_rows - 1))
@@ -45,21 +45,12 @@ def partner(x, mask):
 
 
 def mix_batch(key, images, labels, mask, augment, *, mix):
-    """Mixes float32[B,H,W,C] and float32[B,classes], or leaves them as they are if mix is false.
+    """Mixes float32[B,H,W,C] and float32[B,classes] by one draw, or not if `mix`, bool[], is false.
 
-    Args:
-      key: of the batch.
-      mask: bool[B], the valid rows.
-      augment: the config group; `mix_per` decides between one draw per image and per batch.
-      mix: bool scalar.
+    `mask`, bool[B], marks the valid rows.
     """
-    num_images, height, width, _ = images.shape
-    if augment.mix_per == "image":
-        keys = draws.image_keys(key, draws.MIX, num_images)
-    else:
-        keys = jax.random.fold_in(key, draws.MIX_BATCH)[None]
-    weights, lam = jax.vmap(lambda k: draw_mix(k, augment, height, width))(keys)
-    weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)[:, None]
+    weights, lam = draw_mix(key, augment, *images.shape[1:3])
+    weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)
     return (
         weights * images + (1 - weights) * partner(images, mask),
         lam * labels + (1 - lam) * partner(labels, mask),

@@ -1,12 +1,9 @@
 """PIL's image operations on a batch, each image with its own operation and magnitude.
 
-All equal PIL byte for byte, including the quirks of its float arithmetic, except Rotate, ShearX,
-and ShearY: their float32 matrices pick a neighboring pixel for one or two pixels in about one in a
-thousand images.
-
-Images are uint8[B,H,W,3]. A `lax.switch` under vmap would compute every branch anyway and share
-less: here geometry is one gather, the enhancements are one blend, and the tone curves are one table
-lookup.
+All equal PIL byte for byte, except that Rotate, ShearX, and ShearY pick a neighboring pixel for one
+or two pixels in about one in a thousand images (float32 matrices). A `lax.switch` under vmap would
+compute every branch: here geometry is one gather, the enhancements are one blend, and the tone
+curves are one table lookup.
 """
 
 import functools
@@ -19,15 +16,13 @@ from jax import lax
 
 OPS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
-    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+    "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
 OP = {name: index for index, name in enumerate(OPS)}
-# The operations from the first to the last of these can have a negative magnitude.
-FIRST_SIGNED, LAST_SIGNED = OP["ShearX"], OP["Sharpness"]
 
 
 def apply_ops(images, op, magnitude):
-    """Applies to each image the operation OPS[op], int32[B], at magnitude float32[B].
+    """Applies to uint8[B,H,W,3] the operations OPS[op], int32[B], at magnitude float32[B].
 
     Magnitudes are torchvision's: the slope for ShearX and ShearY; pixels, truncated to integers,
     for TranslateX and TranslateY; degrees counterclockwise for Rotate; the factor minus 1 for
@@ -42,14 +37,14 @@ def apply_ops(images, op, magnitude):
         _warp(images, op, magnitude),
         jnp.where(
             per_image <= OP["Sharpness"],
-            enhance(images, op, 1 + magnitude),
+            _enhance(images, op, 1 + magnitude),
             _tone_curve(images, op, magnitude),
         ),
     )
 
 
 def _warp(images, op, magnitude):
-    """Applies the geometric operations, identity for the rest: PIL's nearest affine transform.
+    """Applies the geometric operations, identity for the rest.
 
     PIL maps an output pixel's center to the input in 16.16 fixed point and takes the pixel it falls
     in, or black outside the image.
@@ -81,17 +76,8 @@ def _warp(images, op, magnitude):
     return jnp.where(inside[..., None], warped, jnp.uint8(0))
 
 
-def _gray(images):
-    """Returns int32[B,H,W,1]: PIL's convert("L"), ITU-R 601-2 luma in 16 bits."""
-    weighted = images.astype(jnp.int32) * jnp.array([19595, 38470, 7471])
-    return (weighted.sum(axis=-1, keepdims=True) + 0x8000) >> 16
-
-
 def _smooth(pixels):
-    """Applies PIL's ImageFilter.SMOOTH to int32[B,H,W,3]; border pixels keep their values.
-
-    The kernel is 3x3 ones with a 5 in the middle, divided by 13; the result is rounded.
-    """
+    """Applies PIL's ImageFilter.SMOOTH, 3x3 ones with a 5 in the middle, except to the border."""
     height, width = pixels.shape[1:3]
     window = sum(
         pixels[:, y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3)
@@ -100,15 +86,15 @@ def _smooth(pixels):
     return pixels.at[:, 1:-1, 1:-1].set(smooth)
 
 
-def enhance(images, op, factor):
-    """Applies PIL's ImageEnhance for the op, int32[B], of each image with factor float32[B].
+def _enhance(images, op, factor):
+    """Applies PIL's ImageEnhance: blends each image with a degenerate one.
 
-    It moves an image away from (factor > 1) or toward (factor < 1) a degenerate one: black for
-    Brightness, gray for Color, its mean gray for Contrast, smoothed for Sharpness.
+    It is black for Brightness, gray for Color, the mean gray for Contrast, smoothed for Sharpness.
     """
     _, height, width, _ = images.shape
-    pixels, gray = images.astype(jnp.int32), _gray(images)
-    count = height * width
+    pixels, count = images.astype(jnp.int32), height * width
+    weighted = pixels * jnp.array([19595, 38470, 7471])  # PIL's luma, ITU-R 601-2 in 16 bits
+    gray = (weighted.sum(axis=-1, keepdims=True) + 0x8000) >> 16
     mean = (2 * gray.sum(axis=(1, 2), keepdims=True) + count) // (2 * count)
     op = op[:, None, None, None]
     degenerate = jnp.where(
@@ -125,10 +111,7 @@ def enhance(images, op, factor):
 
 
 def _tone_curve(images, op, magnitude):
-    """Applies Posterize, Solarize, AutoContrast, Equalize, and Invert, identity for the rest.
-
-    As in PIL's ImageOps, each is a table of 256 values per image and channel, looked up once.
-    """
+    """Applies PIL's ImageOps, identity for the rest: 256 values per image and channel."""
     batch, _, _, channels = images.shape
     flat = images.reshape(batch, -1, channels).astype(jnp.int32)
     value = jnp.arange(256)[:, None]  # tables are [B, 256, C]
@@ -140,7 +123,6 @@ def _tone_curve(images, op, magnitude):
         "Solarize": jnp.where(value < magnitude, value, 255 - value),
         "AutoContrast": _autocontrast_curve(value, low, high),
         "Equalize": _equalize_curve(value, flat, high),
-        "Invert": 255 - value,
     }
     table = jnp.broadcast_to(value, (batch, 256, channels))
     for name, curve in curves.items():
@@ -150,7 +132,7 @@ def _tone_curve(images, op, magnitude):
 
 
 def _autocontrast_curve(value, low, high):
-    """Returns int32[B,256,C]: stretches low .. high, int32[B,1,C], to 0 .. 255."""
+    """Returns int32[B,256,C], which stretches low .. high, int32[B,1,C], to 0 .. 255."""
     span = jnp.maximum(high - low, 1)
     above = jnp.clip(value - low, 0, span)
     gcd, start, too_low = map(jnp.asarray, _autocontrast_ties())
@@ -173,11 +155,8 @@ def _equalize_curve(value, flat, high):
 
 
 def _divide(n, d):
-    """Returns n // d of integers, 0 <= n < 2**22 and 0 < d, in float32, which vectorizes.
-
-    The half keeps an exact quotient from rounding to below itself.
-    """
-    return ((n + 0.5) / d).astype(jnp.int32)
+    """Returns n // d of integers, 0 <= n < 2**22 and 0 < d, in float32, which vectorizes."""
+    return ((n + 0.5) / d).astype(jnp.int32)  # the half: an exact n / d may round down
 
 
 @functools.cache
@@ -198,58 +177,3 @@ def _autocontrast_ties():
         computed = (low + multiple * (span // gcd[span])) * scale + -low * scale
         too_low.append((computed.astype(np.int32) < multiple * (255 // gcd[span])).ravel())
     return gcd.astype(np.int32), start.astype(np.int32), np.concatenate(too_low)
-
-
-def shift_hue(images, shift):
-    """Adds shift, int32[B], modulo 256 to the hue byte of each image in PIL's HSV.
-
-    Equals convert("HSV"), an addition in numpy, and convert("RGB").
-    """
-    red, green, blue = jnp.moveaxis(images.astype(jnp.int32), -1, 0)
-    value = jnp.maximum(red, jnp.maximum(green, blue))
-    chroma = value - jnp.minimum(red, jnp.minimum(green, blue))
-    sixths = jnp.where(
-        value == red,
-        green - blue + jnp.where(green < blue, 6 * chroma, 0),
-        jnp.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green),
-    )  # the hue in units of 1 / (6 chroma), below 6 chroma
-    hue = jnp.asarray(_hue_bytes())[3 * chroma * (chroma - 1) + sixths].astype(jnp.int32)
-    hue = jnp.where(chroma == 0, 0, hue)
-    hue = (hue + shift[:, None, None]) & 255
-    saturation = _divide(255 * chroma, jnp.maximum(value, 1))
-
-    sector = lax.div(6 * hue, 255)
-    rest = 6 * hue - 255 * sector
-
-    def darker(share):  # value * (1 - share / 255**2), rounded; never a tie
-        return lax.div(2 * value * (65025 - share) + 65025, 130050)
-
-    p, q, t = darker(255 * saturation), darker(saturation * rest), darker(saturation * (255 - rest))
-    sector = jnp.where(sector == 6, 0, sector)
-    channels = ((value, q, p, p, t, value), (t, value, value, q, p, p), (p, p, t, value, value, q))
-    return jnp.stack([_choose(sector, c) for c in channels], axis=-1).astype(jnp.uint8)
-
-
-def _choose(index, values):
-    """Returns values[index] elementwise, for index int32[...] and a sequence of arrays [...]."""
-    chosen = values[0]
-    for i, value in enumerate(values[1:], start=1):
-        chosen = jnp.where(index == i, value, chosen)
-    return chosen
-
-
-@functools.cache
-def _hue_bytes():
-    """Tabulates PIL's hue byte for a hue of n / (6 chroma), at index 3 chroma (chroma - 1) + n.
-
-    PIL rounds intermediate values to float32, so if 255 n / (6 chroma) is an integer, the byte is
-    sometimes one below it: hence a table.
-    """
-    chroma = np.repeat(np.arange(1, 256), 6 * np.arange(1, 256))
-    n = np.arange(len(chroma)) - 3 * chroma * (chroma - 1)
-    primary = 2 * ((n + chroma) // (2 * chroma))  # the nearest of red 0, green 2, blue 4, red 6
-    offset = n - primary * chroma
-    from_primary = ((chroma - np.abs(offset)) / chroma).astype(np.float32)
-    hue = (primary % 6 + np.sign(offset) * (1 - from_primary.astype(np.float64))).astype(np.float32)
-    hue = np.fmod(hue.astype(np.float64) / 6 + 1, 1).astype(np.float32)
-    return (hue.astype(np.float64) * 255).astype(np.uint8)

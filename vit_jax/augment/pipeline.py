@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.augment import draws, geometric
-from vit_jax.augment.mix import mix_batch
-from vit_jax.augment.policy import color_jitter, random_policy
+from vit_jax.augment import geometric
+from vit_jax.augment.mix import CUTMIX_SHARE, mix_batch
+from vit_jax.augment.randaugment import randaugment
 from vit_jax.errors import UserError
+
+# The number that each operation folds into the key. Never renumber: it would change every run.
+_CROP, _FLIP, _POLICY, _ERASE, _MIX = 0, 1, 2, 4, 6
 
 
 def normalize(images, mean, std):
@@ -31,44 +34,45 @@ def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
 
     `batch` is {"image": uint8[B,H,W,C], "label": int32[B], "mask": bool[B]}; rows outside the mask
     are never mixed into others. `epoch` is an int32 scalar, which only the alternating flip reads.
-    `mix` is a bool scalar; False omits mixup and cutmix. Labels are one-hot, smoothed as in torch
+    `mix` is a bool scalar; false omits mixup and cutmix. Labels are one-hot, smoothed as in torch
     (over all classes), then mixed. With everything off this is normalize and one-hot.
 
-    The function raises UserError when traced with images that `check_image_shape` rejects.
+    Image i draws each operation from a key of its own, so its draws do not depend on batch size,
+    device count, or the other operations. Mixup and cutmix draw once per batch.
     """
 
     def augment_batch(key, batch, *, epoch, mix=True):
         images = batch["image"]
-        check_image_shape(augment, images.shape[1:])
-        keys = functools.partial(draws.image_keys, key, num_images=len(images))
+
+        def keys(operation):  # [B]
+            operation_key = jax.random.fold_in(key, operation)
+            return jax.vmap(jax.random.fold_in, (None, 0))(operation_key, jnp.arange(len(images)))
+
         # Decide on the stored image, before the crop changes its bytes.
         if augment.flip == "random":
-            flip = draws.uniform(keys(draws.FLIP), 1)[:, 0] < 0.5
+            flip = jax.vmap(jax.random.bernoulli)(keys(_FLIP))
         elif augment.flip == "alternating":
             flip = geometric.alternating_flip(images, epoch)
 
         if augment.crop == "pad":
-            padding, mode = augment.crop_padding, augment.crop_padding_mode
-            images = geometric.pad_crop(keys(draws.CROP), images, padding, mode)
-        elif augment.crop == "resized":
-            scale, ratio = augment.crop_scale, augment.crop_ratio
-            images = geometric.random_resized_crop(keys(draws.CROP), images, scale, ratio)
+            crop = functools.partial(geometric.pad_crop, augment=augment)
+            images = jax.vmap(crop)(keys(_CROP), images)
         if augment.flip != "none":
             images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
-        if augment.policy != "none":
-            images = random_policy(keys(draws.POLICY), images, augment)
-        if any(augment.color_jitter):
-            images = color_jitter(keys(draws.JITTER), images, augment.color_jitter)
+        if augment.policy == "randaugment":
+            images = randaugment(keys(_POLICY), images, augment)
         images = normalize(images, mean, std)
         if augment.erasing_prob > 0:
-            images = geometric.random_erasing(keys(draws.ERASE), images, augment)
+            erase = functools.partial(geometric.random_erasing, augment=augment)
+            images = jax.vmap(erase)(keys(_ERASE), images)
 
         labels = jax.nn.one_hot(batch["label"], num_classes, dtype=jnp.float32)
         if label_smoothing:
             labels = labels * (1 - label_smoothing) + label_smoothing / num_classes
-        if not _mixes(augment) or mix is False:
-            return images, labels
-        return mix_batch(key, images, labels, batch["mask"], augment, mix=mix)
+        if _mixes(augment):
+            mix_key = jax.random.fold_in(key, _MIX)
+            images, labels = mix_batch(mix_key, images, labels, batch["mask"], augment, mix=mix)
+        return images, labels
 
     return augment_batch
 
@@ -82,13 +86,11 @@ def check_image_shape(augment, image_shape):
             f"config.augment.crop_padding={augment.crop_padding} is too large for images of "
             f"{height}x{width} pixels: use at most {largest}"
         )
-    color = {"policy": augment.policy != "none", "color_jitter": any(augment.color_jitter)}
-    for name, is_on in color.items():
-        if is_on and channels != 3:
-            raise UserError(
-                f"config.augment.{name}={augment[name]} needs RGB images, but the images have "
-                f"{channels} channels: set it to {'none' if name == 'policy' else '0,0,0,0'}"
-            )
+    if augment.policy != "none" and channels != 3:
+        raise UserError(
+            f"config.augment.policy={augment.policy} needs RGB images, but the images have "
+            f"{channels} channels: set it to none"
+        )
 
 
 def describe(augment):
@@ -100,33 +102,22 @@ def describe(augment):
 
     if a.crop == "pad":
         lines.append(f"random crop, {a.crop_padding} pixels of {a.crop_padding_mode} padding")
-    elif a.crop != "none":
-        source = " of the stored image" if a.crop == "decoded" else ""
-        ranges = f"area {between(a.crop_scale)}, aspect {between(a.crop_ratio)}"
-        lines.append(f"random resized crop{source}, {ranges}")
+    elif a.crop == "resized":
+        lines.append(f"random resized crop of the stored image, area {between(a.crop_scale)}")
     if a.flip != "none":
         lines.append(f"{a.flip} horizontal flip")
     if a.policy == "randaugment":
         noise = f" +- {a.randaugment_magnitude_std:g}" if a.randaugment_magnitude_std else ""
         strength = f"magnitude {a.randaugment_magnitude:g}{noise} of 10"
         lines.append(f"RandAugment, {a.randaugment_num_ops} operations of {strength}")
-    elif a.policy == "trivialaugment":
-        lines.append("TrivialAugment (wide)")
-    elif a.policy == "autoaugment":
-        lines.append("AutoAugment (CIFAR-10 policy)")
-    if any(a.color_jitter):
-        names = ("brightness", "contrast", "saturation", "hue")
-        on = [f"{name} {v:g}" for name, v in zip(names, a.color_jitter, strict=True) if v]
-        lines.append(f"color jitter, {', '.join(on)}")
     if a.erasing_prob > 0:
         how = f"probability {a.erasing_prob:g}, area {between(a.erasing_scale)}"
-        lines.append(f"random erasing with {a.erasing_mode}, {how}")
+        lines.append(f"random erasing, {how}")
     if _mixes(a):
         alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
         on = [f"{name} Beta({v:g}, {v:g})" for name, v in alphas.items() if v]
-        share = f", cutmix share {a.mix_switch_prob:g}" if len(on) == 2 else ""
-        how = f"probability {a.mix_prob:g}{share}"
-        lines.append(f"{' or '.join(on)}, {how}, drawn per {a.mix_per}")
+        share = f", cutmix share {CUTMIX_SHARE:g}" if len(on) == 2 else ""
+        lines.append(f"{' or '.join(on)}, probability {a.mix_prob:g}{share}")
     return lines
 
 

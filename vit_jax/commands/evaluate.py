@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from vit_jax.inference.examples import classify_examples, load_examples
+from vit_jax.inference.classify import classify_examples, load_examples
 from vit_jax.inference.scores import score
 from vit_jax.inference.trained import load
 from vit_jax.parallel import backend

@@ -16,9 +16,10 @@ import numpy as np
 from vit_jax import data
 from vit_jax.errors import UserError, make_folder
 from vit_jax.inference import attention
-from vit_jax.inference.classify import make_classify, patch_grid, prepare
+from vit_jax.inference.classify import make_classify, prepare
 from vit_jax.inference.scores import log_softmax, top
 from vit_jax.inference.trained import load
+from vit_jax.model import patch_grid
 from vit_jax.parallel import backend
 
 
@@ -108,7 +109,7 @@ def _answers(trained, paths, args):
     """Yields ({"image", "classes", and "attention" if requested}, None) or (None, error)."""
     with_attention = args.attention is not None
     classify = make_classify(trained, batch_size=args.batch_size, attention=with_attention)
-    grid = patch_grid(trained)
+    grid = patch_grid(trained.model, trained.image_shape)
     for batch in _batches(paths, trained.image_shape, args.batch_size):
         images = [image for _, image, error in batch if not error]
         if images:

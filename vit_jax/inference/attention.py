@@ -1,7 +1,7 @@
-"""Attention maps of a ViT as numbers and as images.
+"""Attention maps as images.
 
-Shapes: L layers, h heads, N tokens (the class token first, if there is one), patches in a grid of
-rows and columns. `classify.make_classify` takes the maps from the forward pass.
+L layers, h heads, N tokens (the class token first, if there is one), patches in a grid of rows and
+columns. `classify.make_classify` returns the maps.
 """
 
 import cv2
@@ -26,40 +26,12 @@ def rollout(maps):
 def attention_received(maps, grid):
     """Returns the attention that each patch receives: float[..., N, N] -> [..., rows, columns].
 
-    It comes from the class token; in a model without one, it is the mean over all patches, because
-    the head classifies their mean.
+    It comes from the class token; without one, it is the mean over all patches, as in the head.
     """
     num_patches = grid[0] * grid[1]
     has_token = maps.shape[-1] > num_patches
     weights = maps[..., 0, 1:] if has_token else maps.mean(axis=-2)
     return weights.reshape(*weights.shape[:-1], *grid)
-
-
-def distance(maps, grid, patch_size):
-    """Returns the mean attention distance in pixels: float[..., N, N] -> [...].
-
-    As in Dosovitskiy et al. (arXiv 2010.11929), figure 7: distances between patches weighted by
-    attention and averaged over query patches; the class token has no position and is excluded.
-    """
-    num_patches = grid[0] * grid[1]
-    maps = maps[..., -num_patches:, -num_patches:]
-    positions = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).reshape(num_patches, 2)
-    pixels = np.linalg.norm(positions[:, None] - positions[None], axis=-1) * patch_size
-    return ((maps * pixels).sum(axis=-1) / maps.sum(axis=-1)).mean(axis=-1)
-
-
-def spread(weights, patch_size):
-    """Returns the mean distance in pixels of attention from its center of mass: 0 for one patch.
-
-    `weights` is float[..., rows, columns] from `attention_received`; the result has shape [...].
-    """
-    rows, columns = weights.shape[-2:]
-    positions = np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2) * patch_size
-    weights = weights.reshape(*weights.shape[:-2], -1)
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    center = weights @ positions
-    pixels = np.linalg.norm(positions - center[..., None, :], axis=-1)
-    return (weights * pixels).sum(axis=-1)
 
 
 def thumbnail(image, side):
@@ -73,13 +45,9 @@ def thumbnail(image, side):
 
 
 def overlay(image, weights, side):
-    """Draws attention over an image: bright where the weight is large, relative to the largest.
+    """Draws float[rows, columns] attention over uint8[H, W, C], relative to the largest weight.
 
-    Args:
-      image: uint8[H, W, C].
-      weights: float[rows, columns], the attention that each patch receives.
-      side: pixels of the result's longer side.
-    Returns uint8[h, w, 3].
+    Returns uint8[h, w, 3] whose longer side has `side` pixels.
     """
     image = thumbnail(image, side)
     heat = np.asarray(weights, np.float32) / max(float(np.max(weights)), 1e-12)
@@ -98,11 +66,16 @@ def mosaic(image, maps, grid):
     rows = [[thumbnail(image, TILE), overlay(image, flow, TILE)]]
     for heads in attention_received(maps, grid):
         rows.append([overlay(image, head, TILE) for head in heads])
+    return join_tiles(rows, GAP)
+
+
+def join_tiles(rows, gap):
+    """Joins rows of uint8[h, w, 3 or 1] tiles to uint8[H, W, 4], transparent in between."""
+    h, w, _ = rows[0][0].shape
     columns = max(map(len, rows))
-    H, W, _ = rows[0][0].shape
-    page = np.zeros((len(rows) * (H + GAP) - GAP, columns * (W + GAP) - GAP, 4), np.uint8)
+    page = np.zeros((len(rows) * (h + gap) - gap, columns * (w + gap) - gap, 4), np.uint8)
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
-            top, left = i * (H + GAP), j * (W + GAP)
-            page[top : top + H, left : left + W] = np.dstack([tile, np.full((H, W), 255, np.uint8)])
+            place = page[i * (h + gap) :, j * (w + gap) :][:h, :w]
+            place[..., :3], place[..., 3] = tile, 255
     return page

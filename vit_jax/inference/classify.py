@@ -1,4 +1,6 @@
-"""Classification of images of any size: uint8 pixels in, logits and attention maps out."""
+"""Classification of images and of splits: uint8 pixels in, logits and attention maps out."""
+
+import pathlib
 
 import cv2
 import jax
@@ -7,7 +9,6 @@ import numpy as np
 
 from vit_jax import augment, data
 from vit_jax.errors import UserError
-from vit_jax.model import resolution
 from vit_jax.parallel import mesh as mesh_lib
 
 
@@ -15,8 +16,7 @@ def prepare(image, image_shape):
     """Crops and resizes uint8[h, w, 3] RGB of any size to the model's uint8[H, W, C].
 
     Takes the largest centered crop of the model's aspect ratio, as `config.data.image_size` does in
-    training. An image that already has the model's shape is returned unchanged. Raises UserError
-    for a model that takes neither 1 nor 3 channels.
+    training. Raises UserError for a model that takes neither 1 nor 3 channels.
     """
     H, W, C = image_shape
     if C not in (1, 3):
@@ -26,16 +26,11 @@ def prepare(image, image_shape):
 
 
 def make_classify(trained, *, batch_size=64, attention=False):
-    """Returns classify(uint8[N, H, W, C]) -> float32[N, classes] logits, for any N.
+    """Returns classify(uint8[N, H, W, C]) -> float32[N, classes] logits of a TrainedModel.
 
-    Images run in batches of one size over all devices. With `attention`, classify returns (logits,
-    maps): maps is float32[N, L, h, tokens, tokens], the attention of every layer and head, taken
-    from the same forward pass.
-
-    Args:
-      trained: a TrainedModel.
-      batch_size: images per batch, rounded up to a multiple of the device count.
-      attention: whether to return attention maps.
+    Images run in batches of `batch_size`, rounded up to a multiple of the device count. With
+    `attention`, classify returns (logits, maps): maps is float32[N, L, h, tokens, tokens], the
+    attention of every layer and head, taken from the same forward pass.
     """
     model, params, config = trained
     mesh = mesh_lib.make_mesh(0, 1)
@@ -64,7 +59,82 @@ def make_classify(trained, *, batch_size=64, attention=False):
     return classify
 
 
-def patch_grid(trained):
-    """Returns (rows, columns) of the model's patches."""
-    H, W, _ = resolution(trained.model, trained.image_shape)
-    return H // trained.model.patch_size, W // trained.model.patch_size
+def load_examples(trained, name=None, split=None):
+    """Returns the split a TrainedModel is evaluated on: (data.Dataset or data.Stream, split name).
+
+    Args:
+      trained: a TrainedModel. If its run streamed its data, the split is a Stream.
+      name: an image folder or a TFDS name, its images cropped to the model's size. None: the data
+        that the run was trained on.
+      split: a TFDS split. None: the run's test split, or its validation split if it has no test
+        split. For a folder: `test` if it exists, else `train`.
+    Raises UserError for data that does not exist or has a class that the model lacks.
+    """
+    config, (H, W, _) = trained.config, trained.image_shape
+    if name is None:
+        split = split or config.data.test_split or config.data.val_split
+        name, image_size = config.data.name, config.data.image_size
+    elif H != W:
+        raise UserError(f"the model takes {H}x{W} images, data can be cropped to squares only")
+    else:
+        image_size = H
+        folder = pathlib.Path(name.removeprefix("folder:"))
+        if folder.is_dir():
+            name = f"folder:{folder}"
+            split = split or ("test" if (folder / "test").is_dir() else "train")
+    split = split or "test"
+    examples = data.open_split(
+        name,
+        split,
+        data_dir=config.data.dir or None,
+        image_size=image_size or None,
+        skip_bad=config.data.on_bad_image == "skip",
+        streaming=config.data.streaming,
+    )
+    unknown = sorted(set(examples.class_names) - set(trained.class_names))
+    if unknown:
+        raise UserError(
+            f"{name} has classes that the model lacks ({', '.join(unknown[:5])}); "
+            f"it has {', '.join(trained.class_names[:20])}"
+        )
+    if tuple(examples.image_shape) != tuple(trained.image_shape):
+        raise UserError(
+            f"the images of {name} are {examples.image_shape}, the model takes "
+            f"{tuple(trained.image_shape)}"
+        )
+    return examples, split
+
+
+def classify_examples(trained, examples):
+    """Classifies every image of a split from `load_examples` once.
+
+    Returns (logits float32[N, classes], labels int[N] numbered by the model's classes, indices
+    int[N] into `examples`). Images that a Stream skips are in none of the three.
+    """
+    config = trained.config
+    classify = make_classify(trained, batch_size=config.eval_batch_size)
+    if isinstance(examples, data.Stream):
+        parts = list(_classify_stream(classify, examples, config))
+        if not parts:
+            raise UserError(f"{examples.source} contains no image that can be decoded")
+        logits, labels, indices = map(np.concatenate, zip(*parts, strict=True))
+    else:
+        logits, labels = classify(examples.images), examples.labels
+        indices = np.arange(examples.num_examples)
+    to_model = np.array([trained.class_names.index(name) for name in examples.class_names])
+    return logits, to_model[labels], indices
+
+
+def _classify_stream(classify, stream, config):
+    """Yields (logits, labels, indices) of each batch that contains an image."""
+    order = data.eval_order(stream.num_examples, config.eval_batch_size)
+    batches = stream.batches(
+        order.__getitem__,
+        range(len(order)),
+        rows=np.arange(order.shape[1]),
+        threads=config.data.streaming_threads,
+    )
+    for indices, batch in zip(order, batches, strict=True):
+        valid = batch["mask"]
+        if valid.any():
+            yield classify(batch["image"][valid]), batch["label"][valid], indices[valid]

@@ -2,14 +2,10 @@
 
 import numpy as np
 
-NUM_BINS = 15  # of the calibration error, as used by Guo et al.
 
-
-def wilson(correct, count, z=1.959964):
-    """Returns Wilson's score interval (low, high) of correct / count, 95% by default.
-
-    Source: Wilson, "Probable Inference" (JASA 1927); Brown, Cai, and DasGupta (2001) recommend it.
-    """
+def wilson(correct, count):
+    """Returns Wilson's 95% score interval (low, high) of correct / count (JASA 1927)."""
+    z = 1.959964
     p, z2 = correct / count, z * z / count
     center = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * np.sqrt(p * (1 - p) / count + z2 / (4 * count))
@@ -24,39 +20,22 @@ def log_softmax(logits):
 
 
 def top(log_probabilities, class_names, count):
-    """Returns [{"class", "probability"}] of the `count` most probable classes, best first.
-
-    `log_probabilities` is float[classes].
-    """
+    """Returns [{"class", "probability"}] of the most probable classes, from float[classes]."""
     best = np.argsort(-log_probabilities, kind="stable")[:count]
     return [
         {"class": class_names[i], "probability": float(np.exp(log_probabilities[i]))} for i in best
     ]
 
 
-def reliability(confidence, correct, num_bins=NUM_BINS):
-    """Returns the count, mean confidence, and accuracy per confidence bin: float64[num_bins, 3].
+def calibration_error(confidence, correct, num_bins=15):
+    """Returns the mean of |accuracy - confidence| over bins of confidence, weighted by count.
 
     `confidence` and `correct` have shape [N]. The bins are (0, 1/M], (1/M, 2/M], ... as in Guo et
-    al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599). An empty bin has zeros.
+    al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599).
     """
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    count, confidence, correct = (
-        np.bincount(bins, weights, num_bins) for weights in (None, confidence, correct)
-    )
-    divisor = np.maximum(count, 1)
-    return np.stack([count, confidence / divisor, correct / divisor], axis=1)
-
-
-def expected_calibration_error(bins):
-    """Returns the mean of |accuracy - confidence| over `reliability`'s bins, weighted by count."""
-    return float(np.average(np.abs(bins[:, 2] - bins[:, 1]), weights=bins[:, 0]))
-
-
-def confusion_matrix(labels, predicted, num_classes):
-    """Returns the int64[true class, predicted class] counts of two int[N] arrays."""
-    pairs = np.asarray(labels, np.int64) * num_classes + predicted
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    gaps = np.bincount(bins, np.subtract(correct, confidence, dtype=np.float64), num_bins)
+    return float(np.abs(gaps).sum() / len(bins))
 
 
 def score(logits, labels, class_names):
@@ -71,8 +50,9 @@ def score(logits, labels, class_names):
     # From the logits: two different logits can round to the same probability.
     predicted, labels = np.argmax(logits, axis=1), np.asarray(labels)
     correct = predicted == labels
-    confusion = confusion_matrix(labels, predicted, len(class_names))
-    bins = reliability(np.exp(log_probabilities.max(axis=1)), correct)
+    num_classes = len(class_names)
+    pairs = labels * num_classes + predicted
+    confusion = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     classes = []
     for i, name in enumerate(class_names):
         hits, count = int(confusion[i, i]), int(confusion[i].sum())
@@ -84,7 +64,7 @@ def score(logits, labels, class_names):
         "accuracy": int(correct.sum()) / len(labels),
         "accuracy_interval": wilson(int(correct.sum()), len(labels)),
         "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-        "ece": expected_calibration_error(bins),
+        "ece": calibration_error(np.exp(log_probabilities.max(axis=1)), correct),
         "classes": classes,
         "confusion": confusion.tolist(),
     }

@@ -36,17 +36,16 @@ def load(workdir, step="last"):
     Returns:
       A TrainedModel. `model.apply({"params": params}, images)` maps normalized float32[B, H, W, C]
       images to float32[B, num_classes] logits. `params` are the EMA weights if the run has them.
-    Raises:
-      UserError: there is no complete checkpoint of this step.
+    Raises UserError if there is no complete checkpoint of this step.
     """
     workdir = expand_home(workdir)
     if step == "best":
         step = _best_step(workdir)
-    elif step == "last":
+    elif step in ("last", None):
         step = None
-    elif step is not None:
-        if not str(step).isdigit():
-            raise UserError(f"step must be a number, best, or last; got {step!r}")
+    elif not str(step).isdigit():
+        raise UserError(f"step must be a number, best, or last; got {step!r}")
+    else:
         step = int(step)
     params, saved, step = restore_for_inference(workdir / "checkpoints", step)
     c = config.from_dict(saved["config"])

@@ -120,9 +120,8 @@ def notebook_arguments(experiment):
         f"model.{k}={getattr(model, k)}" for k, v in required.items() if getattr(model, k) != v
     ]
     a = config.augment
-    if {a.crop, a.flip, a.policy} != {"none"} or any(
-        (a.erasing_prob, a.mixup_alpha, a.cutmix_alpha, *a.color_jitter)
-    ):
+    strengths = (a.erasing_prob, a.mixup_alpha, a.cutmix_alpha)
+    if {a.crop, a.flip, a.policy} != {"none"} or any(strengths):
         differences.append("augment")
     if config.optim.name != "adamw":
         differences.append(f"optim.name={config.optim.name}")

@@ -14,8 +14,9 @@ from werkzeug.serving import make_server
 from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.inference import attention
-from vit_jax.inference.classify import make_classify, patch_grid, prepare
+from vit_jax.inference.classify import make_classify, prepare
 from vit_jax.inference.scores import log_softmax, top
+from vit_jax.model import patch_grid
 
 MAX_BYTES = 10 * 2**20
 _PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -128,7 +129,8 @@ def _read_upload(content, image_shape):
 
 def _make_answer(trained):
     """Returns a function from an image, uint8[H, W, C], to the JSON that the page shows."""
-    classify, grid = make_classify(trained, batch_size=1, attention=True), patch_grid(trained)
+    classify = make_classify(trained, batch_size=1, attention=True)
+    grid = patch_grid(trained.model, trained.image_shape)
     classify(np.zeros((1, *trained.image_shape), np.uint8))  # compile before the first request
 
     def answer(image):

@@ -11,8 +11,8 @@ def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax report",
-        description="Write curves, evaluation, attention, and weights of a run to one page, "
-        "WORKDIR/report/index.html, with each figure next to it as PNG and SVG.",
+        description="Write curves, results, evaluation, attention, and weights of a run to one "
+        "page, WORKDIR/report/index.html.",
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument(
@@ -23,15 +23,11 @@ def main(argv=None):
         "--data", help="image folder or TFDS name to evaluate on (default: the run's)"
     )
     parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
     from vit_jax.commands.report.build import write_report
 
     backend.enable_compilation_cache()
     backend.check_backend()
-    print(
-        write_report(
-            args.workdir, compare=args.compare, step=args.step, data=args.data, split=args.split
-        )
-    )
+    print(write_report(**args))

@@ -1,12 +1,14 @@
 """Reads the files of a workdir: config.json, run.json, result.json, metrics.jsonl.
 
-Every value is checked here: a workdir can come from an untrusted source.
+Values are checked here: a workdir can come from an untrusted source.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
@@ -16,6 +18,11 @@ from vit_jax.workdir import read_lines
 NOT_EXPERIMENTAL = (
     *("seed", "num_seeds", "tensorboard", "wandb", "data.dir", "mesh.data", "mesh.fsdp"),
 )
+# The fields of result.json that the report shows. All are numbers, and a run may lack any.
+_RESULT_FIELDS = (
+    *("test_accuracy", "test_loss", "val_accuracy", "train_loss"),
+    *("num_params", "images_per_second", "seconds"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,28 +30,19 @@ class Record:
     """The files of one seed of a run."""
 
     workdir: Path
-    config: Any
+    config: ConfigDict
     run: dict  # run.json
-    lines: list[dict]  # metrics.jsonl
-    result: dict | None  # result.json; None if the run has not finished
+    lines: list[dict[str, float]]  # metrics.jsonl
+    result: dict[str, float] | None  # result.json; None if the run has not finished
 
     def series(self, name):
         """Returns (steps, values) of a metric."""
         points = [(line["step"], line[name]) for line in self.lines if name in line]
         return tuple(zip(*points, strict=True)) if points else ((), ())
 
-    @property
-    def last_step(self):
-        """The last logged step."""
-        return max((line["step"] for line in self.lines), default=0)
-
 
 def read_records(workdir):
-    """Reads a run, one Record per seed.
-
-    Raises UserError if a file is missing or unreadable, or a field is missing or has a wrong type.
-    """
-    workdir = Path(workdir)
+    """Reads a run, one Record per seed. Raises UserError for a missing or invalid file."""
     config = _read_config(workdir)
     if config.num_seeds == 1:
         return [_read_record(workdir, config)]
@@ -56,10 +54,7 @@ def read_records(workdir):
 
 
 def group_by_experiment(runs):
-    """Merges runs whose configs differ in NOT_EXPERIMENTAL fields only.
-
-    `runs` and the result are lists of (name, [Record]).
-    """
+    """Merges (name, [Record]) runs whose configs differ in NOT_EXPERIMENTAL fields only."""
     groups = []
     for name, records in runs:
         for names, members in groups:
@@ -77,87 +72,46 @@ def _read_config(workdir):
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} contains no run ({path} is missing): train with this --workdir")
-    try:
+    with _read_errors(path):
         return config_lib.from_dict(_read_object(path))
-    except RecursionError as e:
-        raise UserError(f"{path} is nested too deeply: restore it from a copy") from e
 
 
 def _read_record(workdir, config):
-    run = _read_object(workdir / "run.json")
-    _check_fields(run, _RUN_FIELDS, workdir / "run.json")
-    path, result, lines = workdir / "result.json", None, []
+    path, result = workdir / "result.json", None
     if path.exists():
-        result = _read_object(path)
-        _check_fields({**dict.fromkeys(_OPTIONAL_RESULTS, 0), **result}, _RESULT_FIELDS, path)
-    if (workdir / "metrics.jsonl").exists():
-        lines = list(_read_metrics(workdir / "metrics.jsonl"))
-    return Record(workdir, config, run, lines, result)
+        values = _read_object(path)
+        result = {k: values[k] for k in _RESULT_FIELDS if values.get(k) is not None}
+        _check_numbers(result, path)
+    path, lines = workdir / "metrics.jsonl", []
+    if path.exists():
+        with _read_errors(path):
+            lines = [values for _, values in read_lines(path)]
+        for values in lines:
+            _check_numbers(values, path)
+    return Record(workdir, config, _read_object(workdir / "run.json"), lines, result)
 
 
 def _read_object(path):
-    """Returns the object in a JSON file."""
-    try:
+    with _read_errors(path):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
 
 
-def _read_metrics(path):
-    """Yields the lines of a metrics.jsonl, all of whose values are numbers."""
+@contextlib.contextmanager
+def _read_errors(path):
     try:
-        for _, values in read_lines(path):
-            _check_fields(values, dict.fromkeys(values, _NUMBER), path)
-            yield values
+        yield
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise UserError(f"{path} is corrupted ({e}): repair or delete it") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
 
 
-def _check_fields(values, fields, path):
-    """Raises UserError unless `values` has all `fields`, {name: (is valid, description)}."""
-    for name, (is_valid, description) in fields.items():
-        if name not in values:
-            raise UserError(f"{name} in {path} must be {description}; it is missing")
-        if not is_valid(values[name]):
-            raise UserError(f"{name} in {path} must be {description}; got {values[name]!r:.100}")
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _is_string(value):
-    return isinstance(value, str)
-
-
-_NUMBER = _is_number, "a number"
-_STRING = _is_string, "a string"
-_OPTIONAL_STRING = (lambda v: v is None or _is_string(v)), "a string or null"
-_RUN_FIELDS = {
-    "command": _OPTIONAL_STRING,
-    "commit": _OPTIONAL_STRING,
-    "date": _STRING,
-    "host": _STRING,
-    "processes": _NUMBER,
-    "versions": (
-        lambda v: isinstance(v, dict) and all(map(_is_string, v.values())),
-        "an object of strings",
-    ),
-    "devices": (
-        lambda v: isinstance(v, list) and v and all(map(_is_string, v)),
-        "a list of strings",
-    ),
-}
-_OPTIONAL_RESULTS = ("test_accuracy", "test_loss", "val_accuracy")  # a run may lack the split
-_RESULT_FIELDS = {
-    **dict.fromkeys((*_OPTIONAL_RESULTS, "train_loss", "seconds", "num_params"), _NUMBER),
-    "images_per_second": (lambda v: v is None or _is_number(v), "a number or null"),
-    "device": _STRING,
-}
+def _check_numbers(values, path):
+    """Raises UserError unless all values of {name: value} are finite numbers."""
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and abs(value) < 1e300):
+            raise UserError(f"{name} in {path} must be a number; got {value!r:.100}")

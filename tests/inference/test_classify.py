@@ -9,8 +9,7 @@ import pytest
 import vit_jax
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.inference.classify import make_classify
-from vit_jax.inference.examples import classify_examples, load_examples
+from vit_jax.inference.classify import classify_examples, load_examples, make_classify
 
 
 @pytest.fixture(scope="module")
