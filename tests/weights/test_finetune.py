@@ -21,7 +21,8 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import describe, make_experiment
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.train import train
-from vit_jax.weights import layouts, resize_positions, start_from
+from vit_jax.weights import layouts, start_from
+from vit_jax.weights.finetune import resize_positions
 
 ROOT = pathlib.Path(__file__).parents[2]
 
