@@ -67,7 +67,10 @@ def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
         ({"depth": 1}, "unused block_1/.*--config.model.depth=2"),
         ({"depth": 3}, "missing block_2/.*--config.model.depth=2"),
         ({"gelu": "exact"}, "set --config.model.gelu=tanh"),
-        ({"norm_eps": 1e-5, "num_heads": 4}, "num_heads=3 --config.model.norm_eps=1e-06"),
+        (
+            {"norm_eps": 1e-5, "num_heads": 4},
+            "set --config.model.norm_eps=1e-06 --config.model.num_heads=3",
+        ),
         ({"pool": "gap"}, "unused cls_token.*--config.model.pool=cls"),
         ({"layer_scale": 0.1}, "missing block_0/layer_scale1"),
     ],
