@@ -10,7 +10,8 @@ from small_models import random_model, same_bits
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.weights import layouts, params_to_notebook, resize_positions
+from vit_jax.weights import layouts, params_to_notebook
+from vit_jax.weights.finetune import resize_positions
 
 IMAGES = np.random.default_rng(1).normal(size=(3, 16, 16, 3)).astype(np.float32)
 

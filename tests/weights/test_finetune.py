@@ -21,7 +21,8 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import describe, make_experiment
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.train import train
-from vit_jax.weights import layouts, resize_positions, start_from
+from vit_jax.weights import layouts, start_from
+from vit_jax.weights.finetune import resize_positions
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -66,7 +67,10 @@ def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
         ({"depth": 1}, "unused block_1/.*--config.model.depth=2"),
         ({"depth": 3}, "missing block_2/.*--config.model.depth=2"),
         ({"gelu": "exact"}, "set --config.model.gelu=tanh"),
-        ({"norm_eps": 1e-5, "num_heads": 4}, "num_heads=3 --config.model.norm_eps=1e-06"),
+        (
+            {"norm_eps": 1e-5, "num_heads": 4},
+            "set --config.model.norm_eps=1e-06 --config.model.num_heads=3",
+        ),
         ({"pool": "gap"}, "unused cls_token.*--config.model.pool=cls"),
         ({"layer_scale": 0.1}, "missing block_0/layer_scale1"),
     ],

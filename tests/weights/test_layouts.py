@@ -157,3 +157,13 @@ def test_wrong_keys_and_shapes_are_reported(tmp_path, layout, suffix, head):
     assert "type int32" in rejection(good | {some: np.zeros(24, np.int32)})
     assert rejection({"a": np.zeros(3, np.float32)}).endswith("its names are a")
     assert vit_jax.load_weights(save_tensors(path, good), num_heads=3).num_classes == 5
+
+
+def test_hugging_face_classifier_is_required_and_has_no_pooler():
+    good = layouts.from_params(random_model()[1], layouts.HUGGINGFACE)
+    headless = {name: array for name, array in good.items() if not name.startswith("classifier")}
+    with pytest.raises(UserError, match=r"missing classifier\.weight, classifier\.bias"):
+        layouts.to_params(headless, layouts.HUGGINGFACE, "a file")
+    pooler = {"vit.pooler.dense.bias": np.zeros(24, np.float32)}
+    with pytest.raises(UserError, match=r"unused vit\.pooler\.dense\.bias"):
+        layouts.to_params(good | pooler, layouts.HUGGINGFACE, "a file")

@@ -1,17 +1,15 @@
 """Pretrained weights: reading and writing other libraries' files, and fine-tuning from them."""
 
-from vit_jax.weights.finetune import resize_positions, start_from
+from vit_jax.weights.finetune import start_from
 from vit_jax.weights.layouts import from_params, notebook_to_params, params_to_notebook
-from vit_jax.weights.load import Weights, load_weights
+from vit_jax.weights.load import load_weights
 from vit_jax.weights.save import save_weights
 
 __all__ = [
-    "Weights",
     "from_params",
     "load_weights",
     "notebook_to_params",
     "params_to_notebook",
-    "resize_positions",
     "save_weights",
     "start_from",
 ]

@@ -107,8 +107,8 @@ LAYOUTS = {
         norm_eps=1e-6,
         optional=("cls_token", "layer_scale", "pre_logits", "head"),
     ),
-    # github.com/huggingface/transformers, ViTForImageClassification as saved to files. ViTModel
-    # has no head, no prefix "vit.", and usually a pooler.
+    # github.com/huggingface/transformers, ViTForImageClassification as saved to files. A ViTModel
+    # has a pooler or none, no classifier, and no prefix "vit.".
     HUGGINGFACE: Layout(
         {
             "cls_token": "vit.embeddings.cls_token",
@@ -121,12 +121,12 @@ LAYOUTS = {
             "mlp/fc1": "intermediate.dense.*",
             "mlp/fc2": "output.dense.*",
             "norm": "vit.layernorm.*",
-            "pre_logits": "vit.pooler.dense.*",
+            "pre_logits": "pooler.dense.*",
             "head": "classifier.*",
         },
         block="vit.encoder.layer.{}.",
         norm_eps=1e-12,
-        optional=("pre_logits", "head"),
+        optional=("pre_logits",),
     ),
 }
 # The same model as transformers 5 names its tensors in memory.
@@ -186,10 +186,11 @@ def find_layout(tensors):
 
 
 def _table(kind, tensors):
-    """Returns a layout, without the prefix "vit." if no tensor has it, and its rows."""
+    """Returns a layout, for a Hugging Face ViTModel without prefix and classifier, and its rows."""
     layout = LAYOUTS[kind]
-    if not any(name.startswith("vit.") for name in tensors):
+    if not any(name.startswith(("vit.", "classifier.")) for name in tensors):
         names = {module: name.removeprefix("vit.") for module, name in layout.names.items()}
+        names = {module: name for module, name in names.items() if name != "classifier.*"}
         layout = layout._replace(names=names, block=layout.block.removeprefix("vit."))
     block = re.compile(re.escape(layout.block).replace(r"\{\}", r"(\d{1,3})"))
     depth = max((int(match[1]) + 1 for match in map(block.match, tensors) if match), default=1)
