@@ -5,7 +5,7 @@ eager     optimized: data on the device, fused AdamW and attention, losses read 
 compiled  eager with torch.compile, on a GPU with CUDA graphs
 """
 
-import concurrent.futures
+import contextlib
 import multiprocessing
 import sys
 import time
@@ -34,31 +34,35 @@ class TorchSide:
             "bfloat16": config.model.dtype == "bfloat16",
         }
         spawn = multiprocessing.get_context("spawn")
-        self._process = concurrent.futures.ProcessPoolExecutor(
-            1, spawn, initializer=_start, initargs=(config.seed, options)
-        )
+        self._pipe, other_end = spawn.Pipe()
+        arguments = (other_end, config.seed, options)
+        spawn.Process(target=_serve, args=arguments, daemon=True).start()
+        other_end.close()
 
     def steps(self, n):
         """Returns the seconds that n steps take."""
-        return self._process.submit(_seconds, n).result()
+        try:
+            self._pipe.send(n)
+            return self._pipe.recv()
+        except (EOFError, OSError) as e:
+            raise UserError("its process exited with the error above") from e
 
 
-def _start(seed, options):
-    global _losses
+def _serve(pipe, seed, options):
+    """Answers each number of steps with their seconds, until the other end of `pipe` closes."""
     import torch
 
     from vit_jax.commands.benchmark import notebook_torch
 
     torch.manual_seed(seed)
-    _losses = notebook_torch.train(**options)
-
-
-def _seconds(n):
-    start = time.perf_counter()
-    for _ in range(n):
-        loss = next(_losses)
-    float(loss)  # waits for the device
-    return time.perf_counter() - start
+    losses = notebook_torch.train(**options)
+    with contextlib.suppress(EOFError):
+        while n := pipe.recv():
+            start = time.perf_counter()
+            for _ in range(n):
+                loss = next(losses)
+            float(loss)  # waits for the device
+            pipe.send(time.perf_counter() - start)
 
 
 def start_torch_sides(experiment):
@@ -73,8 +77,8 @@ def start_torch_sides(experiment):
         try:
             side.steps(1)
             sides[name] = side
-        except Exception as e:  # PyTorch and its compiler raise many types
-            print(f"{name} is not measured: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        except UserError as e:
+            print(f"{name} is not measured: {e}", file=sys.stderr, flush=True)
     return sides
 
 
