@@ -22,7 +22,7 @@ def get_config():
     config.model.num_heads = 6  # heads of 64
     config.model.mlp_dim = 1152
     config.model.pool = "gap"  # 64 tokens
-    config.model.weight_init = "mimetic"
+    config.model.weight_init = "pytorch"
     config.model.qk_norm = True
     config.model.dtype = "bfloat16"
 

@@ -90,5 +90,4 @@ def test_plan_counts_epochs_and_images(make_plan):
     plan = make_plan(steps=20)
     assert [plan.epoch(s) for s in (1, 6, 7, 20)] == [(1, 1), (1, 6), (2, 1), (4, 2)]
     assert [s for s in range(1, 21) if plan.ends_epoch(s)] == [6, 12, 18, 20]
-    assert [s for s in range(1, 21) if plan.shows_images(s)] == [1, 7, 19]  # epochs 1, 2, and 4
     assert [plan.images(s) for s in (0, 5, 6, 7)] == [0, 80, 90, 106]

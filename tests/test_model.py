@@ -63,7 +63,6 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
         dict(qk_norm=True),
         dict(layer_scale=1e-4),
         dict(weight_init="trunc_normal"),
-        dict(weight_init="mimetic"),
         dict(dropout=0.1, drop_path=0.2),
         dict(dtype=jnp.dtype("bfloat16")),
     ],
@@ -145,24 +144,6 @@ def test_drop_path_drops_branches_for_entire_images():
     assert len(outcomes) == 4 and counts.min() > 256 / 4 - 4 * 7  # 4 sigma of binomial(256, 1/4)
     same = apply({"params": params}, images)
     np.testing.assert_allclose(same, np.broadcast_to(same[:1], same.shape), atol=1e-6)
-
-
-def test_mimetic_initialization_has_the_published_products():
-    model = VisionTransformer(**SMALL | dict(width=64, weight_init="mimetic"))
-    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
-    D, K = 64, 32
-    for i in range(2):
-        attn = params[f"block_{i}"]["attn"]
-        q, k, v = np.split(np.asarray(attn["qkv"]["kernel"]), 3, axis=1)
-        value_out = v @ np.asarray(attn["out"]["kernel"])
-        # W_v W_out ~ 0.4 Z - 0.4 I: the diagonal is -0.4, the rest has deviation 0.4 / sqrt(D).
-        assert np.diag(value_out).mean() == pytest.approx(-0.4, abs=0.05)
-        assert value_out[~np.eye(D, dtype=bool)].std() == pytest.approx(0.4 / 8, rel=0.1)
-        # W_q W_k' of a head is the best rank-K approximation of 0.7 Z + 0.7 I.
-        for h in range(2):
-            product = q[:, h * K : (h + 1) * K] @ k[:, h * K : (h + 1) * K].T
-            assert np.linalg.matrix_rank(product, tol=1e-4) == K
-            assert np.diag(product).mean() > 0.3
 
 
 def test_sincos2d_distinguishes_positions_and_equals_its_formula():

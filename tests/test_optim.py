@@ -8,7 +8,6 @@ import pytest
 
 from vit_jax import config
 from vit_jax.config import FIELDS
-from vit_jax.errors import UserError
 from vit_jax.optim import decay_mask, make_optimizer, make_schedule
 
 PARAMS = {
@@ -112,38 +111,6 @@ def test_muon_orthogonalizes_only_hidden_matrices():
     np.testing.assert_allclose(
         np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3
     )  # Adam's first update
-
-
-def test_frozen_parameters_are_not_updated_and_have_no_state_or_share_of_the_clipped_norm():
-    o = optim_config(name="adamw", freeze="pos_embed, block_?/norm*", grad_clip_norm=1.0)
-    tx = make_optimizer(o, lambda _: 0.1)
-    state = tx.init(PARAMS)
-    grads = jax.tree.map(jnp.ones_like, PARAMS)
-    updates, _ = jax.jit(tx.update)(grads, state, PARAMS)
-    unchanged = {
-        "/".join(k.key for k in p)
-        for p, u in jax.tree_util.tree_leaves_with_path(updates)
-        if not u.any()
-    }
-    assert unchanged == {"pos_embed", "block_0/norm1/scale", "block_0/norm1/bias"}
-    trained = sum(p.size for p in jax.tree.leaves(PARAMS)) - 12 - 8
-    assert sum(s.size for s in jax.tree.leaves(state) if s.ndim) == 2 * trained
-    # Clipping uses the norm of the trained parameters only.
-    sgd = optim_config(
-        name="sgd", momentum=0.0, freeze="head/*", grad_clip_norm=1.0, weight_decay=0.0
-    )
-    tx = make_optimizer(sgd, lambda _: 1.0)
-    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
-    assert optax.tree.norm(updates) == pytest.approx(1.0, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("freeze", "message"),
-    [("blocks_0/*", "no parameter matches 'blocks_0"), ("*", "leaves no param.*fewer")],
-)
-def test_freeze_that_matches_nothing_or_everything_is_rejected(freeze, message):
-    with pytest.raises(UserError, match=message):
-        make_optimizer(optim_config(freeze=freeze), lambda _: 0.1).init(PARAMS)
 
 
 def test_gradient_clipping_bounds_the_global_norm():

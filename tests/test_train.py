@@ -14,7 +14,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from runs import command_after, files, finish, lines, start
 
 import vit_jax
@@ -116,22 +115,12 @@ def events(workdir):
     return values
 
 
-def test_tensorboard_has_config_and_images(finished):
-    c, workdir, result, _ = finished
+def test_tensorboard_has_scalars_and_the_config(finished):
+    _, workdir, result, _ = finished
     values = events(workdir)
     assert values["test/accuracy"][0][1].simple_value == pytest.approx(result["test_accuracy"])
     (_, text), *_ = values["config/text_summary"]
     assert b"| optim.peak_lr | 0.01 |" in text.tensor.string_val[0]
-
-    # The images of epochs 1 and 2 are the augmented batch of the step.
-    assert [step for step, _ in values["train/images"]] == [1, 5]
-    encoded = values["train/images"][0][1].image.encoded_image_string
-    shown = np.asarray(Image.open(io.BytesIO(encoded)))
-    shown = shown.reshape(2, 8, 8, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3)
-    batch = make_experiment(c).stored_batch(1, seed=0)["image"]
-    flipped = [(image == other[:, ::-1]).all() for image, other in zip(shown, batch, strict=True)]
-    same = [(image == other).all() for image, other in zip(shown, batch, strict=True)]
-    assert all(np.logical_xor(flipped, same)) and 0 < sum(flipped) < 16
 
 
 def test_checkpoint_restores_with_orbax_alone_on_any_device_count(finished, tmp_path):

@@ -158,7 +158,7 @@ FIELDS: dict[str, Field] = {
     "model.pool": choice("cls", "gap", doc="class token or global average pooling"),
     "model.posemb": choice("learned", "sincos2d", doc="position embeddings"),
     "model.stem": choice("patch", "conv", doc="patch embedding"),
-    "model.weight_init": choice("trunc_normal", "pytorch", "mimetic", doc="initialization"),
+    "model.weight_init": choice("trunc_normal", "pytorch", doc="initialization"),
     "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
     "model.qk_norm": Field(False, "normalize queries and keys"),
     "model.layer_scale": number(0.0, "initial value of LayerScale (0: off)", at_least=0),
@@ -205,7 +205,6 @@ FIELDS: dict[str, Field] = {
     "optim.momentum": number(0.9, "momentum of SGD", at_least=0, below=1),
     "optim.muon_lr": number(0.02, "peak_lr of the blocks' matrices if name is muon", at_least=0),
     "optim.grad_clip_norm": number(0.0, "maximum norm of the gradient (0: off)", at_least=0),
-    "optim.freeze": Field("", "paths to freeze, for example pos_embed,block_[0-3]/* (empty: none)"),
     "optim.label_smoothing": number(0.0, "label smoothing", at_least=0, below=1),
     "optim.ema_decay": number(0.0, "decay of the evaluated EMA (0: off)", at_least=0, below=1),
     # The devices.

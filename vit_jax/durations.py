@@ -89,11 +89,6 @@ class Plan:
         """Whether a step is the last of its epoch or of the run."""
         return step % self.steps_per_epoch == 0 or step == self.total_steps
 
-    def shows_images(self, step: int) -> bool:
-        """Whether to record a step's images: the first step of epochs 1, 2, 4, 8, ..."""
-        epoch, index = self.epoch(step)
-        return index == 1 and epoch & (epoch - 1) == 0
-
     def images(self, step: int) -> int:
         """Training images up to and including a step."""
         epochs, steps = divmod(step, self.steps_per_epoch)

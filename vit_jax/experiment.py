@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,8 +27,6 @@ from vit_jax.model import (
 )
 from vit_jax.parallel import mesh as mesh_lib
 
-_IMAGES_SHOWN = 64
-
 
 class Experiment:
     """Everything derived from a config before the first step; see `make_experiment`.
@@ -42,7 +39,6 @@ class Experiment:
       state_shapes: a TrainState of jax.ShapeDtypeStruct with shardings.
       init: () -> the TrainState before the first step, on the devices.
       train_step: jitted, (state, *inputs) -> (state, metrics); donates the state.
-      augmented_images: jitted, (state, *inputs) -> uint8[n, H, W, C] of the next step.
       eval_step: (params, batch) -> sums.
     """
 
@@ -71,7 +67,7 @@ class Experiment:
         muon_schedule = optim.make_schedule(o, **lengths, peak_lr=o.muon_lr)
         optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule)
         self.init, self.state_shapes = self._make_init(optimizer, params)
-        self.train_step, self.augmented_images = self._make_steps(optimizer, schedule)
+        self.train_step = self._make_train_step(optimizer, schedule)
         eval_step = step_lib.make_eval_step(self.model, mean=config.data.mean, std=config.data.std)
         self.eval_step = seeds.vmap_seeds(eval_step, config, (0, None))
         self._evaluate = make_evaluate(self.eval_step, mesh)
@@ -103,10 +99,8 @@ class Experiment:
         everywhere = mesh_lib.replicated(mesh)
         return lambda: jitted(mesh_lib.to_devices(seed, everywhere), params), shapes
 
-    def _make_steps(self, optimizer, schedule):
-        """(train_step, augmented_images), both jitted."""
+    def _make_train_step(self, optimizer, schedule):
         config, feed = self.config, self.feed
-        mean, std = np.float32(config.data.mean), np.float32(config.data.std)
         augment_fn = augment.make_augment(
             config.augment,
             num_classes=self.model.num_classes,
@@ -114,8 +108,6 @@ class Experiment:
             mean=config.data.mean,
             std=config.data.std,
         )
-        plan = self.plan
-        counts = {"steps_per_epoch": plan.steps_per_epoch, "mix_steps": plan.mix_steps}
         step = step_lib.make_train_step(
             self.model,
             optimizer,
@@ -123,29 +115,20 @@ class Experiment:
             schedule=schedule,
             ema_decay=config.optim.ema_decay,
             accumulate_steps=config.accumulate_steps,
-            **counts,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            mix_steps=self.plan.mix_steps,
         )
 
         def train_step(state, *inputs):
             return step(state, feed.batch(state.step, *inputs))
 
-        def augmented_images(state, *inputs):
-            batch = feed.batch(state.step, *inputs)
-            images, _ = step_lib.augmented_batch(augment_fn, state, batch, **counts)
-            pixels = 255 * (images[: min(_IMAGES_SHOWN, config.batch_size)] * std + mean)
-            return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
-
-        axes = (0, *feed.vmap_axes)
-        everywhere = mesh_lib.replicated(self.mesh)
         state_shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        jitted_step = jax.jit(
-            seeds.vmap_seeds(train_step, config, axes),
+        return jax.jit(
+            seeds.vmap_seeds(train_step, config, (0, *feed.vmap_axes)),
             # To locate a NaN, JAX reruns the step on the same inputs, which must not be donated.
             donate_argnums=() if jax.config.jax_debug_nans else 0,
-            out_shardings=(state_shardings, everywhere),
+            out_shardings=(state_shardings, mesh_lib.replicated(self.mesh)),
         )
-        images = seeds.vmap_seeds(augmented_images, config, axes)
-        return jitted_step, jax.jit(images, out_shardings=everywhere)
 
     @property
     def num_params(self) -> int:
@@ -291,13 +274,20 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
         f"epoch ({plan.total_steps / plan.steps_per_epoch:g} epochs; the last batch of an epoch "
         f"has {last_batch})",
         "optimizer": _describe_optimizer(experiment),
-        "augmentation": ", ".join(augment.describe(c.augment)) or "none",
+        "augmentation": ", ".join(_changed(c, "augment.")) or "none",
         "initial weights": ", ".join(experiment.initial_weights),
         "data": f"{train.source}; {counts} images, {len(train.class_names)} classes",
         "seed": ", ".join(map(str, seeds.seeds_of(c))),
         "workdir": str(workdir),
     }
     return [f"{name}: {text}" for name, text in lines.items() if text]
+
+
+def _changed(config, group):
+    """'field=value' for each field of a group that differs from its default."""
+    values, defaults = config_lib.flat(config), config_lib.flat(config_lib.defaults())
+    names = [name for name in values if name.startswith(group) and values[name] != defaults[name]]
+    return [f"{name.removeprefix(group)}={values[name]}" for name in names]
 
 
 def _describe_optimizer(experiment):
@@ -309,17 +299,7 @@ def _describe_optimizer(experiment):
 
     mask = optim.decay_mask(o.decay, params)
     excluded = {path[-1].key for path, d in jax.tree_util.tree_leaves_with_path(mask) if not d}
-    text = f"{o.name}, {o.schedule} {o.peak_lr:g}"
-    if o.schedule != "constant":
-        text += f" to {o.end_lr:g}, changing every {o.schedule_per}"
-    if o.name == "muon":
-        text += f" (the blocks' matrices {o.muon_lr:g})"
-    if experiment.plan.warmup_steps:
-        text += f", warmup of {experiment.plan.warmup_steps} steps"
-    if o.freeze:
-        labels = optim.freeze_labels(o.freeze, params)
-        frozen = count(jax.tree.map(lambda label: label == "frozen", labels))
-        text += f"; {frozen:,} parameters frozen ({o.freeze})"
+    text = f"{o.name}, {o.schedule} {o.peak_lr:g}, {experiment.plan.warmup_steps} steps of warmup"
     which = f"not on {', '.join(sorted(excluded))}" if excluded else "all of them"
     decayed = f"{count(mask):,} of {experiment.num_params:,} parameters ({which})"
     return f"{text}; weight decay {o.weight_decay:g} on {decayed}"

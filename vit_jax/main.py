@@ -5,9 +5,8 @@ import os
 import pathlib
 import shlex
 import sys
-import traceback
 
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import run_command
 
 
 def main(argv=None):
@@ -20,7 +19,6 @@ def main(argv=None):
     from vit_jax.parallel import backend, processes
 
     backend.enable_compilation_cache()
-    jax.config.update("jax_debug_nans", args.debug_nans or jax.config.jax_debug_nans)
     # What all processes must share before reading data; its directory may differ between hosts.
     shared = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
     shared |= {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}
@@ -36,7 +34,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    """(config, arguments) of a command line: config, workdir (never None), dry_run, debug_nans.
+    """(config, arguments) of a command line: config, workdir (never None), dry_run.
 
     Raises UserError for invalid arguments.
     """
@@ -60,8 +58,6 @@ def parse(argv):
     text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
     text += "the compiled program; reads the data, writes no workdir"
     parser.add_argument("--dry_run", action="store_true", help=text)
-    text = "stop at the first operation that produces a NaN and report it (slow)"
-    parser.add_argument("--debug_nans", action="store_true", help=text)
     text = "list every field of a config and exit"
     parser.add_argument("--help_config", action="store_true", help=text)
     args, rest = parser.parse_known_args(argv)
@@ -73,7 +69,7 @@ def parse(argv):
         sys.exit()
     args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
-    config_lib.override(config, rest, "--config, --workdir, --dry_run, --debug_nans")
+    config_lib.override(config, rest, "--config, --workdir, --dry_run")
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
     return config, args
 
@@ -86,14 +82,7 @@ def _run(config, args, argv):
         return
     from vit_jax.train import train
 
-    command = shlex.join(["python", "-m", "vit_jax.main", *argv])
-    try:
-        train(config, args.workdir, command=command)
-    except FloatingPointError as e:  # from --debug_nans: report the last line of this package
-        package, frames = pathlib.Path(__file__).parent, traceback.extract_tb(e.__traceback__)
-        frame = [f for f in frames if str(package) in f.filename][-1]
-        name = pathlib.Path(frame.filename).name
-        raise UserError(f"{e}, under {name}, line {frame.lineno}: {frame.line}") from e
+    train(config, args.workdir, command=shlex.join(["python", "-m", "vit_jax.main", *argv]))
 
 
 if __name__ == "__main__":

@@ -299,36 +299,7 @@ def check_image_shape(model, image_shape):
 
 def init_params(model, key, image_shape):
     """The initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
-    params = model.init(key, jnp.zeros((1, *image_shape)))["params"]
-    if model.weight_init != "mimetic":
-        return params
-    for i in range(model.depth):
-        attn = params[f"block_{i}"]["attn"]
-        attn["qkv"]["kernel"], attn["out"]["kernel"] = _mimetic_attention(
-            jax.random.fold_in(key, i), model.width, model.num_heads
-        )
-    return params
-
-
-def _mimetic_attention(key, D, num_heads):
-    """Draws the kernels qkv, float32[D, 3 D], and out, float32[D, D], of one block.
-
-    As in trained ViTs (arXiv 2305.09828), W_q W_k' ~ 0.7 Z + 0.7 I in each head and
-    W_v W_out ~ 0.4 Z - 0.4 I, with Z ~ N(0, 1/D), factored by SVD.
-    """
-    K = D // num_heads
-
-    def factors(key, scale, identity):
-        noise = jax.random.normal(key, (D, D)) / D**0.5
-        u, s, vt = jnp.linalg.svd(scale * noise + identity * jnp.eye(D))
-        return u * s**0.5, s[:, None] ** 0.5 * vt
-
-    value_out_key, *head_keys = jax.random.split(key, num_heads + 1)
-    values, out = factors(value_out_key, 0.4, -0.4)
-    heads = [factors(head_key, 0.7, 0.7) for head_key in head_keys]
-    queries = [left[:, :K] for left, _ in heads]
-    keys = [right[:K].T for _, right in heads]
-    return jnp.concatenate([*queries, *keys, values], axis=1), out
+    return model.init(key, jnp.zeros((1, *image_shape)))["params"]
 
 
 def num_tokens(model, image_shape):

@@ -1,13 +1,10 @@
 """Learning-rate schedule, weight-decay mask, and gradient transformation, built from optax."""
 
-import fnmatch
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
-
-from vit_jax.errors import UserError
 
 
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
@@ -48,34 +45,6 @@ def decay_mask(decay, params):
     )
 
 
-def freeze_labels(patterns, params):
-    """A tree that labels each parameter "frozen" or "trained".
-
-    `patterns` are shell patterns separated by commas. A pattern must match a complete path such as
-    block_0/attn/qkv/kernel; * also matches slashes. Raises UserError if a pattern matches nothing
-    or if no parameter is left to train.
-    """
-    patterns = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
-    paths = jax.tree_util.tree_map_with_path(lambda p, _: "/".join(k.key for k in p), params)
-    for pattern in patterns:
-        if not fnmatch.filter(jax.tree.leaves(paths), pattern):
-            raise UserError(
-                f"config.optim.freeze: no parameter matches {pattern!r}; use paths such as "
-                f"block_0/attn/qkv/kernel under {', '.join(params)}, or 'block_0/*' for a block"
-            )
-
-    def label(path):
-        frozen = any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-        return "frozen" if frozen else "trained"
-
-    labels = jax.tree.map(label, paths)
-    if "trained" not in jax.tree.leaves(labels):
-        raise UserError(
-            f"config.optim.freeze={','.join(patterns)} leaves no parameter to train: freeze fewer"
-        )
-    return labels
-
-
 def _muon_labels(params):
     def label(path, p):
         return "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw"
@@ -87,8 +56,7 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
     """Builds an optax.GradientTransformation from the `optim` group of a config.
 
     Weight decay is decoupled and multiplied by the learning rate, except in sgd, where it is added
-    to the gradient; both are torch's conventions. Frozen parameters are excluded from the clipped
-    norm and have no optimizer state.
+    to the gradient; both are torch's conventions.
     """
     mask = functools.partial(decay_mask, o.decay)
     adamw = optax.adamw(schedule, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=mask)
@@ -102,7 +70,4 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
         steps = [optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
         steps.insert(0, optax.clip_by_global_norm(o.grad_clip_norm))
-    if not o.freeze:
-        return optax.chain(*steps)
-    transforms = {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}
-    return optax.partition(transforms, functools.partial(freeze_labels, o.freeze))
+    return optax.chain(*steps)

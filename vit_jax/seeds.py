@@ -148,10 +148,6 @@ class RunWorkdir:
         for workdir, own in self._split(scalars):
             workdir.write(step, own)
 
-    def images(self, step: int, name: str, images: Any) -> None:
-        for workdir, own in self._split(images):
-            workdir.images(step, name, own)
-
     def _split(self, tree):
         return list(zip(self._each, unstack(tree, self._config), strict=True))
 

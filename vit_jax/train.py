@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import Stopped, UserError, expand_home
 from vit_jax.experiment import describe, make_experiment
-from vit_jax.parallel import mesh, peaks
+from vit_jax.parallel import peaks
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
@@ -89,11 +89,7 @@ def _train(experiment, workdir, start):
 def _loop(experiment, workdir, log, state, stop):
     """Trains to the last step or a signal; returns (state, last validation metrics or None)."""
     plan, validated = experiment.plan, None
-    shows_images = experiment.config.tensorboard
     for step, inputs in experiment.batches(after=log.step):
-        if shows_images and plan.shows_images(step):
-            images = mesh.to_host(experiment.augmented_images(state, *inputs))
-            workdir.images(step, "train/images", images)
         state, metrics = experiment.train_step(state, *inputs)
         log.push(step, metrics)
         stopping = stop.reached(step)  # in every process and at every step, since it is collective
@@ -145,7 +141,7 @@ def _bad_step_error(experiment, workdir, bad_step):
         f"{problem} at step {step} of seed {seed}; the last good checkpoint is "
         f"{folder / 'checkpoints' / str(steps[-1]) if steps else 'none'}; {batch_note}; a lower "
         "optim.peak_lr or an optim.grad_clip_norm may help, --config.on_bad_loss=skip skips such "
-        "steps, --debug_nans locates the operation"
+        "steps, the environment variable JAX_DEBUG_NANS=true locates the operation"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from augment_helpers import batch_of, make, options, small_images
 
-from vit_jax.augment import check_image_shape, describe, normalize
+from vit_jax.augment import check_image_shape, normalize
 from vit_jax.errors import UserError
 
 EVERYTHING = dict(
@@ -91,12 +91,3 @@ def test_unsuitable_image_shape_is_rejected(shape, changes, message):
 def test_normalize_rejects_float_images():
     with pytest.raises(UserError, match="uint8"):
         normalize(jnp.zeros((1, 2, 2, 3)), (0.5,) * 3, (0.5,) * 3)
-
-
-def test_describe_lists_the_enabled_operations_in_order():
-    assert describe(options()) == []
-    lines = describe(options(**EVERYTHING, mixup_alpha=0.8, cutmix_alpha=1.0))
-    starts = ["random crop", "random horizontal", "RandAugment", "random erasing"]
-    assert len(lines) == 5
-    assert all(line.startswith(s) for line, s in zip(lines, [*starts, "mixup"], strict=True))
-    assert "magnitude 9 +- 0.5" in lines[2] and "cutmix Beta(1, 1)" in lines[4]

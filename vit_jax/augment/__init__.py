@@ -5,6 +5,4 @@ erasing, mixup or cutmix. The crop of `crop = "resized"` is the exception: it ru
 """
 
 from vit_jax.augment.geometric import make_crop
-from vit_jax.augment.pipeline import check_image_shape, describe, make_augment, normalize
-
-__all__ = ["check_image_shape", "describe", "make_augment", "make_crop", "normalize"]
+from vit_jax.augment.pipeline import check_image_shape, make_augment, normalize

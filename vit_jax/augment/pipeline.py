@@ -1,4 +1,4 @@
-"""The complete augmentation of a batch, and the checks and description of its config."""
+"""The complete augmentation of a batch, and the checks of its config."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.augment import geometric
-from vit_jax.augment.mix import CUTMIX_SHARE, mix_batch
+from vit_jax.augment.mix import mix_batch
 from vit_jax.augment.randaugment import randaugment
 from vit_jax.errors import UserError
 
@@ -91,34 +91,6 @@ def check_image_shape(augment, image_shape):
             f"config.augment.policy={augment.policy} needs RGB images, but the images have "
             f"{channels} channels: set it to none"
         )
-
-
-def describe(augment):
-    """Returns one readable line per operation that is on, in the order they are applied."""
-    a, lines = augment, []
-
-    def between(pair):
-        return f"{pair[0]:.3g} to {pair[1]:.3g}"
-
-    if a.crop == "pad":
-        lines.append(f"random crop, {a.crop_padding} pixels of {a.crop_padding_mode} padding")
-    elif a.crop == "resized":
-        lines.append(f"random resized crop of the stored image, area {between(a.crop_scale)}")
-    if a.flip != "none":
-        lines.append(f"{a.flip} horizontal flip")
-    if a.policy == "randaugment":
-        noise = f" +- {a.randaugment_magnitude_std:g}" if a.randaugment_magnitude_std else ""
-        strength = f"magnitude {a.randaugment_magnitude:g}{noise} of 10"
-        lines.append(f"RandAugment, {a.randaugment_num_ops} operations of {strength}")
-    if a.erasing_prob > 0:
-        how = f"probability {a.erasing_prob:g}, area {between(a.erasing_scale)}"
-        lines.append(f"random erasing, {how}")
-    if _mixes(a):
-        alphas = {"mixup": a.mixup_alpha, "cutmix": a.cutmix_alpha}
-        on = [f"{name} Beta({v:g}, {v:g})" for name, v in alphas.items() if v]
-        share = f", cutmix share {CUTMIX_SHARE:g}" if len(on) == 2 else ""
-        lines.append(f"{' or '.join(on)}, probability {a.mix_prob:g}{share}")
-    return lines
 
 
 def _mixes(augment):

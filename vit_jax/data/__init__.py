@@ -9,15 +9,3 @@ from vit_jax.data.open import open_split
 from vit_jax.data.order import epoch_order, eval_order
 from vit_jax.data.resident import Dataset
 from vit_jax.data.stream import Stream
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "Dataset",
-    "Stream",
-    "center_crop_resize",
-    "epoch_order",
-    "eval_order",
-    "open_split",
-    "read_image",
-]

@@ -4,12 +4,3 @@ from vit_jax.weights.finetune import start_from
 from vit_jax.weights.layouts import from_params, notebook_to_params, params_to_notebook
 from vit_jax.weights.load import load_weights
 from vit_jax.weights.save import save_weights
-
-__all__ = [
-    "from_params",
-    "load_weights",
-    "notebook_to_params",
-    "params_to_notebook",
-    "save_weights",
-    "start_from",
-]

@@ -5,20 +5,3 @@ from vit_jax.workdir.files import write_errors, write_json, write_text
 from vit_jax.workdir.folder import Workdir, environment
 from vit_jax.workdir.metrics import import_wandb, read_lines
 from vit_jax.workdir.progress import BadStep, TrainLog, epoch_means, format_duration
-
-__all__ = [
-    "BadStep",
-    "TrainLog",
-    "Workdir",
-    "environment",
-    "epoch_means",
-    "format_duration",
-    "import_wandb",
-    "newest_intact_step",
-    "read_lines",
-    "restore_for_inference",
-    "saved_steps",
-    "write_errors",
-    "write_json",
-    "write_text",
-]

@@ -121,11 +121,6 @@ class Workdir:
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
-    def images(self, step: int, name: str, images: Any) -> None:
-        """Writes uint8[N, H, W, C] to TensorBoard, as one grid."""
-        if self._tensorboard:
-            self._tensorboard.add_images(name, images, step, dataformats="NHWC")
-
     def close(self) -> None:
         """Waits for a pending save, and closes the checkpoints and the metrics."""
         self.checkpoints.close()
