@@ -20,7 +20,7 @@ def open_split(
 
     Args:
       name: a TFDS name ("cifar10", "cifar10:3.0.2"), "shapes10", or "folder:/path" with
-        /path/CLASS/*.png (the split "train") or /path/train/CLASS/*.png, /path/test/...
+        `/path/CLASS/*.png` (the split "train") or `/path/train/CLASS/*.png`, `/path/test/...`
       split: TFDS syntax: "train", "train[:45000]", "train[90%:]", "train+test".
       data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       image_size: the side, in pixels, of the square that every image is cropped and resized to.
