@@ -15,14 +15,11 @@ from vit_jax.errors import UserError
 from vit_jax.workdir import read_lines
 
 # Fields in which the seeds and repetitions of one experiment may differ.
-NOT_EXPERIMENTAL = (
-    *("seed", "num_seeds", "tensorboard", "wandb", "data.dir", "mesh.data", "mesh.fsdp"),
-)
+NOT_EXPERIMENTAL = ("seed", "num_seeds", "tensorboard", "wandb", "data.dir")
+NOT_EXPERIMENTAL += ("mesh.data", "mesh.fsdp")
 # The fields of result.json that the report shows. All are numbers, and a run may lack any.
-_RESULT_FIELDS = (
-    *("test_accuracy", "test_loss", "val_accuracy", "train_loss"),
-    *("num_params", "images_per_second", "seconds"),
-)
+_RESULT_FIELDS = ("test_accuracy", "test_loss", "val_accuracy", "train_loss")
+_RESULT_FIELDS += ("num_params", "images_per_second", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +74,12 @@ def _read_config(workdir):
 
 
 def _read_record(workdir, config):
-    path, result = workdir / "result.json", None
-    if path.exists():
+    result, lines = None, []
+    if (path := workdir / "result.json").exists():
         values = _read_object(path)
         result = {k: values[k] for k in _RESULT_FIELDS if values.get(k) is not None}
         _check_numbers(result, path)
-    path, lines = workdir / "metrics.jsonl", []
-    if path.exists():
+    if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
             lines = [values for _, values in read_lines(path)]
         for values in lines:
