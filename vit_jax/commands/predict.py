@@ -38,15 +38,10 @@ def main(argv=None):
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument(
-        "--attention",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="directory for attention images: the rollout, and every head of every layer",
-    )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="-: paths on stdin, one per line"
-    )
+    text = "directory for attention images: the rollout, and every head of every layer"
+    parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help=text)
+    text = "-: paths on stdin, one per line"
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=text)
     args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: use at least 1")
@@ -63,6 +58,8 @@ def main(argv=None):
             print(f"error: {answer}", file=sys.stderr)
         else:
             print(json.dumps(answer) if args.json else _as_line(answer), flush=True)
+    if not count:
+        raise UserError("no images given: pass files or folders, or paths on stdin with -")
     if num_failed:
         raise UserError(f"{num_failed} of {count} files could not be read")
 
@@ -118,10 +115,10 @@ def _read(path, image_shape):
 def _save(picture, folder, path):
     """Writes a picture under a name that differs for every `path`, and returns its path."""
     name = re.sub(r"[^\w.-]+", "_", path.stem)[:40].strip("_.")
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    file = folder / f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.png"
     with write_errors(folder):
-        Image.fromarray(picture).save(folder / f"{name}-{digest}.png")
-    return str(folder / f"{name}-{digest}.png")
+        Image.fromarray(picture).save(file)
+    return str(file)
 
 
 def _as_line(answer):

@@ -52,17 +52,14 @@ def read_records(workdir):
 
 def group_by_experiment(runs):
     """Merges (name, [Record]) runs whose configs differ in NOT_EXPERIMENTAL fields only."""
-    groups = []
+    groups = {}
     for name, records in runs:
-        for names, members in groups:
-            first = members[0].config
-            if not config_lib.difference(records[0].config, first, ignore=NOT_EXPERIMENTAL):
-                members.extend(records)
-                names.append(name)
-                break
-        else:
-            groups.append(([name], list(records)))
-    return [(", ".join(names), records) for names, records in groups]
+        fields = config_lib.flat(records[0].config).items()
+        experiment = tuple(value for field, value in fields if field not in NOT_EXPERIMENTAL)
+        names, members = groups.setdefault(experiment, ([], []))
+        names.append(name)
+        members.extend(records)
+    return [(", ".join(names), members) for names, members in groups.values()]
 
 
 def _read_config(workdir):

@@ -60,7 +60,8 @@ def _progress(name, record):
     steps = [int(s) for s in steps if s.isdigit() and int(s) >= last_step]
     if steps:
         step = min(steps)
-        return page.notice(f"{name} diverged at step {step:,}. Its batch is bad_batch_{step}.npz.")
+        text = f"{name} diverged at step {step:,}. The batch is in bad_batch_{step}.npz."
+        return page.notice(text)
     epochs, c = len(record.series("epoch/loss")[0]), record.config
     length = f"{c.steps:,} steps" if c.steps else f"{c.epochs:g} epochs"
     return page.notice(
