@@ -2,7 +2,6 @@
 
 import argparse
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import json
@@ -87,11 +86,11 @@ def _answers(trained, args):
     """Yields the UserError or {"image", "classes", "attention" if requested} of each path."""
     classify = make_classify(trained, batch_size=BATCH_SIZE, attention=bool(args.attention))
     grid = patch_grid(trained.model, trained.image_shape)
-    read = functools.partial(_read, image_shape=trained.image_shape)
     paths = image_paths(args.images, sys.stdin)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(paths, BATCH_SIZE)):
-            images, errors = zip(*pool.map(read, batch), strict=True)
+            pixels = pool.map(_read, batch, itertools.repeat(trained.image_shape))
+            images, errors = zip(*pixels, strict=True)
             outputs = classify(np.stack(images))
             logits, maps = outputs if args.attention else (outputs, None)
             log_probabilities = log_softmax(logits)

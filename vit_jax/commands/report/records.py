@@ -105,6 +105,5 @@ def _read_errors(path):
 def _check_numbers(values, path):
     """Raises UserError unless all values of {name: value} are finite numbers."""
     for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and abs(value) < 1e300):
+        if type(value) not in (int, float) or not abs(value) < 1e300:
             raise UserError(f"{name} in {path} must be a number; got {value!r:.100}")
