@@ -106,16 +106,15 @@ def _result_row(name, records):
 def curves(groups):
     """Returns the loss, the accuracy, and the learning rate over the steps."""
     parts = []
-    for name in ("loss", "accuracy"):
+    for name in ("loss", "accuracy", "learning rate"):
         lines = [(f"{group}/{name}", label, line) for group, label, line in _CURVES]
+        if name == "learning rate":
+            lines = [("train/lr", "", "line")]
         if series := _series(groups, lines):
-            plot = page.plot(figures.curves(series, ylabel=name, percent=name == "accuracy"))
-            caption = "Augmentation, if any, is applied to training images only."
-            parts.append(page.figure(name.title(), plot, caption))
-    if series := _series(groups, [("train/lr", "", "line")]):
-        plot = page.plot(figures.curves(series, ylabel="learning rate"))
-        parts.append(page.figure("Learning rate", plot, "As applied by the optimizer."))
-    return page.section("Curves", *parts)
+            plot = page.plot(figures.curves(series, ylabel=name))
+            parts.append(page.figure(name.capitalize(), plot))
+    note = page.note("Augmentation, if any, applies to training images only.")
+    return page.section("Curves", note, *parts) if parts else ""
 
 
 def _series(groups, lines):
