@@ -74,6 +74,8 @@ def test_paths_on_stdin_continue_after_a_corrupted_file(tiny_run, pictures, monk
     lines, errors = run(monkeypatch, capsys, "--workdir", tiny_run, "-", stdin=stdin)
     assert [line.split()[1] for line in lines] == ["red", "green"]
     assert str(bad) in errors and "1 of 3 files could not be read" in errors
+    lines, errors = run(monkeypatch, capsys, "--workdir", tiny_run, "-", stdin="")
+    assert lines == [] and "no images given" in errors
 
 
 def test_attention_writes_one_image_per_input(tiny_run, pictures, monkeypatch, capsys, tmp_path):

@@ -13,6 +13,7 @@ _COLLECTIVE = re.compile(
     r" = (\(.*?\)|\S+) "
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
 )
+_COMPUTATION = re.compile(r"^(ENTRY)? ?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 _CALLS = re.compile(r"(?:body|condition|to_apply|calls|computations?)=(\{[^}]*\}|[^,\s]+)")
 
 
@@ -23,13 +24,9 @@ def transfers(program):
     the bytes of its result: an all-gather with the complete array, a reduce-scatter with its part.
     Operations in a loop count once per iteration, or once if the trip count is unknown.
     """
-    computations, lines = {}, []
-    for line in program.splitlines():
-        if start := re.match(r"(ENTRY)? ?%?([\w.\-]+) \(.*\{$", line):
-            lines = computations[start[1] or start[2]] = []
-        else:
-            lines.append(line)
-    result = {}
+    computations, result = {}, {}
+    for entry, name, body in _COMPUTATION.findall(program):
+        computations[entry or name] = body.splitlines()
 
     def add(name, times):
         for line in computations.get(name, ()):
