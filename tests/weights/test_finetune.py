@@ -1,4 +1,4 @@
-"""Fine-tuning: the head, the grid, freezing, resuming, and weights that do not fit.
+"""Fine-tuning: the head, the grid, resuming, and weights that do not fit.
 
 tests/parity compares the torch methods of resizing positions.
 """

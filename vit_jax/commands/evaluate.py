@@ -26,7 +26,7 @@ def main(argv=None):
     backend.check_backend()
     trained = load(args.workdir, args.step)
     examples, split = load_examples(trained, args.data, args.split)
-    logits, labels, _ = classify_examples(trained, examples)
+    logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
     if args.json:
         print(json.dumps({"split": split, "step": trained.step, **result}))

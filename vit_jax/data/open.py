@@ -4,7 +4,6 @@ from vit_jax.data.folder import open_folder
 from vit_jax.data.resident import Dataset, load_resident
 from vit_jax.data.source import user_errors
 from vit_jax.data.stream import Stream
-from vit_jax.data.tfds import open_tfds
 from vit_jax.errors import expand_home
 
 
@@ -31,6 +30,8 @@ def open_split(
     Raises UserError if the data cannot be found, prepared, read, or cached.
     """
     import tensorflow_datasets as tfds
+
+    from vit_jax.data.tfds import open_tfds
 
     if name.startswith("folder:"):
         source = open_folder(expand_home(name.removeprefix("folder:")).resolve())

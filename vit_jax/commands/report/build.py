@@ -66,13 +66,13 @@ def _about_model(workdir, step, data, split):
     weights = sections.weights(trained)
     try:
         examples, split = load_examples(trained, data, split)
-        logits, labels, indices = classify_examples(trained, examples)
+        logits, labels = classify_examples(trained, examples)
     except UserError as e:
         return page.notice(f"Not evaluated: {e}.") + weights
     predictions = sections.Predictions(
         source=f"Step {trained.step:,} on {split}",
         class_names=[_printable(name) for name in trained.class_names],
-        images_at=lambda rows: examples.examples(indices[rows])[0],
+        images_at=lambda rows: examples.examples(rows)[0],
         labels=labels,
         logits=logits,
     )
