@@ -36,9 +36,7 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
     names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
     coordinator, count, index = values = [environment.get(name, "") for name in names]
     if not any(values):
-        launcher = _find_launcher(environment)
-        # Otherwise JAX would use only the GPU with the process's number on its host.
-        return launcher and (launcher, {"local_device_ids": []})
+        return _find_launcher(environment)
     _, _, port = coordinator.rpartition(":")
     valid = re.fullmatch(r".+:\d{1,5} \d{1,9} \d{1,9}", " ".join(values), re.ASCII)
     if not valid or not 0 < int(port) < 2**16 or int(index) >= int(count):
@@ -58,12 +56,20 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
 
 
 def _find_launcher(environment):
+    """`find_processes` without COORDINATOR, NUM_PROCESSES, and PROCESS_ID."""
     # srun sets SLURM_STEP_* for the tasks that it starts, not for a batch script.
-    for name, variable in (("SLURM", "SLURM_STEP_NUM_TASKS"), ("Open MPI", "OMPI_COMM_WORLD_SIZE")):
-        if (count := environment.get(variable, "1")) != "1":
-            return f"one of {count} processes started by {name}"
+    for name, total, per_host in (
+        ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ):
+        if (count := environment.get(total, "1")) != "1":
+            alone = re.fullmatch(r"1(\(x\d+\))?", environment.get(per_host, ""))
+            one_gpu = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
+            # By default, JAX uses only the GPU with the process's number on its host.
+            arguments = {"local_device_ids": []} if alone or one_gpu else {}
+            return f"one of {count} processes started by {name}", arguments
     if "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes"):
-        return "one of the processes of a Kubernetes job"
+        return "one of the processes of a Kubernetes job", {}  # JAX uses every GPU of the pod
     return None
 
 
