@@ -29,9 +29,9 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """Returns (a description, the arguments of jax.distributed.initialize); None for one process.
 
-    Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID. Without them, JAX reads the variables of a
-    launcher: SLURM's srun, Open MPI's mpirun, or an indexed Kubernetes job. Raises UserError for
-    inconsistent values.
+    Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID, and raises UserError if they are inconsistent.
+    Without them, JAX finds its arguments by a launcher's variables: SLURM's srun, Open MPI's
+    mpirun, or an indexed Kubernetes job.
     """
     names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
     coordinator, count, index = values = [environment.get(name, "") for name in names]
@@ -135,10 +135,7 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises UserError in every process unless all have the same {name: JSON value}.
-
-    Every process must call it. The error names the first process that differs, and the values.
-    """
+    """Raises UserError in every process unless all pass the same {name: JSON value}."""
     if jax.process_count() == 1:
         return
     devices = collections.Counter(device.process_index for device in jax.devices())
