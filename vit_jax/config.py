@@ -315,8 +315,7 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 def from_file(path: str | pathlib.Path) -> ConfigDict:
     """The config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
 
-    Executes the file. Raises UserError if it fails, has no get_config, or sets an unknown field or
-    a value of the wrong type.
+    Executes the file. Raises UserError if that fails or does not return a valid config.
     """
     path = recipe_path(path)
     try:

@@ -40,13 +40,10 @@ def init_state(
     *,
     image_shape: tuple[int, int, int],
     ema: bool,
-    params: Any = None,
+    params: Any = None,  # default: random initial weights
     skip_bad: bool = False,
 ) -> TrainState:
-    """The state before the first step, for images of (H, W, C). Jittable.
-
-    `params` replaces the model's random initial weights.
-    """
+    """The state before the first step, for images of (H, W, C). Jittable."""
     if params is None:
         params = init_params(model, jax.random.key(seed), image_shape)
     return TrainState(
@@ -111,14 +108,12 @@ def loss_and_grads(
 def apply_update(
     optimizer: optax.GradientTransformation, grads: Any, state: TrainState, *, ema_decay: float
 ) -> TrainState:
-    """The state with updated weights, optimizer state, and EMA weights.
-
-    The EMA decay warms up; otherwise a short run stays biased toward its initial weights.
-    """
+    """The state with updated weights, optimizer state, and EMA weights."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
+        # The decay warms up; otherwise a short run stays biased toward its initial weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     return state.replace(params=params, opt_state=opt_state, ema_params=ema_params)

@@ -161,10 +161,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Reraises a UserError of the body in every process; each must enter it.
-
-    The body must not wait for another process.
-    """
+    """Reraises a UserError of the body, which must wait for no other process, in every process."""
     if jax.process_count() == 1:
         yield
         return
