@@ -93,9 +93,7 @@ class Experiment:
         shapes = jax.eval_shape(init, seed, params)
         shardings = seeds.state_sharding(mesh, shapes, config)
         jitted = jax.jit(init, out_shardings=shardings)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
+        shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
         everywhere = mesh_lib.replicated(mesh)
         return lambda: jitted(mesh_lib.to_devices(seed, everywhere), params), shapes
 
@@ -143,11 +141,7 @@ class Experiment:
 
     @functools.cached_property
     def data_identity(self) -> dict[str, Any]:
-        """The identity of the data, as JSON: class names, and each split's size and digest.
-
-        A streamed split's digest covers a sample of its images and is comparable only with another
-        such digest.
-        """
+        """Class names, and each split's size and digest (of a sample, if streamed), as JSON."""
         kind = {"digest_of": "a sample" if self.config.data.streaming else "all images"}
         splits = {
             name: {"num_examples": split.num_examples, "digest": split.digest()} | kind
@@ -158,20 +152,17 @@ class Experiment:
     @functools.cached_property
     def documents(self) -> dict[str, Any]:
         """The JSON items of a checkpoint: `config` (completed by each workdir) and `data`."""
-        mean, std = list(self.config.data.mean), list(self.config.data.std)
+        pixels = self.config.data
         config = {
-            "class_names": list(self.train.class_names),
-            "image_shape": list(self.train.image_shape),
+            "class_names": self.train.class_names,
+            "image_shape": self.train.image_shape,
             "num_heads": self.model.num_heads,  # 0 in config.model means the size's
-            "preprocessing": {"divide_by": 255, "mean": mean, "std": std},
+            "preprocessing": {"divide_by": 255, "mean": pixels.mean, "std": pixels.std},
         }
         return {"config": config, "data": self.data_identity}
 
     def check(self) -> None:
-        """Traces the step, to raise the UserErrors that only tracing finds.
-
-        jit caches the trace, so the first step is not slower.
-        """
+        """Raises the UserErrors that only tracing the step finds. jit caches the trace."""
         self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes)
 
     def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
