@@ -6,6 +6,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from vit_jax import augment, data
 from vit_jax.errors import UserError
@@ -48,7 +49,8 @@ def make_classify(trained, *, batch_size=64, attention=False):
 
     def classify(images):
         outputs = []
-        for start in range(0, len(images), batch_size):
+        starts = range(0, len(images), batch_size)
+        for start in tqdm.tqdm(starts, "classifying", leave=False, delay=1, disable=None):
             batch = images[start : start + batch_size]
             padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
@@ -131,6 +133,8 @@ def _classify_stream(classify, stream, config):
         rows=np.arange(order.shape[1]),
         threads=config.data.streaming_threads,
     )
-    for indices, batch in zip(order, batches, strict=True):
+    pairs = zip(order, batches, strict=True)
+    total, text = len(order), "reading and classifying"
+    for indices, batch in tqdm.tqdm(pairs, text, total, leave=False, delay=1, disable=None):
         valid = batch["mask"]
         yield classify(batch["image"][valid]), batch["label"][valid], indices[valid]
