@@ -78,10 +78,10 @@ def greet(trained, workdir):
     [{"class", "image": a PNG as a data URL}]}. Without the run's data there are no examples.
     """
     workdir, accuracy = expand_home(workdir), None
-    with contextlib.suppress(OSError, ValueError):  # an unfinished run has no result
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # no result, or no split
         result = json.loads((workdir / "result.json").read_text())
-        if result.get("steps") == trained.step:
-            accuracy = result.get("test_accuracy")
+        if result["steps"] == trained.step:
+            accuracy = f"{result['test_accuracy']:.2%}"
     split, examples = None, []
     try:
         source, split = load_examples(trained)
