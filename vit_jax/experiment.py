@@ -3,6 +3,9 @@
 import functools
 import math
 import pathlib
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -236,8 +239,8 @@ def _check_data(config, train):
         )
 
 
-def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
-    """The lines that describe an experiment before its first step."""
+def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, str]:
+    """Describes an experiment before its first step, as {name: text}; see `description_lines`."""
     c, plan, train = experiment.config, experiment.plan, experiment.train
     m, mesh, (H, W, C) = experiment.model, experiment.mesh, train.image_shape
     resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
@@ -271,7 +274,22 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
         "seed": ", ".join(map(str, seeds.seeds_of(c))),
         "workdir": str(workdir),
     }
-    return [f"{name}: {text}" for name, text in lines.items() if text]
+    return {name: text for name, text in lines.items() if text}
+
+
+def description_lines(description: dict[str, str]) -> list[str]:
+    """The printed lines of a description: two columns on a terminal, otherwise 'name: text'."""
+    if not sys.stdout.isatty():
+        return [f"{name}: {text}" for name, text in description.items()]
+    width = max(map(len, description)) + 2
+    wrap = functools.partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=" " * width,
+        break_long_words=False,  # so that paths can be copied
+        break_on_hyphens=False,
+    )
+    return [wrap(text, initial_indent=f"{name:{width}}") for name, text in description.items()]
 
 
 def _changed(config, group):

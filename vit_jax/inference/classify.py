@@ -6,6 +6,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from vit_jax import augment, data
 from vit_jax.errors import UserError
@@ -46,7 +47,8 @@ def make_classify(trained, *, batch_size=64, attention=False):
 
     def classify(images):
         outputs = []
-        for start in range(0, len(images), batch_size):
+        starts = range(0, len(images), batch_size)
+        for start in tqdm.tqdm(starts, "classifying", leave=False, delay=1, disable=None):
             batch = images[start : start + batch_size]
             padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
@@ -115,6 +117,8 @@ def classify_examples(trained, examples):
             rows=np.arange(order.shape[1]),
             threads=config.data.streaming_threads,
         )
+        text = "reading and classifying"
+        batches = tqdm.tqdm(batches, text, len(order), leave=False, delay=1, disable=None)
         parts = zip(*((classify(b["image"]), b["label"]) for b in batches), strict=True)
         logits, labels = (np.concatenate(part)[: examples.num_examples] for part in parts)
     else:
