@@ -82,6 +82,7 @@ def run(notebook, folder, tfds_dir):
     environment = {
         "VIT_JAX_TUTORIAL_STEPS": "20",
         "TFDS_DATA_DIR": str(tfds_dir),
+        "TMPDIR": str(folder),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
