@@ -1,11 +1,11 @@
-"""Fine-tunes a pretrained ViT-B/16 on CIFAR-10 at 384x384 with the published recipe.
+"""Fine-tunes a pretrained ViT-B/16 on CIFAR-10.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_finetune_b16.py \\
         --config.init_from=ViT-B_16.npz
 
-Expected test accuracy: 98.6% after these 500 steps, 99.0% after 10,000 (--config.steps=10000), as
-published by google-research/vision_transformer from ImageNet-21k weights; not yet measured here.
-Images are cropped and flipped at 32x32 and then resized; the published recipe resizes first.
+Not measured. The recipe is published by google-research/vision_transformer: 98.6% test accuracy
+after these 500 steps, 99.0% after 10,000 (--config.steps=10000), from ImageNet-21k weights. Images
+are cropped and flipped at 32x32 and then resized to 384x384; the published recipe resizes first.
 Published learning rates range from 0.001 to 0.03, chosen on validation accuracy. The attention maps
 of one step take 90 GB across all devices (11 blocks, 12 heads, 577x577 float32, 512 images): use
 several GPUs, or reduce the batch size and scale the learning rate with it.

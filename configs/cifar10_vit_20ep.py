@@ -1,4 +1,4 @@
-"""Trains a plain ViT with patch size 4 on CIFAR-10 for the notebook's 20 epochs.
+"""A wider plain ViT on CIFAR-10, 20 epochs.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_20ep.py --config.num_seeds=3
 

@@ -1,4 +1,4 @@
-"""Trains a plain ViT with patch size 4 on CIFAR-10 for 300 epochs.
+"""The wider ViT, stronger augmentation, 300 epochs.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_300ep.py --config.num_seeds=3
 

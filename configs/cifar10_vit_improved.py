@@ -1,10 +1,9 @@
-"""The notebook's follow-up: the same model with augmentation, for 50 epochs.
+"""The notebook's follow-up: crop and flip, 50 epochs.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_improved.py
 
-Images are cropped and flipped, and a cosine schedule changes the learning rate once per epoch.
-Expected test accuracy: 76.23%, measured by the follow-up (one run, PyTorch). docs/results.md lists
-our measurements.
+Not measured. The follow-up reports a test accuracy of 76.23% (one run, PyTorch). A cosine schedule
+changes the learning rate once per epoch.
 """
 
 import pathlib

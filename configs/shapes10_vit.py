@@ -1,9 +1,9 @@
-"""The default recipe: a small ViT on shapes10, an embedded dataset of drawn images.
+"""The default recipe: a small ViT on drawn images.
 
     ./launch.sh python -m vit_jax.main --config configs/shapes10_vit.py
 
-It needs no download. Expected test accuracy: above 95% in two to four minutes on two CPU cores;
-docs/results.md lists measurements.
+Measured: 99.05% in 2 min on two CPU cores. The dataset, shapes10, is drawn by this package, so
+nothing is downloaded. docs/results.md has the command and the hardware.
 """
 
 from vit_jax.config import defaults

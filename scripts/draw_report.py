@@ -14,9 +14,14 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-WIDTH, SHOWN = 1265, 900
-# The parts of the page that are drawn: first element, height in pixels, and color scheme.
-PARTS = (("html", 1030, "light"), ("#evaluation", 580, "light"), ("#attention", 800, "dark"))
+WIDTH, SHOWN, MARGIN = 1265, 900, 14
+# The parts of the page that are drawn: first and last element, and color scheme.
+PARTS = (
+    ("h1", "#results figure", "light"),
+    ("#curves", "#curves", "light"),
+    ("#evaluation", "#evaluation figure", "light"),
+    ("#attention", "#attention", "dark"),
+)
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
 
 
@@ -28,22 +33,26 @@ def draw(address):
         options.add_argument(f"--{flag}")
     browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     screen = {"width": WIDTH, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page, y = Image.new("RGB", (WIDTH, sum(height for _, height, _ in PARTS))), 0
+    parts = []
     try:
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         browser.get(address)
-        for start, height, scheme in PARTS:
+        for first, last, scheme in PARTS:
             feature = {"name": "prefers-color-scheme", "value": scheme}
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-            top = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
-            top = max(0, browser.execute_script(top, start) - 14)
-            clip = {"x": 0, "y": top, "width": WIDTH, "height": height, "scale": 1}
+            box = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+            top, bottom = (browser.execute_script(box, e) for e in (first, last))
+            top, bottom = round(top["top"]) - MARGIN, round(bottom["bottom"]) + MARGIN
+            clip = {"x": 0, "y": top, "width": WIDTH, "height": bottom - top, "scale": 1}
             options = {"captureBeyondViewport": True, "clip": clip}
             png = browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
-            page.paste(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), (0, y))
-            y += height
+            parts.append(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
     finally:
         browser.quit()
+    page, y = Image.new("RGB", (WIDTH, sum(part.height for part in parts))), 0
+    for part in parts:
+        page.paste(part, (0, y))
+        y += part.height
     return page
 
 

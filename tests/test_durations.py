@@ -19,8 +19,9 @@ from vit_jax import config, durations
     ],
 )
 def test_duration_in_steps(text, steps):
-    counts = {"steps_per_epoch": 100, "batch_size": 64, "total_steps": 2000}
-    assert durations.in_steps(text, **counts) == steps
+    c = config.defaults()
+    c.batch_size, c.steps = 64, 2000
+    assert durations.Plan(c, 6400).in_steps(text) == steps
 
 
 @pytest.mark.parametrize(

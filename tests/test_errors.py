@@ -41,10 +41,11 @@ def test_missing_home_directory_is_an_error(expand, monkeypatch):
         (UserError("two\nlines"), 2, "error: two lines\n"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: No space left on"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, "error: the reader of the output"),
         (Stopped(signal.SIGTERM), 143, ""),
         (Stopped(signal.SIGINT), 130, ""),
     ],
-    ids=["user error", "full disk", "Ctrl-C", "SIGTERM", "SIGINT"],
+    ids=["user error", "full disk", "Ctrl-C", "closed pipe", "SIGTERM", "SIGINT"],
 )
 def test_errors_print_one_line_and_set_the_exit_code(error, code, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test

@@ -1,16 +1,18 @@
 """Experiments built from configs: their description, and invalid configs."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vit_jax.errors import UserError
-from vit_jax.experiment import describe, make_experiment
+from vit_jax.experiment import describe, description_lines, make_experiment
 
 
 def test_description_lists_every_part(tiny_config, tmp_path):
     c = tiny_config
-    text = "\n".join(describe(make_experiment(c), tmp_path))
+    text = "\n".join(description_lines(describe(make_experiment(c), tmp_path)))
     for part in (
         "model: ViT, patch 4, width 16, depth 2, 2 heads, MLP 32",
         "parameters",
@@ -30,12 +32,24 @@ def test_description_lists_every_part(tiny_config, tmp_path):
     c.augment.crop, c.augment.flip, c.num_seeds = "pad", "random", 2
     c.model.remat = True
     experiment = make_experiment(c)
-    lines = dict(line.split(": ", 1) for line in describe(experiment, tmp_path))
+    lines = describe(experiment, tmp_path)
     assert "(not on bias, cls_token, pos_embed, scale)" in lines["optimizer"]
     assert f"of {experiment.num_params:,} parameters" in lines["optimizer"]
     assert lines["devices"].endswith("2 microbatches, activations recomputed")
     assert lines["augmentation"] == "crop=pad, flip=random"
     assert lines["seed"] == "0, 1"
+
+
+def test_description_is_a_table_on_a_terminal(monkeypatch):
+    description = {"seed": "0", "optimizer": "word " * 20, "data": "/a-" + "long" * 30}
+    assert description_lines(description)[0] == "seed: 0"  # in a log
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = "\n".join(description_lines(description)).splitlines()
+    assert lines[0] == "seed       0"
+    assert lines[1] == "optimizer  " + "word " * 9 + "word" and lines[2][:15] == " " * 11 + "word"
+    assert lines[-1].split() == ["data", description["data"]]  # a path is not broken
+    assert {line[9:11] for line in lines} == {"  "}
 
 
 @pytest.mark.parametrize(

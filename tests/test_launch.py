@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from vit_jax import main
+from vit_jax.config import defaults
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Creates an environment with this script as Python. Installing logs a line and exits with $FAIL.
@@ -170,12 +172,23 @@ def test_missing_python_is_reported_in_one_line(checkout):
     assert code == 2 and err.startswith("error: Python 3.11 or newer is needed (tried: no_python)")
 
 
-def test_printed_commands_run_as_printed(checkout, tmp_path, monkeypatch):
+def test_printed_commands_run_as_printed(checkout, tiny_run, tmp_path, monkeypatch):
+    workdir = tmp_path / "a run's workdir"
+    shutil.copytree(tiny_run, workdir)
+    config = defaults()
     monkeypatch.delenv("VIT_JAX_LAUNCHER", raising=False)
-    assert subprocess.check_output([*main._python().split(), "-c", "print(1)"]) == b"1\n"
+    printed = main.next_commands(config, "cifar10_vit", workdir)
+    assert [shlex.split(command)[0] for command in printed.values()] == [sys.executable] * 2
     _, launcher, _ = checkout.launch("bash", "-c", "echo $VIT_JAX_LAUNCHER")
     monkeypatch.setenv("VIT_JAX_LAUNCHER", launcher)
     monkeypatch.setenv("LOG", str(checkout.log))
     monkeypatch.setenv("PATH", f"{checkout.programs}:{os.environ['PATH']}")
-    printed = f"{main._python()} -c 'print(1)'"
-    assert subprocess.check_output(printed, shell=True, cwd=tmp_path) == b"1\n"
+    printed = main.next_commands(config, "cifar10_vit", workdir)
+    assert printed["evaluate"].startswith(f"{launcher} python -m vit_jax evaluate ")
+    output = subprocess.check_output(printed["evaluate"], shell=True, cwd=tmp_path, text=True)
+    assert "accuracy" in output and "30 images" in output
+    config.num_seeds, config.seed = 2, 5
+    printed = main.next_commands(config, "shapes10_vit", pathlib.Path("w"))
+    assert printed["evaluate"].endswith(" evaluate --workdir w/seed_5")
+    assert printed["report"].endswith(" report --workdir w")
+    assert printed["CIFAR-10"].endswith(" -m vit_jax.main --config cifar10_vit")

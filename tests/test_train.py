@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import command_after, files, finish, lines, start
+from runs import command, command_after, files, finish, lines, start
 
 import vit_jax
 from vit_jax import augment, main
@@ -90,6 +90,15 @@ def test_complete_run_is_unchanged(finished, capsys):
     assert train(c, workdir) == result
     assert files(workdir) == before
     assert "Already complete. Test Accuracy" in capsys.readouterr().out
+
+
+def test_finished_run_prints_the_next_commands(finished, capsys):
+    c, workdir, _, _ = finished
+    main.main(command(c, workdir)[3:])
+    complete, *following = capsys.readouterr().out.splitlines()[-3:]
+    assert complete.startswith("Already complete.")
+    printed = main.next_commands(c, "cifar10_vit", workdir)
+    assert following == [f"Next, {name}: {printed[name]}" for name in ("evaluate", "report")]
 
 
 def test_broken_result_of_a_complete_run_is_reported(finished, tmp_path):

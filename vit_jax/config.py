@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import operator
 import pathlib
@@ -226,14 +227,13 @@ def defaults() -> ConfigDict:
 
 def field_help() -> Iterator[str]:
     """Lines that list every field with its default, meaning, and allowed values, by group."""
-    group = None
-    for name, field in FIELDS.items():
-        if name.rpartition(".")[0] != group:
-            group = name.rpartition(".")[0]
-            yield f"\n{group or 'run'}:"
-        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-        choices = f" [{', '.join(field.choices)}]" if field.choices else ""
-        yield f"  --config.{name}={default}  {field.doc}{choices}"
+    for group, names in itertools.groupby(FIELDS, lambda name: name.rpartition(".")[0]):
+        yield f"\n{group or 'run'}:"
+        for name in names:
+            field = FIELDS[name]
+            default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+            choices = f" [{', '.join(field.choices)}]" if field.choices else ""
+            yield f"  --config.{name}={default}  {field.doc}{choices}"
 
 
 def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
@@ -264,17 +264,11 @@ def _problems(c, a, m):
     if not c.data.train_split or not (c.data.val_split or c.data.test_split):
         yield "config.data needs a train_split, and a test_split or a val_split"
     if len(c.data.mean) != len(c.data.std):
-        yield (
-            f"config.data.mean {c.data.mean} and config.data.std {c.data.std} must have one value "
-            "per channel"
-        )
+        yield f"config.data.mean={c.data.mean} and std={c.data.std} must have one value per channel"
     if c.data.streaming and c.num_seeds > 1:
         yield "config.data.streaming supports one seed only: set config.num_seeds=1"
     if a.crop == "resized" and not (c.data.streaming and c.data.image_size):
-        yield (
-            "config.augment.crop=resized needs config.data.streaming=true and "
-            "config.data.image_size, the size it resizes to"
-        )
+        yield "config.augment.crop=resized needs config.data.streaming=true and data.image_size"
     if a.crop == "resized" and a.flip == "alternating":
         yield (
             "config.augment.flip=alternating identifies an image by its stored pixels, which "
@@ -304,10 +298,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
-    """The path of a recipe, by a file's path or a shipped recipe's name.
-
-    Raises UserError, with the nearest name, if neither exists.
-    """
+    """The path of a recipe, by path or shipped name. Raises UserError if neither exists."""
     path = expand_home(name)
     shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
     if str(name) in shipped and not path.is_file():
@@ -324,8 +315,7 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 def from_file(path: str | pathlib.Path) -> ConfigDict:
     """The config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
 
-    Executes the file. Raises UserError if it fails, has no get_config, or sets an unknown field or
-    a value of the wrong type.
+    Executes the file. Raises UserError if that fails or does not return a valid config.
     """
     path = recipe_path(path)
     try:

@@ -34,14 +34,6 @@ def canonical(text: str) -> str:
     return f"{number} {unit}" if value == 1 else f"{number} {unit}s"
 
 
-def in_steps(text: str, *, steps_per_epoch: int, batch_size: int, total_steps: int) -> int:
-    """The duration in optimizer steps, at least 1; 0 if it is empty or zero."""
-    value, unit = parse(text)
-    per_unit = {"step": 1, "epoch": steps_per_epoch, "example": 1 / batch_size}
-    per_unit["%"] = total_steps / 100
-    return max(1, round(value * per_unit[unit])) if value else 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Every:
     """A cadence: every multiple of `steps` (0: none) and, if given, the step `last`."""
@@ -54,31 +46,26 @@ class Every:
 
 
 class Plan:
-    """The durations of a config's run in steps. The last batch of an epoch may be smaller.
-
-    Warmup and the part without mixing are capped at the run.
-    """
+    """The durations of a run in steps. The last batch of an epoch may be smaller."""
 
     def __init__(self, config: ConfigDict, num_examples: int) -> None:
         self.num_examples, self.batch_size = num_examples, config.batch_size
         self.steps_per_epoch = math.ceil(num_examples / config.batch_size)
         self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
-
-        def steps(text):
-            return in_steps(
-                text,
-                steps_per_epoch=self.steps_per_epoch,
-                batch_size=self.batch_size,
-                total_steps=self.total_steps,
-            )
-
-        self.warmup_steps = min(steps(config.optim.warmup), self.total_steps)
+        self.warmup_steps = min(self.in_steps(config.optim.warmup), self.total_steps)
         # Mixup and CutMix apply up to this step.
-        self.mix_steps = max(self.total_steps - steps(config.augment.mix_off_last), 0)
-        self.log = Every(steps(config.log_every))
-        self.evaluate = Every(steps(config.eval_every), last=self.total_steps)
-        self.save = Every(steps(config.save_every), last=self.total_steps)
-        self.keep = Every(steps(config.keep_every))
+        self.mix_steps = max(self.total_steps - self.in_steps(config.augment.mix_off_last), 0)
+        self.log = Every(self.in_steps(config.log_every))
+        self.evaluate = Every(self.in_steps(config.eval_every), last=self.total_steps)
+        self.save = Every(self.in_steps(config.save_every), last=self.total_steps)
+        self.keep = Every(self.in_steps(config.keep_every))
+
+    def in_steps(self, text: str) -> int:
+        """A duration in optimizer steps, at least 1; 0 if it is empty or zero."""
+        value, unit = parse(text)
+        per_unit = {"step": 1, "epoch": self.steps_per_epoch, "example": 1 / self.batch_size}
+        per_unit["%"] = self.total_steps / 100
+        return max(1, round(value * per_unit[unit])) if value else 0
 
     def epoch(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step, all counted from 1."""

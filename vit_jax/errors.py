@@ -55,6 +55,8 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
         message, code = str(e), 2
     except Stopped as e:
         sys.exit(e.code)
+    except BrokenPipeError:  # of stdout, for example by head
+        message, code = "the reader of the output has closed it", 141
     except OSError as e:
         if e.errno not in _DISK_FULL:
             raise

@@ -3,6 +3,9 @@
 import functools
 import math
 import pathlib
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -93,9 +96,7 @@ class Experiment:
         shapes = jax.eval_shape(init, seed, params)
         shardings = seeds.state_sharding(mesh, shapes, config)
         jitted = jax.jit(init, out_shardings=shardings)
-        shapes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
+        shapes = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
         everywhere = mesh_lib.replicated(mesh)
         return lambda: jitted(mesh_lib.to_devices(seed, everywhere), params), shapes
 
@@ -143,11 +144,7 @@ class Experiment:
 
     @functools.cached_property
     def data_identity(self) -> dict[str, Any]:
-        """The identity of the data, as JSON: class names, and each split's size and digest.
-
-        A streamed split's digest covers a sample of its images and is comparable only with another
-        such digest.
-        """
+        """Class names, and each split's size and digest (of a sample, if streamed), as JSON."""
         kind = {"digest_of": "a sample" if self.config.data.streaming else "all images"}
         splits = {
             name: {"num_examples": split.num_examples, "digest": split.digest()} | kind
@@ -158,20 +155,17 @@ class Experiment:
     @functools.cached_property
     def documents(self) -> dict[str, Any]:
         """The JSON items of a checkpoint: `config` (completed by each workdir) and `data`."""
-        mean, std = list(self.config.data.mean), list(self.config.data.std)
+        pixels = self.config.data
         config = {
-            "class_names": list(self.train.class_names),
-            "image_shape": list(self.train.image_shape),
+            "class_names": self.train.class_names,
+            "image_shape": self.train.image_shape,
             "num_heads": self.model.num_heads,  # 0 in config.model means the size's
-            "preprocessing": {"divide_by": 255, "mean": mean, "std": std},
+            "preprocessing": {"divide_by": 255, "mean": pixels.mean, "std": pixels.std},
         }
         return {"config": config, "data": self.data_identity}
 
     def check(self) -> None:
-        """Traces the step, to raise the UserErrors that only tracing finds.
-
-        jit caches the trace, so the first step is not slower.
-        """
+        """Raises the UserErrors that only tracing the step finds. jit caches the trace."""
         self.train_step.eval_shape(self.state_shapes, *self.feed.input_shapes)
 
     def batches(self, after: int = 0) -> Iterator[tuple[int, tuple]]:
@@ -245,8 +239,8 @@ def _check_data(config, train):
         )
 
 
-def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
-    """The lines that describe an experiment before its first step."""
+def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, str]:
+    """Describes an experiment before its first step, as {name: text}; see `description_lines`."""
     c, plan, train = experiment.config, experiment.plan, experiment.train
     m, mesh, (H, W, C) = experiment.model, experiment.mesh, train.image_shape
     resized = f" resized to {m.image_size}x{m.image_size}" if m.image_size else ""
@@ -280,7 +274,22 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> list[str]:
         "seed": ", ".join(map(str, seeds.seeds_of(c))),
         "workdir": str(workdir),
     }
-    return [f"{name}: {text}" for name, text in lines.items() if text]
+    return {name: text for name, text in lines.items() if text}
+
+
+def description_lines(description: dict[str, str]) -> list[str]:
+    """The printed lines of a description: two columns on a terminal, otherwise 'name: text'."""
+    if not sys.stdout.isatty():
+        return [f"{name}: {text}" for name, text in description.items()]
+    width = max(map(len, description)) + 2
+    wrap = functools.partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=" " * width,
+        break_long_words=False,  # so that paths can be copied
+        break_on_hyphens=False,
+    )
+    return [wrap(text, initial_indent=f"{name:{width}}") for name, text in description.items()]
 
 
 def _changed(config, group):

@@ -1,8 +1,11 @@
 """The train command: python -m vit_jax.main --config configs/X.py [--config.field=value]."""
 
 import argparse
+import ast
+import contextlib
 import os
 import pathlib
+import re
 import shlex
 import sys
 
@@ -15,7 +18,7 @@ def main(argv=None):
     config, args = parse(argv)
     import jax
 
-    from vit_jax.config import DEFAULT_RECIPE, flat
+    from vit_jax.config import flat
     from vit_jax.parallel import backend, processes
 
     backend.enable_compilation_cache()
@@ -27,17 +30,13 @@ def main(argv=None):
         processes.check_same(shared)
         _run(config, args, argv)
         is_first = jax.process_index() == 0
-    if args.config.stem == DEFAULT_RECIPE and is_first:
-        launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
-        python = f"{shlex.quote(launcher)} python" if launcher else shlex.quote(sys.executable)
-        print(f"Next, CIFAR-10: {python} -m vit_jax.main --config cifar10_vit")
+    if is_first and not args.dry_run:
+        for purpose, command in next_commands(config, args.config.stem, args.workdir).items():
+            print(f"Next, {purpose}: {command}")
 
 
-def parse(argv):
-    """(config, arguments) of a command line: config, workdir (never None), dry_run.
-
-    Raises UserError for invalid arguments.
-    """
+def make_parser():
+    """Returns the parser of all arguments except --config.FIELD=VALUE."""
     parser = argparse.ArgumentParser(
         prog="vit-jax train",
         description="Train a Vision Transformer from a recipe and write the run to a workdir. "
@@ -51,8 +50,11 @@ def parse(argv):
         "--config",
         type=pathlib.Path,
         metavar="RECIPE",
+        nargs="?",
+        const=False,  # --config without a value
         help="name of a shipped recipe, such as cifar10_vit, or path of a recipe file "
-        "(default: a small ViT on drawn images)",
+        "(default: a small ViT on drawn images); without a value, list the shipped recipes and "
+        "exit",
     )
     parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
     text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
@@ -60,18 +62,41 @@ def parse(argv):
     parser.add_argument("--dry_run", action="store_true", help=text)
     text = "list every field of a config and exit"
     parser.add_argument("--help_config", action="store_true", help=text)
-    args, rest = parser.parse_known_args(argv)
+    return parser
+
+
+def parse(argv):
+    """(config, arguments) of a command line: config, workdir (never None), dry_run.
+
+    Raises UserError for invalid arguments.
+    """
+    args, rest = make_parser().parse_known_args(argv)
 
     from vit_jax import config as config_lib  # slow to import: after --help
 
-    if args.help_config:
-        print(*config_lib.field_help(), sep="\n")
+    if args.help_config or args.config is False:
+        text = config_lib.field_help() if args.help_config else recipe_list(config_lib.CONFIGS)
+        print(*text, sep="\n")
         sys.exit()
     args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --workdir, --dry_run")
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
     return config, args
+
+
+def recipe_list(folder):
+    """Yields a line per recipe of a folder, the measured ones first, from their docstrings."""
+    rows = []
+    for path in folder.glob("*.py"):
+        text = ""
+        with contextlib.suppress(SyntaxError, ValueError):  # an unfinished recipe is listed too
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        measured = re.search(r"^Measured: (.+?)\.(?:\s|$)", text, re.M)
+        result = measured[1] if measured else "not measured"
+        rows.append((not measured, path.stem, text.partition("\n")[0].removesuffix("."), result))
+    for _, name, purpose, result in sorted(rows):
+        yield f"{name:20}  {purpose:52}  {result}"
 
 
 def _run(config, args, argv):
@@ -83,6 +108,23 @@ def _run(config, args, argv):
     from vit_jax.train import train
 
     train(config, args.workdir, command=shlex.join(["python", "-m", "vit_jax.main", *argv]))
+
+
+def next_commands(config, recipe, workdir):
+    """Returns {purpose: shell command} for a finished run of a recipe, by the recipe's name."""
+    from vit_jax.config import DEFAULT_RECIPE
+
+    launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
+    python = [launcher, "python"] if launcher else [sys.executable]
+    # Several seeds have one report, but a checkpoint each.
+    first = workdir / f"seed_{config.seed}" if config.num_seeds > 1 else workdir
+    commands = {
+        "evaluate": ("vit_jax", "evaluate", "--workdir", str(first)),
+        "report": ("vit_jax", "report", "--workdir", str(workdir)),
+    }
+    if recipe == DEFAULT_RECIPE:
+        commands["CIFAR-10"] = ("vit_jax.main", "--config", "cifar10_vit")
+    return {name: shlex.join([*python, "-m", *command]) for name, command in commands.items()}
 
 
 if __name__ == "__main__":

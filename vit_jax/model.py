@@ -95,7 +95,7 @@ def _options(part):
 class PatchEmbedding(_Part):
     """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
 
-    Equal to a convolution with stride P, and its kernel has a convolution's shape, [P, P, C, D].
+    Equal to a convolution with stride P; the kernel has its shape, [P, P, C, D].
     """
 
     @nn.compact
@@ -233,10 +233,10 @@ class VisionTransformer(_Part, kw_only=True):
 
     def _embed(self, images):
         """[B, N, D]: the class token and the patches, with their position embeddings."""
-        B, C = images.shape[0], images.shape[3]
-        H, W, _ = resolution(self, images.shape[1:])
-        if images.shape[1:3] != (H, W):
-            images = jax.image.resize(images, (B, H, W, C), "bilinear")
+        B, *image_shape = images.shape
+        resized = (B, *resolution(self, image_shape))
+        if images.shape != resized:
+            images = jax.image.resize(images, resized, "bilinear")
         if self.stem == "conv":
             x = ConvStem(**_options(self), name="conv_stem")(images)
         else:
@@ -251,7 +251,7 @@ class VisionTransformer(_Part, kw_only=True):
         if self.posemb == "learned":
             pos_embed = self.param("pos_embed", init, (1, x.shape[1], self.width))
         else:
-            grid = (H // self.patch_size, W // self.patch_size)
+            grid = patch_grid(self, image_shape)
             pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
         return x + jnp.asarray(pos_embed, self.dtype)
 
@@ -321,10 +321,10 @@ def train_flops_per_image(model, image_shape):
         6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim)
         for n in [N] * (model.depth - 1) + [last]
     )
-    patches = H * W // P**2
-    embed = 2 * patches * P**2 * C * D
+    pixels, patches = H * W, H * W // P**2
+    embed = 2 * pixels * C * D
     if model.stem == "conv":
-        num_convs, pixels = P.bit_length() - 1, H * W
+        num_convs = P.bit_length() - 1
         channels = [C, *(D // 2**i for i in reversed(range(num_convs)))]
         embed = 2 * patches * D * D
         for inputs, outputs in itertools.pairwise(channels):

@@ -80,7 +80,7 @@ class RunWorkdir:
             for seed in self.seeds:
                 own = config_lib.from_dict(config.to_dict() | {"seed": seed, "num_seeds": 1})
                 self._each.append(Workdir(path / f"seed_{seed}", own))
-            self._all = self._all + self._each  # that of the run has no steps and no metrics
+            self._all = self._all + self._each  # the run's own has no checkpoints and no metrics
         self.folders = [workdir.path for workdir in self._each]
 
     @property
@@ -125,14 +125,11 @@ class RunWorkdir:
         return mesh_lib.to_devices(stack(states), shardings), progress
 
     def save(self, step: int, state: TrainState, documents: dict[str, Any], log: TrainLog) -> None:
-        """Starts saving a state, with the progress and validation accuracy of a `TrainLog`.
-
-        Raises BadStep if the weights are not finite.
-        """
+        """Starts saving a state and a TrainLog. Raises BadStep if the weights are not finite."""
         parts = self._split((mesh_lib.to_host(state), log.val_accuracy))
-        bad = [not _all_finite(state.params) for _, (state, _) in parts]
-        if any(bad):
-            raise BadStep(step, np.array(bad), None, None)
+        bad = np.array([not _all_finite(state.params) for _, (state, _) in parts])
+        if bad.any():
+            raise BadStep(step, bad, None, None)
         for workdir, (state, val_accuracy) in parts:
             arrays = {name: getattr(state, name) for name in _SAVED_ARRAYS}
             sums = {name: float(value) for name, value in state.sums.items()}

@@ -40,13 +40,10 @@ def init_state(
     *,
     image_shape: tuple[int, int, int],
     ema: bool,
-    params: Any = None,
+    params: Any = None,  # default: random initial weights
     skip_bad: bool = False,
 ) -> TrainState:
-    """The state before the first step, for images of (H, W, C). Jittable.
-
-    `params` replaces the model's random initial weights.
-    """
+    """The state before the first step, for images of (H, W, C). Jittable."""
     if params is None:
         params = init_params(model, jax.random.key(seed), image_shape)
     return TrainState(
@@ -65,20 +62,6 @@ def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Arra
     return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
 
 
-def augmented_batch(
-    augment_fn: Callable,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    *,
-    steps_per_epoch: int,
-    mix_steps: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The next step's images, float32[B, H, W, C], and soft labels, float32[B, classes]."""
-    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
-    return augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
-
-
 def loss_and_grads(
     model: VisionTransformer,
     params: Any,
@@ -88,12 +71,11 @@ def loss_and_grads(
     *,
     num_microbatches: int = 1,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """(loss, gradients, logits) of a batch.
+    """(loss, gradients, logits) of a batch, whose `inputs` are (images, soft labels, mask).
 
-    `inputs` is (images, soft labels, mask). The loss is the sum of the cross-entropies over the
-    mask, divided by `count`. Microbatches run in sequence, in the memory of one. Microbatch i
-    consists of every `num_microbatches`-th row, so each device's share is among its own rows, and
-    draws dropout from fold_in(dropout_key, i).
+    The loss is the sum of the cross-entropies over the mask, divided by `count`. Microbatches run
+    in sequence, in the memory of one. Microbatch i consists of every `num_microbatches`-th row, so
+    each device's share is among its own rows, and draws dropout from fold_in(dropout_key, i).
     """
 
     def one_pass(inputs, dropout_key):
@@ -126,14 +108,12 @@ def loss_and_grads(
 def apply_update(
     optimizer: optax.GradientTransformation, grads: Any, state: TrainState, *, ema_decay: float
 ) -> TrainState:
-    """The state with updated weights, optimizer state, and EMA weights.
-
-    The EMA decay warms up; otherwise a short run stays biased toward its initial weights.
-    """
+    """The state with updated weights, optimizer state, and EMA weights."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
+        # The decay warms up; otherwise a short run stays biased toward its initial weights.
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     return state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
@@ -173,9 +153,8 @@ def make_train_step(
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        images, labels = augmented_batch(
-            augment_fn, state, batch, steps_per_epoch=steps_per_epoch, mix_steps=mix_steps
-        )
+        epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
+        images, labels = augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
         mask = batch["mask"]
         count = jnp.maximum(jnp.sum(mask), 1)
         loss, grads, logits = loss_and_grads(

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.errors import Stopped, UserError, expand_home
-from vit_jax.experiment import describe, make_experiment
+from vit_jax.experiment import describe, description_lines, make_experiment
 from vit_jax.parallel import peaks
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
@@ -39,7 +39,7 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if jax.process_count() > 1:  # otherwise the digests are not needed yet
             splits = experiment.data_identity["splits"]
             check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
-        _say(*describe(experiment, path))
+        _say(*description_lines(describe(experiment, path)))
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders found are not checkpoints
             experiment = make_experiment(config)
@@ -152,7 +152,9 @@ def _results(experiment, workdir, log, state, validated):
     metrics = {"val": validated}  # of the last step, unless the run resumed there
     for name in ("val", "test"):
         if name in experiment.splits:
-            found = metrics.get(name) or experiment.evaluate(state.eval_params, name)
+            if not (found := metrics.get(name)):
+                _say(f"Evaluating {experiment.splits[name].num_examples:,} {name} images")
+                found = experiment.evaluate(state.eval_params, name)
             values |= {f"{name}_{k}": found[k] for k in ("accuracy", "loss")}
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}

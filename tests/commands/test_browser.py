@@ -87,7 +87,8 @@ def test_report_opens_from_disk_without_requests(browser, page, width):
 @pytest.fixture(scope="module")
 def address(tiny_run):
     """The URL of the demo on a free local port."""
-    app = demo.make_app(vit_jax.load(tiny_run), "127.0.0.1")
+    trained = vit_jax.load(tiny_run)
+    app = demo.make_app(trained, "127.0.0.1", demo.greet(trained, tiny_run))
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -117,6 +118,23 @@ def test_demo_classifies_an_upload(browser, address, tmp_path, width):
     shown = "return arguments[0].naturalWidth"
     assert [browser.execute_script(shown, head) for head in heads] == [128] * 4
     assert status(browser) == ""
+    assert browser.get_log("browser") == []
+    assert set(requests(browser)) == {address, f"{address}classify"}
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_demo_greets_with_images_to_click(browser, address, width):
+    show(browser, address, width=width)
+    assert browser.find_element(By.TAG_NAME, "h1").text == "tiny"
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#examples button")
+    assert len(buttons) == 12
+    overflow = "return document.documentElement.scrollWidth - window.innerWidth"
+    assert browser.execute_script(overflow) <= 0
+    for button in (buttons[0], next(b for b in buttons if b.text != buttons[0].text)):
+        button.click()
+        shown = lambda b: b.find_element(By.ID, "result").is_displayed()  # noqa: E731
+        WebDriverWait(browser, 20).until(shown)
+        assert browser.find_element(By.ID, "classes").text.startswith(button.text)
     assert browser.get_log("browser") == []
     assert set(requests(browser)) == {address, f"{address}classify"}
 

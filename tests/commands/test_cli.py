@@ -1,5 +1,6 @@
 """The command line: the list of commands, their help, and unknown commands."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -9,10 +10,11 @@ import tomllib
 import pytest
 
 from vit_jax import __main__ as cli
+from vit_jax import config, main
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ("train", "evaluate", "predict", "report", "demo", "export", "sweep", "describe")
-COMMANDS += ("benchmark",)
+COMMANDS += ("benchmark", "completion")
 
 
 def run(*arguments):
@@ -45,6 +47,56 @@ def test_help_of_each_command(name, monkeypatch, capsys):
     assert description[0].isupper()
 
 
+def test_config_without_a_value_lists_the_recipes(capsys):
+    with pytest.raises(SystemExit) as end:
+        main.parse(["--config", "--config.seed=1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code is None and max(map(len, lines)) <= 110
+    recipes = {re.split(r" {2,}", line)[0]: re.split(r" {2,}", line)[1:] for line in lines}
+    assert set(recipes) == {path.stem for path in config.CONFIGS.glob("*.py")}
+    rows = dict(re.findall(r"^\| `(\w+)` (.*)$", (ROOT / "docs/recipes.md").read_text(), re.M))
+    for name, (purpose, result) in recipes.items():
+        docstring = ast.get_docstring(ast.parse((config.CONFIGS / f"{name}.py").read_text()))
+        assert docstring.startswith(f"{purpose}.\n")
+        accuracy = re.match(r"[\d.]+%(?= in \d+ min on )", result)
+        assert bool(re.search(r"^Not measured\. ?", docstring, re.M)) == (not accuracy), name
+        assert accuracy or result == "not measured"
+        # As in the table of recipes.
+        assert re.findall(r"measured: ([\d.]+%)", rows[name]) == ([accuracy[0]] if accuracy else [])
+
+
+def test_recipe_without_a_docstring_is_listed(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(): pass\n")
+    (tmp_path / "torn.py").write_text("def get_config(:\n")
+    lines = [line.split() for line in main.recipe_list(tmp_path)]
+    assert lines == [["mine", "not", "measured"], ["torn", "not", "measured"]]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The completion script."""
+    return run("completion").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("vit-jax ev", ["evaluate"]),
+        ("vit-jax train --w", ["--workdir"]),
+        ("vit-jax train --config shapes", ["shapes10_vit"]),
+        ("vit-jax describe --config.optim.b", ["--config.optim.b1", "--config.optim.b2"]),
+        ("vit-jax train --workdir sh", []),  # bash then completes files
+        ("vit-jax report --w", []),
+    ],
+)
+def test_bash_completes_commands_options_recipes_and_fields(script, line, expected):
+    words = line.split()
+    script += f"COMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n"
+    script += f"_vit_jax vit-jax {words[-1]} {words[-2]}; echo ${{COMPREPLY[@]}}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == expected and found.stderr == ""
+
+
 def test_console_script_is_the_list_of_commands():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"vit-jax": "vit_jax.__main__:main"}
@@ -59,7 +111,7 @@ def test_describe_prints_the_run_and_its_program(tiny_folder, monkeypatch, capsy
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["model"].startswith("ViT, patch 4, width 8, depth 1")
     assert lines["workdir"] == "workdirs/cifar10_vit"
-    assert {"compute", "memory of a step, by the compiler"} <= set(lines)
+    assert {"compute", "memory"} <= set(lines)
     monkeypatch.setattr(sys, "argv", ["vit-jax", "describe", "--steps", "3"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import json
+import re
+import shutil
 import zlib
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 import vit_jax
 from vit_jax.commands import demo
 from vit_jax.inference.attention import TILE
+from vit_jax.inference.classify import load_examples
 
 
 def encoded(image, kind="PNG"):
@@ -19,9 +23,14 @@ def encoded(image, kind="PNG"):
     return file.getvalue()
 
 
+def serve(run, host):
+    trained = vit_jax.load(run)
+    return demo.make_app(trained, host, demo.greet(trained, run)).test_client()
+
+
 @pytest.fixture(scope="module")
 def client(tiny_run):
-    return demo.make_app(vit_jax.load(tiny_run), "localhost").test_client()
+    return serve(tiny_run, "localhost")
 
 
 def test_an_image_gets_classes_and_one_picture_per_head(client):
@@ -42,6 +51,37 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     assert page.status_code == 200 and f'data-max-bytes="{demo.MAX_BYTES}"' in page.text
     assert "http" not in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+
+
+def test_the_page_greets_with_the_run_and_a_dozen_of_its_images(client, tiny_run):
+    page = client.get("/").text
+    accuracy = json.loads((tiny_run / "result.json").read_text())["test_accuracy"]
+    assert "<h1>tiny</h1>" in page and "3 classes:\nblue, green, red." in page
+    assert f"<b>{100 * accuracy:.2f}%</b>" in page
+    found = re.findall(r'src="data:image/png;base64,(.+?)" alt="">(\w+)</button>', page)
+    examples, _ = load_examples(vit_jax.load(tiny_run))
+    for (png, name), row in zip(found, np.linspace(0, 29, 12).astype(int), strict=True):
+        assert name == examples.class_names[examples.labels[row]]
+        content = base64.b64decode(png)
+        pixels = np.asarray(Image.open(io.BytesIO(content)))
+        np.testing.assert_array_equal(pixels, examples.images[row])  # not resized or recompressed
+        classes = client.post("/classify", data=content).json["classes"]
+        assert classes[0]["class"] == name
+
+
+def test_without_its_data_and_result_a_run_is_served_as_before(tiny_run, tmp_path, capsys):
+    run = tmp_path / "<b>run"
+    shutil.copytree(tiny_run, run)
+    (run / "result.json").unlink()
+    trained = vit_jax.load(run)
+    trained.config.data.name = f"folder:{tmp_path / 'gone'}"
+    client = demo.make_app(trained, "localhost", demo.greet(trained, run)).test_client()
+    page = client.get("/").text
+    assert "<h1>&lt;b&gt;run</h1>" in page and "test accuracy" not in page
+    assert "data is not available here" in page and "<button" not in page
+    assert "gone" in capsys.readouterr().err and "gone" not in page
+    image = encoded(Image.new("RGB", (8, 8), (60, 200, 60)))
+    assert client.post("/classify", data=image).json["classes"][0]["class"] == "green"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +138,7 @@ def test_requests_from_other_sites_are_rejected(client):
     [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("Box", "box")],
 )
 def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
-    client = demo.make_app(vit_jax.load(tiny_run), host).test_client()
+    client = serve(tiny_run, host)
     assert demo.url_host(host) == url
     for name in (url, f"{url}:8000", "localhost:8000"):
         assert client.get("/", headers={"Host": name}).status_code == 200, name
@@ -108,5 +148,5 @@ def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_listening_on_all_addresses_accepts_any_host(tiny_run, host):
-    client = demo.make_app(vit_jax.load(tiny_run), host).test_client()
+    client = serve(tiny_run, host)
     assert client.get("/", headers={"Host": "box.example"}).status_code == 200

@@ -1,11 +1,19 @@
 """The sweep command: grid, table, resuming, and runs that never read the test split."""
 
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from vit_jax.commands import sweep
 from vit_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_grid_has_every_combination():
@@ -62,3 +70,33 @@ def test_every_run_is_checked_before_the_first_starts(tmp_path):
     with pytest.raises(UserError, match="unknown argument --stepz"):
         sweep.main([*command, "--set", "seed=0,1", "--stepz", "3"])
     assert not (tmp_path / "sweep").exists()
+
+
+def test_ctrl_c_waits_until_the_running_run_has_saved(tmp_path):
+    run = tmp_path / "run.sh"  # stands for a run: it needs a second to save
+    run.write_text(
+        f"#!/bin/sh\ncd {tmp_path}\ntrap 'sleep 1; touch saved; exit 130' INT\ntouch started\n"
+        "while :; do sleep 0.1; done\n"
+    )
+    run.chmod(0o755)
+    command = ["--config", "cifar10_vit", "--set", "seed=0,1", "--workdir", str(tmp_path / "sweep")]
+    command += ["--config.data.train_split=train[:60]", "--config.data.val_split=train[60:]"]
+    code = (
+        "import signal, sys\n"
+        "from vit_jax.commands import sweep\n"
+        "from vit_jax.errors import run_command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.executable = {str(run)!r}\n"
+        f"run_command(sweep.main, {command})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    try:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    assert (tmp_path / "saved").exists()
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["seed=0"]

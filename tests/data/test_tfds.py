@@ -112,7 +112,7 @@ def test_missing_dataset_without_tensorflow(tmp_path, monkeypatch):
     start = time.monotonic()
     says = ["cifar10/3.0.2", tmp_path, "TensorFlow", *WAYS]
     user_error("cifar10", "train", data_dir=tmp_path, says=says)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60
 
 
 def test_missing_dataset_without_network(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_missing_dataset_without_network(tmp_path, monkeypatch):
     start = time.monotonic()
     says = ["www.cs.toronto.edu", "cannot be reached", *WAYS]
     user_error("cifar10", "train", data_dir=tmp_path, says=says)
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 60  # TFDS itself retries for 3.5 minutes
 
 
 def test_preparation_failure_in_child_process_is_reported(tmp_path, monkeypatch):

@@ -19,10 +19,9 @@ def trained(tiny_run):
 
 def test_runs_own_test_split_is_the_default(trained):
     examples, split = load_examples(trained)
-    logits, labels, indices = classify_examples(trained, examples)
+    logits, labels = classify_examples(trained, examples)
     assert split == "test" and logits.shape == (30, 3)
     np.testing.assert_array_equal(labels, examples.labels)
-    np.testing.assert_array_equal(indices, np.arange(30))
     np.testing.assert_allclose(logits, make_classify(trained)(examples.images), atol=1e-6)
 
 
@@ -30,7 +29,7 @@ def test_classes_of_a_folder_are_matched_by_name(trained, tiny_folder, tmp_path)
     for name in ("red", "blue"):  # the model has blue, green, red
         shutil.copytree(tiny_folder / "test" / name, tmp_path / name)
     examples, split = load_examples(trained, str(tmp_path))
-    logits, labels, _ = classify_examples(trained, examples)
+    logits, labels = classify_examples(trained, examples)
     assert split == "train" and sorted(set(labels)) == [0, 2]
     # The tint is the class: matched by number, the accuracy would be near 0.
     assert (logits.argmax(axis=1) == labels).mean() > 0.9

@@ -46,11 +46,13 @@ def test_hosts_with_different_configs(small, tmp_path):
     [
         {
             "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2",
-            "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "01", "SLURM_LOCALID": "01",
+            "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+            "SLURM_PROCID": "01", "SLURM_LOCALID": "01",
         },
         {
             "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2",
             "OMPI_COMM_WORLD_RANK": "01", "OMPI_COMM_WORLD_LOCAL_RANK": "01",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
         },
     ],
     ids=["SLURM", "Open MPI"],

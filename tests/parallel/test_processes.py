@@ -6,22 +6,38 @@ from vit_jax.errors import UserError
 from vit_jax.parallel.processes import find_processes
 
 
+def test_processes_found_by_three_variables():
+    environment = {"COORDINATOR": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+    name, arguments = find_processes(environment | {"SLURM_STEP_NUM_TASKS": "3"})
+    assert name == "process 1 of 2 (numbered from 0) at a:1"
+    assert arguments.pop("cluster_detection_method") == "deactivate"
+    assert list(arguments.values()) == ["a:1", 2, 1]
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}
+ALL_GPUS, OWN_GPU = {"local_device_ids": []}, {}
+
+
 @pytest.mark.parametrize(
-    ("environment", "name"),
+    ("environment", "arguments"),
     [
-        ({"COORDINATOR": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}, "process 1 of 2"),
-        ({"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2"}, "one of 3 processes started by SLURM"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "one of 2 processes started by Open MPI"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, ALL_GPUS),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, OWN_GPU),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}, OWN_GPU),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, OWN_GPU),
+        # srun --gpus-per-task=1: each task sees only its own GPU
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, ALL_GPUS),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ALL_GPUS),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, OWN_GPU),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "12"}, OWN_GPU),
     ],
 )
-def test_several_processes(environment, name):
-    found, arguments = find_processes(environment)
-    assert found.startswith(name)
-    if "COORDINATOR" in environment:
-        assert arguments.pop("cluster_detection_method") == "deactivate"
-        assert list(arguments.values()) == ["a:1", 2, 1]
-    else:
-        assert arguments == {"local_device_ids": []}  # a process uses every device that it sees
+def test_processes_of_a_launcher_use_all_visible_gpus_or_their_own(environment, arguments):
+    """Without local_device_ids, JAX uses the GPU with the process's number on its host."""
+    launcher = "SLURM" if "SLURM_PROCID" in environment else "Open MPI"
+    expected = f"one of 4 processes started by {launcher}", arguments
+    assert find_processes(environment) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import json
 import shutil
 
 import pytest
-from small_models import GOOGLE, random_model, same_bits, save_tensors
+import safetensors.numpy
+from small_models import GOOGLE, make_trained, random_model, same_bits, save_tensors
 
 import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.train import train
-from vit_jax.weights import layouts
+from vit_jax.weights import layouts, save_weights
 
 
 def test_unrecorded_num_heads_is_an_argument_or_the_published_number(tmp_path):
@@ -59,6 +60,29 @@ def test_recorded_num_heads_must_divide_the_width(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"width 24.*\(got 5\)"):
         vit_jax.load_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_shape", [8, 8]),
+        ("image_shape", []),
+        ("model", {"patch_size": 0}),
+        ("model", {"gelu": "fast"}),
+        ("class_names", 5),
+    ],
+)
+def test_damaged_metadata_of_our_file_is_rejected_in_one_line(tmp_path, field, value):
+    save_weights(make_trained(), tmp_path / "vit.safetensors", "safetensors")
+    with safetensors.safe_open(tmp_path / "vit.safetensors", framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        saved = json.loads(file.metadata()["vit_jax"])
+    changed = {**saved["model"], **value} if field == "model" else value
+    metadata = {"vit_jax": json.dumps(saved | {field: changed})}
+    safetensors.numpy.save_file(tensors, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(UserError) as error:
+        vit_jax.load_weights(tmp_path / "bad.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_home_directory_is_expanded(tmp_path, monkeypatch):

@@ -5,19 +5,18 @@ import jax.numpy as jnp
 
 from vit_jax.augment.geometric import in_box
 
-CUTMIX_SHARE = 0.5  # probability of cutmix if mixup is on, too (as in timm)
-
 
 def draw_mix(key, augment, height, width):
     """Draws (float32[H,W], float32[]): an image's own weight at each pixel, and the mean weight.
 
     With mixup (Zhang et al. 2017) the weight is lam ~ Beta(alpha, alpha) everywhere. With cutmix
     (Yun et al. 2019) it is 0 in a box of area share 1 - lam with a uniform center, clipped to the
-    image, and 1 elsewhere. A draw mixes with probability `mix_prob`.
+    image, and 1 elsewhere. A draw mixes with probability `mix_prob`; if both are on, half of the
+    draws use cutmix, as in timm.
     """
     mixes, switch, *center = jax.random.uniform(jax.random.fold_in(key, 0), (4,))
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
-    cutmix = switch < CUTMIX_SHARE if both else jnp.array(augment.cutmix_alpha > 0)
+    cutmix = switch < 0.5 if both else jnp.array(augment.cutmix_alpha > 0)
     alpha = jnp.where(cutmix, augment.cutmix_alpha, augment.mixup_alpha)
     lam = jax.random.beta(jax.random.fold_in(key, 1), alpha, alpha)
     size = jnp.array([height, width])
@@ -31,24 +30,17 @@ def draw_mix(key, augment, height, width):
 
 
 def partner(x, mask):
-    """Returns the row that each row of x[B,...] mixes with, for the rows valid in mask, bool[B].
+    """Returns the row that each valid row of x[B,...] mixes with: the next, or row 0 for the last.
 
-    It is the next row if that is valid, otherwise the first valid row, so valid rows only mix with
-    valid rows. On several devices the shift moves one row between neighbors, and the gather sends
-    one row.
+    `mask`, bool[B], is true for the valid rows, which precede the padding. On several devices the
+    shift moves one row between neighbors, and row 0 is sent to all.
     """
-    num_rows = len(mask)
-    first = jnp.min(jnp.where(mask, jnp.arange(num_rows), num_rows - 1))
     next_is_valid = jnp.roll(mask, -1).reshape(-1, *[1] * (x.ndim - 1))
-    # The index is an array: with a scalar, XLA would gather the batch on every device.
-    return jnp.where(next_is_valid, jnp.roll(x, -1, axis=0), x[first[None]])
+    return jnp.where(next_is_valid, jnp.roll(x, -1, axis=0), x[0])
 
 
 def mix_batch(key, images, labels, mask, augment, *, mix):
-    """Mixes float32[B,H,W,C] and float32[B,classes] by one draw, or not if `mix`, bool[], is false.
-
-    `mask`, bool[B], marks the valid rows.
-    """
+    """Mixes float32[B,H,W,C] and float32[B,classes] by one draw, or not if `mix` is false."""
     weights, lam = draw_mix(key, augment, *images.shape[1:3])
     weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)
     return (

@@ -29,7 +29,6 @@ def apply_ops(images, op, magnitude):
     Brightness, Color, Contrast, and Sharpness; the number of bits kept for Posterize; the threshold
     for Solarize. The other operations ignore it.
     """
-    op, magnitude = jnp.asarray(op), jnp.asarray(magnitude, jnp.float32)
     per_image = op[:, None, None, None]
     # All three read the input, not each other: a chain would be recomputed for every neighbor.
     return jnp.where(
@@ -51,16 +50,15 @@ def _warp(images, op, magnitude):
     """
     _, height, width, _ = images.shape
 
-    def on(name, value=magnitude):
-        return jnp.where(op == OP[name], value, 0.0)
+    def on(name):
+        return jnp.where(op == OP[name], magnitude, 0.0)
 
     angle = on("Rotate") * (math.pi / 180)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pixels = jnp.trunc(magnitude)
     x_by_y, y_by_x = on("ShearX") - sin, on("ShearY") + sin
     # Where the center of output pixel (0, 0) falls: rotations turn about the image's center.
-    x_start = (cos + x_by_y) / 2 - on("TranslateX", pixels)
-    y_start = (cos + y_by_x) / 2 - on("TranslateY", pixels)
+    x_start = (cos + x_by_y) / 2 - jnp.trunc(on("TranslateX"))
+    y_start = (cos + y_by_x) / 2 - jnp.trunc(on("TranslateY"))
     x_start += (1 - cos) * (width / 2) + sin * (height / 2)
     y_start += (1 - cos) * (height / 2) - sin * (width / 2)
 

@@ -1,12 +1,10 @@
 """The complete augmentation of a batch, and the checks of its config."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.augment import geometric
+from vit_jax.augment.geometric import alternating_flip, pad_crop, random_erasing
 from vit_jax.augment.mix import mix_batch
 from vit_jax.augment.randaugment import randaugment
 from vit_jax.errors import UserError
@@ -52,24 +50,22 @@ def make_augment(augment, *, mean, std, num_classes, label_smoothing=0.0):
         if augment.flip == "random":
             flip = jax.vmap(jax.random.bernoulli)(keys(_FLIP))
         elif augment.flip == "alternating":
-            flip = geometric.alternating_flip(images, epoch)
+            flip = alternating_flip(images, epoch)
 
         if augment.crop == "pad":
-            crop = functools.partial(geometric.pad_crop, augment=augment)
-            images = jax.vmap(crop)(keys(_CROP), images)
+            images = jax.vmap(lambda k, x: pad_crop(k, x, augment))(keys(_CROP), images)
         if augment.flip != "none":
             images = jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
         if augment.policy == "randaugment":
             images = randaugment(keys(_POLICY), images, augment)
         images = normalize(images, mean, std)
         if augment.erasing_prob > 0:
-            erase = functools.partial(geometric.random_erasing, augment=augment)
-            images = jax.vmap(erase)(keys(_ERASE), images)
+            images = jax.vmap(lambda k, x: random_erasing(k, x, augment))(keys(_ERASE), images)
 
         labels = jax.nn.one_hot(batch["label"], num_classes, dtype=jnp.float32)
         if label_smoothing:
             labels = labels * (1 - label_smoothing) + label_smoothing / num_classes
-        if _mixes(augment):
+        if augment.mix_prob > 0 and (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):
             mix_key = jax.random.fold_in(key, _MIX)
             images, labels = mix_batch(mix_key, images, labels, batch["mask"], augment, mix=mix)
         return images, labels
@@ -91,8 +87,3 @@ def check_image_shape(augment, image_shape):
             f"config.augment.policy={augment.policy} needs RGB images, but the images have "
             f"{channels} channels: set it to none"
         )
-
-
-def _mixes(augment):
-    """Returns whether mixup or cutmix is on."""
-    return augment.mix_prob > 0 and (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0)

@@ -12,8 +12,7 @@ from vit_jax.augment import pil
 
 def randaugment(keys, images, augment):
     """Applies `augment.randaugment_num_ops` random operations to uint8[B,H,W,3], with keys[B]."""
-    _, height, width, _ = images.shape
-    draw = jax.vmap(lambda key: draw_ops(key, augment, height, width), out_axes=1)
+    draw = jax.vmap(lambda key: draw_ops(key, augment, *images.shape[1:3]), out_axes=1)
     # A scan, not a Python loop: each round reads finished images. If the loop is unrolled, the
     # compiler fuses the rounds and recomputes the earlier ones for every pixel of the later ones.
     images, _ = lax.scan(lambda x, ops: (pil.apply_ops(x, *ops), None), images, draw(keys))
@@ -35,8 +34,7 @@ def draw_ops(key, augment, height, width):
     if augment.randaugment_magnitude_std > 0:
         noise = jax.random.normal(jax.random.fold_in(key, 1), (rounds,))
         strength += augment.randaugment_magnitude_std * noise
-    # Shear 0.3, 150/331 of the side, 30 degrees, factor 1 +- 0.9, from 8 to 4 bits, threshold 255
-    # to 0.
+    # Shear 0.3, 150/331 of the side, 30 degrees, factor 1 +- 0.9, 8 to 4 bits, threshold 255 to 0.
     shifts = (150 / 331 * width, 150 / 331 * height)
     lowest = jnp.array([0.0] * 10 + [8.0, 255.0, 0.0, 0.0])
     highest = jnp.array([0.0, 0.3, 0.3, *shifts, 30.0, *[0.9] * 4, 4.0, 0.0, 0.0, 0.0])

@@ -2,17 +2,21 @@
 
 import argparse
 import base64
+import contextlib
 import io
+import json
 import pathlib
 import re
+import sys
 
 import cv2
 import numpy as np
 
 from vit_jax import data
-from vit_jax.errors import UserError
+from vit_jax.data.source import printable
+from vit_jax.errors import UserError, expand_home
 from vit_jax.inference import attention
-from vit_jax.inference.classify import make_classify, prepare
+from vit_jax.inference.classify import load_examples, make_classify, prepare
 from vit_jax.inference.scores import log_softmax, top
 from vit_jax.inference.trained import load
 from vit_jax.model import patch_grid
@@ -27,6 +31,7 @@ except ImportError as e:
 MAX_BYTES = 10 * 2**20
 _PAGE = pathlib.Path(__file__).with_name("demo.html")
 _NUM_CLASSES = 5  # shown per image
+_NUM_EXAMPLES = 12
 _HEADERS = {
     # The page is one file: it loads nothing and talks only to its own server.
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
@@ -50,7 +55,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     backend.enable_compilation_cache()
     backend.check_backend()
-    app = make_app(load(args.workdir, args.step), args.host)
+    trained = load(args.workdir, args.step)
+    app = make_app(trained, args.host, greet(trained, args.workdir))
     name = url_host(args.host)
     try:
         server = make_server(args.host, args.port, app, threaded=True)
@@ -65,12 +71,40 @@ def url_host(host):
     return f"[{host}]" if ":" in host else host.lower()
 
 
-def make_app(trained, host):
+def greet(trained, workdir):
+    """Returns the values that the page shows before the first upload.
+
+    {"name" of the run, "accuracy" on its test split or None, "classes", "split", "examples" of it:
+    [{"class", "image": a PNG as a data URL}]}. Without the run's data there are no examples.
+    """
+    workdir, accuracy = expand_home(workdir), None
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # no result, or no split
+        result = json.loads((workdir / "result.json").read_text())
+        if result["steps"] == trained.step:
+            accuracy = f"{result['test_accuracy']:.2%}"
+    split, examples = None, []
+    try:
+        source, split = load_examples(trained)
+        rows = np.linspace(0, source.num_examples - 1, min(_NUM_EXAMPLES, source.num_examples))
+        for image, label in zip(*source.examples(rows.astype(int)), strict=True):
+            examples.append({"class": source.class_names[label], "image": _data_url(image)})
+    except UserError as e:
+        print(f"The page shows no images of the run's data: {e}", file=sys.stderr)
+    return {
+        "name": printable(workdir.resolve().name),
+        "accuracy": accuracy,
+        "classes": trained.class_names,
+        "split": split,
+        "examples": examples,
+    }
+
+
+def make_app(trained, host, greeting):
     """Returns the Flask app for a TrainedModel, to listen on `host`.
 
-    GET / returns the page. POST /classify takes an image file as its body and returns JSON:
-    {"classes": [{"class", "probability"}], "image", "rollout": a PNG as a data URL,
-    "heads": [[PNG]], one list per layer}, or {"error"} with status 400, 403, or 413.
+    GET / returns the page, with the values of `greet`. POST /classify takes an image file as its
+    body and returns JSON: {"classes": [{"class", "probability"}], "image", "rollout": a PNG as a
+    data URL, "heads": [[PNG]], one list per layer}, or {"error"} with status 400, 403, or 413.
     """
     app = flask.Flask(__name__, static_folder=None)
     _restrict(app, host)
@@ -80,7 +114,8 @@ def make_app(trained, host):
 
     @app.get("/")
     def page():
-        return _PAGE.read_text(encoding="utf-8").replace("MAX_BYTES", str(MAX_BYTES))
+        text = _PAGE.read_text(encoding="utf-8")
+        return flask.render_template_string(text, max_bytes=MAX_BYTES, **greeting)
 
     @app.post("/classify")
     def answer():

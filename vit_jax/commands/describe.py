@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from vit_jax.experiment import describe, make_experiment
+from vit_jax.experiment import describe, description_lines, make_experiment
 
 # The shape of a result and its kind. An asynchronous operation counts when it ends: the tuple of a
 # `-start` also lists operands and contexts.
@@ -13,6 +13,7 @@ _COLLECTIVE = re.compile(
     r" = (\(.*?\)|\S+) "
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
 )
+_COMPUTATION = re.compile(r"^(ENTRY)? ?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 _CALLS = re.compile(r"(?:body|condition|to_apply|calls|computations?)=(\{[^}]*\}|[^,\s]+)")
 
 
@@ -23,13 +24,9 @@ def transfers(program):
     the bytes of its result: an all-gather with the complete array, a reduce-scatter with its part.
     Operations in a loop count once per iteration, or once if the trip count is unknown.
     """
-    computations, lines = {}, []
-    for line in program.splitlines():
-        if start := re.match(r"(ENTRY)? ?%?([\w.\-]+) \(.*\{$", line):
-            lines = computations[start[1] or start[2]] = []
-        else:
-            lines.append(line)
-    result = {}
+    computations, result = {}, {}
+    for entry, name, body in _COMPUTATION.findall(program):
+        computations[entry or name] = body.splitlines()
 
     def add(name, times):
         for line in computations.get(name, ()):
@@ -74,17 +71,16 @@ def print_lines(config, workdir):
     flops = experiment.flops_per_image * config.batch_size * config.num_seeds
     stored, temporary = step_memory(compiled)
     sent = [
-        f"{kind} {total / 1e6:,.3f} MB in {messages:,} messages"
+        f"{kind} {total / 1e6:,.3f} MB in {messages:,} messages per step"
         for kind, (messages, total) in sorted(transfers(compiled.as_text()).items())
     ]
-    lines = [
-        *describe(experiment, workdir),
-        f"compute: {flops / 1e9:,.2f} GFLOP per step, "
-        f"{flops * experiment.plan.total_steps / 1e15:,.3f} PFLOP in total; "
-        f"by the compiler {compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP per step and device",
-        f"memory of a step, by the compiler: {(stored + temporary) / 1e6:,.1f} MB per device "
+    description = describe(experiment, workdir) | {
+        "compute": f"{flops / 1e9:,.2f} GFLOP per step, "
+        f"{flops * experiment.plan.total_steps / 1e15:,.3f} PFLOP in total; by the compiler "
+        f"{compiled.cost_analysis()['flops'] / 1e9:,.2f} GFLOP per step and device",
+        "memory": f"{(stored + temporary) / 1e6:,.1f} MB per device in a step, by the compiler "
         f"({stored / 1e6:,.1f} MB of state and data, {temporary / 1e6:,.1f} MB temporary)",
-        f"communication of a step: {'; '.join(sent) or 'none'}",
-    ]
+        "communication": "; ".join(sent) or "none",
+    }
     if jax.process_index() == 0:
-        print(*lines, sep="\n")
+        print(*description_lines(description), sep="\n")

@@ -17,11 +17,8 @@ def main(argv=None):
         prog="vit-jax evaluate", description="Evaluate a run's weights on a split or image folder."
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
-    parser.add_argument(
-        "--data",
-        help="an image folder with one subfolder per class, or a TFDS name (default: the run's)",
-    )
-    parser.add_argument("--split", help="a TFDS split (default: the run's test_split)")
+    parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
+    parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -29,7 +26,7 @@ def main(argv=None):
     backend.check_backend()
     trained = load(args.workdir, args.step)
     examples, split = load_examples(trained, args.data, args.split)
-    logits, labels, _ = classify_examples(trained, examples)
+    logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
     if args.json:
         print(json.dumps({"split": split, "step": trained.step, **result}))

@@ -11,6 +11,7 @@
 
 import argparse
 import pathlib
+import sys
 
 from vit_jax.errors import UserError
 from vit_jax.inference.trained import load
@@ -51,5 +52,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     form = parse_format(args.to, args.format)
     trained = load(args.workdir, args.step)
+    print(f"Writing {args.to} ...", file=sys.stderr)
     save_weights(trained, args.to, form)
     print(f"{args.to}: step {trained.step} of {args.workdir}, as {form}")

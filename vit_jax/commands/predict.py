@@ -2,7 +2,6 @@
 
 import argparse
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import json
@@ -38,15 +37,10 @@ def main(argv=None):
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
-    parser.add_argument(
-        "--attention",
-        type=pathlib.Path,
-        metavar="DIR",
-        help="directory for attention images: the rollout, and every head of every layer",
-    )
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="-: paths on stdin, one per line"
-    )
+    text = "directory for attention images: the rollout, and every head of every layer"
+    parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help=text)
+    text = "-: paths on stdin, one per line"
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=text)
     args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: use at least 1")
@@ -63,6 +57,8 @@ def main(argv=None):
             print(f"error: {answer}", file=sys.stderr)
         else:
             print(json.dumps(answer) if args.json else _as_line(answer), flush=True)
+    if not count:
+        raise UserError("no images given: pass files or folders, or paths on stdin with -")
     if num_failed:
         raise UserError(f"{num_failed} of {count} files could not be read")
 
@@ -90,11 +86,11 @@ def _answers(trained, args):
     """Yields the UserError or {"image", "classes", "attention" if requested} of each path."""
     classify = make_classify(trained, batch_size=BATCH_SIZE, attention=bool(args.attention))
     grid = patch_grid(trained.model, trained.image_shape)
-    read = functools.partial(_read, image_shape=trained.image_shape)
     paths = image_paths(args.images, sys.stdin)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(paths, BATCH_SIZE)):
-            images, errors = zip(*pool.map(read, batch), strict=True)
+            pixels = pool.map(_read, batch, itertools.repeat(trained.image_shape))
+            images, errors = zip(*pixels, strict=True)
             outputs = classify(np.stack(images))
             logits, maps = outputs if args.attention else (outputs, None)
             log_probabilities = log_softmax(logits)
@@ -118,10 +114,10 @@ def _read(path, image_shape):
 def _save(picture, folder, path):
     """Writes a picture under a name that differs for every `path`, and returns its path."""
     name = re.sub(r"[^\w.-]+", "_", path.stem)[:40].strip("_.")
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    file = folder / f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.png"
     with write_errors(folder):
-        Image.fromarray(picture).save(folder / f"{name}-{digest}.png")
-    return str(folder / f"{name}-{digest}.png")
+        Image.fromarray(picture).save(file)
+    return str(file)
 
 
 def _as_line(answer):

@@ -33,12 +33,12 @@ def main(argv=None):
     args, overrides = parser.parse_known_args(argv)
     folder, runs, results = expand_home(args.workdir), grid(args.set), []
     names = [",".join(f"{k}={v}" for k, v in run.items()).replace("/", "_") for run in runs]
-    arguments = [[*overrides, *(f"--config.{k}={v}" for k, v in run.items())] for run in runs]
-    for fields in arguments:  # before the first run starts
-        _check(args.config, fields)
-    for i, (name, fields) in enumerate(zip(names, arguments, strict=True), 1):
-        print(f"[{i}/{len(runs)}] {name}", flush=True)
-        results.append(_train(folder / name, ["--config", args.config, *fields]))
+    fields = [[*overrides, *(f"--config.{k}={v}" for k, v in run.items())] for run in runs]
+    for run_fields in fields:  # before the first run starts
+        _check(args.config, run_fields)
+    for i, name in enumerate(names):
+        print(f"[{i + 1}/{len(runs)}] {name}", flush=True)
+        results.append(_train(folder / name, ["--config", args.config, *fields[i]]))
     lines = table(runs, results)
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
@@ -79,9 +79,14 @@ def _train(workdir, arguments):
     command = [sys.executable, "-m", "vit_jax.main", "--workdir", str(workdir), *arguments]
     command += ["--config.data.test_split="]
     with open(workdir / "log.txt", "a") as log:
-        child = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            failed = child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # Ctrl-C reaches the run too, which saves a checkpoint before it exits
+            raise
     # A run that rejected its workdir found another config's result there.
-    return None if child.returncode else json.loads((workdir / "result.json").read_text())
+    return None if failed else json.loads((workdir / "result.json").read_text())
 
 
 def table(runs, results):
@@ -93,8 +98,7 @@ def table(runs, results):
     rows += [[*run.values(), *_columns(result)] for run, result in ranked]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
-    padded = ([text.ljust(w) for text, w in zip(row, widths, strict=True)] for row in rows)
-    return ["| " + " | ".join(row) + " |" for row in padded]
+    return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
 
 
 def _columns(result):

@@ -4,7 +4,6 @@ from vit_jax.data.folder import open_folder
 from vit_jax.data.resident import Dataset, load_resident
 from vit_jax.data.source import user_errors
 from vit_jax.data.stream import Stream
-from vit_jax.data.tfds import open_tfds
 from vit_jax.errors import expand_home
 
 
@@ -20,7 +19,7 @@ def open_split(
 
     Args:
       name: a TFDS name ("cifar10", "cifar10:3.0.2"), "shapes10", or "folder:/path" with
-        /path/CLASS/*.png (the split "train") or /path/train/CLASS/*.png, /path/test/...
+        `/path/CLASS/*.png` (the split "train") or `/path/train/CLASS/*.png`, `/path/test/...`
       split: TFDS syntax: "train", "train[:45000]", "train[90%:]", "train+test".
       data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       image_size: the side, in pixels, of the square that every image is cropped and resized to.
@@ -31,6 +30,8 @@ def open_split(
     Raises UserError if the data cannot be found, prepared, read, or cached.
     """
     import tensorflow_datasets as tfds
+
+    from vit_jax.data.tfds import open_tfds
 
     if name.startswith("folder:"):
         source = open_folder(expand_home(name.removeprefix("folder:")).resolve())

@@ -12,6 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import tqdm
 
 from vit_jax.data.source import Source, printable, user_errors
 from vit_jax.data.stream import Stream
@@ -80,7 +81,9 @@ def _decode(stream):
     images, labels = np.empty((count, *stream.image_shape), np.uint8), np.empty(count, np.int32)
     blocks = np.split(np.arange(count), range(_BLOCK, count, _BLOCK))
     with ThreadPoolExecutor() as pool:
-        for block, examples in zip(blocks, pool.map(stream.examples, blocks), strict=True):
+        decoded = pool.map(stream.examples, blocks)
+        bar = tqdm.tqdm(decoded, "decoding", len(blocks), leave=False, delay=1, disable=None)
+        for block, examples in zip(blocks, bar, strict=True):
             images[block], labels[block] = examples
     return images, labels
 

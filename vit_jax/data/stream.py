@@ -32,12 +32,11 @@ class Stream:
 
         `crop` replaces the resized center crop. Raises UserError for an unusable image.
         """
-        part = 0
-        while index >= len(self._parts[part][1]):
-            index -= len(self._parts[part][1])
-            part += 1
-        read, indices = self._parts[part]
-        where, image, label = read(indices[index])
+        for read, indices in self._parts:
+            if index < len(indices):
+                where, image, label = read(indices[index])
+                break
+            index -= len(indices)
         if crop:
             image = crop(image)
         elif self._image_size:

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import requests  # as TFDS does: the same proxies and certificates
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from vit_jax.data import shapes10  # noqa: F401  (registers the builder)
 from vit_jax.data.images import decode_image
 from vit_jax.data.source import Source, fingerprint, user_cache, user_errors, writable
 from vit_jax.errors import UserError, expand_home
@@ -37,12 +41,11 @@ def open_tfds(name: str, data_dir: str | None) -> Source:
     title = f"{info.full_name} ({info.file_format.value}) in {directory}"
     features = _image_and_label(info, title)
     _, label = features.values()
-    class_names = tuple(label.int2str(i) for i in range(label.num_classes or 0))
     user = user_cache(info.full_name.replace("/", "-"), directory)
     about = sorted(p.name for p in directory.iterdir() if p.suffix in (".json", ".txt"))
     return Source(
         title=title,
-        class_names=class_names,
+        class_names=tuple(label.names),
         num_examples={name: split.num_examples for name, split in info.splits.items()},
         cache_dir=directory if writable(directory) else user,
         fingerprint=lambda split: fingerprint(
@@ -54,14 +57,12 @@ def open_tfds(name: str, data_dir: str | None) -> Source:
 
 def _image_and_label(info, title):
     """Returns {key: feature} of the supervised image and label."""
-    import tensorflow_datasets as tfds
-
     keys = map(str, info.supervised_keys or ())
     features = {key: info.features[key] for key in keys if key in info.features}
     kinds = [type(feature) for feature in features.values()]
     if kinds == [tfds.features.Image, tfds.features.ClassLabel]:
-        image, _ = features.values()
-        if image.np_dtype == np.uint8 and image.shape[-1] in (1, 3):
+        image, label = features.values()
+        if image.np_dtype == np.uint8 and image.shape[-1] in (1, 3) and label.num_classes:
             return features
     raise UserError(
         f"{title} has no supervised uint8 images of 1 or 3 channels with a class label, it has"
@@ -71,9 +72,6 @@ def _image_and_label(info, title):
 
 def _reader(info, split, features):
     """Opens the shards of a split; returns read(index), as `Source.reader` does."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
     record_file = TFRecordFile if info.file_format.value == "tfrecord" else ArrayRecordDataSource
     shards, lengths = [], info.splits[split].shard_lengths
     for path, length in zip(map(str, info.splits[split].filepaths), lengths, strict=True):
@@ -137,9 +135,6 @@ class TFRecordFile:
 
 def _prepared_builder(name, data_dir):
     """Returns the builder of a dataset that is on disk, preparing it first if it is not."""
-    if name.split(":")[0] == "shapes10":
-        import vit_jax.data.shapes10  # noqa: F401  (registers the builder)
-
     place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     folders = [expand_home(place).absolute()]
     if not writable(folders[0]):
@@ -160,8 +155,6 @@ def _prepared_builder(name, data_dir):
 
 
 def _builder(name, folder, **options):
-    import tensorflow_datasets as tfds
-
     fix = "use NAME, NAME/CONFIG, NAME:VERSION, or folder:PATH, or prepare the dataset again"
     with user_errors(f"config.data.name = {name!r} cannot be opened in {folder}", fix):
         if not re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name):
@@ -170,7 +163,7 @@ def _builder(name, folder, **options):
         try:
             return tfds.builder(name, data_dir=folder, **options)
         except tfds.core.DatasetNotFoundError as error:
-            known = [*tfds.list_builders(with_community_datasets=False), "shapes10"]
+            known = tfds.list_builders(with_community_datasets=False)
             near = difflib.get_close_matches(re.split("[:/]", name)[0], known, 3, 0)
             raise ValueError(f"neither TFDS nor the folder has it; the nearest: {near}") from error
 
@@ -183,12 +176,8 @@ def _prepare_missing(builder, name, folder):
         raise ModuleNotFoundError("it needs TensorFlow, which is not installed")
     if url.startswith("http"):
         # Without a network TFDS retries for minutes and then reports another cause.
-        import requests  # as TFDS does: the same proxies and certificates
-
-        try:
+        with user_errors(f"{url} cannot be reached", "check the network"):
             requests.get(url, stream=True, timeout=10).close()
-        except requests.RequestException as error:
-            raise ConnectionError(f"{url} cannot be reached: {error}") from error
     # Use a child process, so that this one never imports TensorFlow.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(_prepare, name, folder).result()
@@ -196,8 +185,6 @@ def _prepare_missing(builder, name, folder):
 
 def _prepare(name, folder):
     """Generates a dataset as array_record."""
-    import tensorflow_datasets as tfds
-
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         builder = _builder(name, folder, file_format="array_record")

@@ -28,8 +28,7 @@ def attention_received(maps, grid):
 
     It comes from the class token; without one, it is the mean over all patches, as in the head.
     """
-    num_patches = grid[0] * grid[1]
-    has_token = maps.shape[-1] > num_patches
+    has_token = maps.shape[-1] > grid[0] * grid[1]
     weights = maps[..., 0, 1:] if has_token else maps.mean(axis=-2)
     return weights.reshape(*weights.shape[:-1], *grid)
 
@@ -39,7 +38,7 @@ def thumbnail(image, side):
     H, W, _ = image.shape
     scale = side / max(H, W)
     size = (max(1, round(W * scale)), max(1, round(H * scale)))  # OpenCV's order
-    image = np.broadcast_to(image, (H, W, 3)) if image.shape[2] == 1 else image[..., :3]
+    image = np.broadcast_to(image, (H, W, 3))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     return cv2.resize(np.ascontiguousarray(image), size, interpolation=method)
 
@@ -63,10 +62,8 @@ def mosaic(image, maps, grid):
     `image` is uint8[H, W, C], `maps` float[L, h, N, N].
     """
     flow = attention_received(rollout(maps), grid)
-    rows = [[thumbnail(image, TILE), overlay(image, flow, TILE)]]
-    for heads in attention_received(maps, grid):
-        rows.append([overlay(image, head, TILE) for head in heads])
-    return join_tiles(rows, GAP)
+    heads = [[overlay(image, h, TILE) for h in layer] for layer in attention_received(maps, grid)]
+    return join_tiles([[thumbnail(image, TILE), overlay(image, flow, TILE)], *heads], GAP)
 
 
 def join_tiles(rows, gap):

@@ -6,6 +6,7 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from vit_jax import augment, data
 from vit_jax.errors import UserError
@@ -16,11 +17,9 @@ def prepare(image, image_shape):
     """Crops and resizes uint8[h, w, 3] RGB of any size to the model's uint8[H, W, C].
 
     Takes the largest centered crop of the model's aspect ratio, as `config.data.image_size` does in
-    training. Raises UserError for a model that takes neither 1 nor 3 channels.
+    training. C is 1 or 3.
     """
     H, W, C = image_shape
-    if C not in (1, 3):
-        raise UserError(f"the model takes images with {C} channels; image files have 3")
     image = data.center_crop_resize(image, H, W)
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if C == 1 else image
 
@@ -48,7 +47,8 @@ def make_classify(trained, *, batch_size=64, attention=False):
 
     def classify(images):
         outputs = []
-        for start in range(0, len(images), batch_size):
+        starts = range(0, len(images), batch_size)
+        for start in tqdm.tqdm(starts, "classifying", leave=False, delay=1, disable=None):
             batch = images[start : start + batch_size]
             padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
@@ -96,41 +96,32 @@ def load_examples(trained, name=None, split=None):
             f"{name} has classes that the model lacks ({', '.join(unknown[:5])}); "
             f"it has {', '.join(trained.class_names[:20])}"
         )
-    if tuple(examples.image_shape) != tuple(trained.image_shape):
-        raise UserError(
-            f"the images of {name} are {examples.image_shape}, the model takes "
-            f"{tuple(trained.image_shape)}"
-        )
+    given, expected = tuple(examples.image_shape), tuple(trained.image_shape)
+    if given != expected:
+        raise UserError(f"the images of {name} are {given}, the model takes {expected}")
     return examples, split
 
 
 def classify_examples(trained, examples):
-    """Classifies every image of a split from `load_examples` once.
+    """Classifies every image of a split from `load_examples`, in order.
 
-    Returns (logits float32[N, classes], labels int[N] numbered by the model's classes, indices
-    int[N] into `examples`).
+    Returns logits, float32[N, classes], and labels, int[N], numbered by the model's classes.
     """
     config = trained.config
     classify = make_classify(trained, batch_size=config.eval_batch_size)
     if isinstance(examples, data.Stream):
-        parts = _classify_stream(classify, examples, config)
-        logits, labels, indices = map(np.concatenate, zip(*parts, strict=True))
+        order = data.eval_order(examples.num_examples, config.eval_batch_size)
+        batches = examples.batches(
+            order.__getitem__,
+            range(len(order)),
+            rows=np.arange(order.shape[1]),
+            threads=config.data.streaming_threads,
+        )
+        text = "reading and classifying"
+        batches = tqdm.tqdm(batches, text, len(order), leave=False, delay=1, disable=None)
+        parts = zip(*((classify(b["image"]), b["label"]) for b in batches), strict=True)
+        logits, labels = (np.concatenate(part)[: examples.num_examples] for part in parts)
     else:
         logits, labels = classify(examples.images), examples.labels
-        indices = np.arange(examples.num_examples)
     to_model = np.array([trained.class_names.index(name) for name in examples.class_names])
-    return logits, to_model[labels], indices
-
-
-def _classify_stream(classify, stream, config):
-    """Yields (logits, labels, indices) of each batch."""
-    order = data.eval_order(stream.num_examples, config.eval_batch_size)
-    batches = stream.batches(
-        order.__getitem__,
-        range(len(order)),
-        rows=np.arange(order.shape[1]),
-        threads=config.data.streaming_threads,
-    )
-    for indices, batch in zip(order, batches, strict=True):
-        valid = batch["mask"]
-        yield classify(batch["image"][valid]), batch["label"][valid], indices[valid]
+    return logits, to_model[labels]

@@ -43,7 +43,7 @@ def load(workdir, step="last"):
         step = _best_step(workdir)
     elif step in ("last", None):
         step = None
-    elif not str(step).isdigit():
+    elif not str(step).isdecimal():
         raise UserError(f"step must be a number, best, or last; got {step!r}")
     else:
         step = int(step)

@@ -43,8 +43,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
     """Returns a sharding for each array: its largest axis that `fsdp` divides is split over it.
 
-    Arrays of fewer than 4,096 elements, for which the communication would not pay, and all arrays
-    if fsdp is 1 are replicated.
+    Arrays of fewer than 4,096 elements are replicated: sharding would cost more than it saves.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -59,10 +58,7 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
 
 
 def to_devices(tree: Any, shardings: Any) -> Any:
-    """Transfers host arrays, which every process has in full, to its devices.
-
-    `shardings` is one for all arrays or a tree of them.
-    """
+    """Transfers host arrays, which every process has in full, by one sharding or a tree of them."""
     shardings = jax.tree.broadcast(shardings, tree)
     return jax.tree.map(lambda x, s: _transfer(x.shape, s, x.__getitem__), tree, shardings)
 
@@ -98,9 +94,8 @@ def to_host(tree: Any) -> Any:
     """Copies device arrays to numpy arrays, in full, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    # It replicates one array at a time, so that no device ever stores the entire state, and fetches
-    # it without jax.device_get.
-    with jax.transfer_guard("allow"):
+    # One array at a time is replicated, so no device ever stores the entire state.
+    with jax.transfer_guard("allow"):  # process_allgather fetches without jax.device_get
         return multihost_utils.process_allgather(tree, tiled=True)
 
 

@@ -29,16 +29,14 @@ _JOIN_SECONDS, _HEARTBEAT_SECONDS = 60, 10
 def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]] | None:
     """Returns (a description, the arguments of jax.distributed.initialize); None for one process.
 
-    Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID. Without them, JAX reads the variables of a
-    launcher: SLURM's srun, Open MPI's mpirun, or an indexed Kubernetes job. Raises UserError for
-    inconsistent values.
+    Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID, and raises UserError if they are inconsistent.
+    Without them, JAX finds its arguments by a launcher's variables: SLURM's srun, Open MPI's
+    mpirun, or an indexed Kubernetes job.
     """
     names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
     coordinator, count, index = values = [environment.get(name, "") for name in names]
     if not any(values):
-        launcher = _find_launcher(environment)
-        # Otherwise JAX would use only the GPU with the process's number on its host.
-        return launcher and (launcher, {"local_device_ids": []})
+        return _find_launcher(environment)
     _, _, port = coordinator.rpartition(":")
     valid = re.fullmatch(r".+:\d{1,5} \d{1,9} \d{1,9}", " ".join(values), re.ASCII)
     if not valid or not 0 < int(port) < 2**16 or int(index) >= int(count):
@@ -58,12 +56,20 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
 
 
 def _find_launcher(environment):
+    """`find_processes` without COORDINATOR, NUM_PROCESSES, and PROCESS_ID."""
     # srun sets SLURM_STEP_* for the tasks that it starts, not for a batch script.
-    for name, variable in (("SLURM", "SLURM_STEP_NUM_TASKS"), ("Open MPI", "OMPI_COMM_WORLD_SIZE")):
-        if (count := environment.get(variable, "1")) != "1":
-            return f"one of {count} processes started by {name}"
+    for name, total, per_host in (
+        ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
+        ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ):
+        if (count := environment.get(total, "1")) != "1":
+            alone = re.fullmatch(r"1(\(x\d+\))?", environment.get(per_host, ""))
+            one_gpu = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
+            # By default, JAX uses only the GPU with the process's number on its host.
+            arguments = {"local_device_ids": []} if alone or one_gpu else {}
+            return f"one of {count} processes started by {name}", arguments
     if "JOB_COMPLETION_INDEX" in environment and importlib.util.find_spec("kubernetes"):
-        return "one of the processes of a Kubernetes job"
+        return "one of the processes of a Kubernetes job", {}  # JAX uses every GPU of the pod
     return None
 
 
@@ -129,10 +135,7 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises UserError in every process unless all have the same {name: JSON value}.
-
-    Every process must call it. The error names the first process that differs, and the values.
-    """
+    """Raises UserError in every process unless all pass the same {name: JSON value}."""
     if jax.process_count() == 1:
         return
     devices = collections.Counter(device.process_index for device in jax.devices())
@@ -158,10 +161,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Reraises a UserError of the body in every process; each must enter it.
-
-    The body must not wait for another process.
-    """
+    """Reraises a UserError of the body, which must wait for no other process, in every process."""
     if jax.process_count() == 1:
         yield
         return

@@ -27,9 +27,13 @@ def start_from(weights, vit, image_shape, class_names):
         may_differ.add("layer_scale")
     other_names = weights.class_names and weights.class_names != list(class_names)
     if weights.num_classes != vit.num_classes or other_names:
-        notes.append(_replace_head(params, weights, vit))
         if not vit.pre_logits:
+            params.pop("pre_logits", None)
             may_differ.add("pre_logits")
+        kernel = np.zeros((vit.pre_logits or vit.width, vit.num_classes), np.float32)
+        params["head"] = {"kernel": kernel, "bias": np.zeros(vit.num_classes, np.float32)}
+        old = f"{weights.num_classes} classes" if weights.num_classes else "no head"
+        notes.append(f"a new head, zeros, for {vit.num_classes} classes (it has {old})")
     grid = model.patch_grid(vit, image_shape)
     learned = vit.posemb == weights.model["posemb"] == "learned"
     if learned and weights.grid not in (grid, None):
@@ -48,27 +52,14 @@ def start_from(weights, vit, image_shape, class_names):
     return params, notes
 
 
-def _replace_head(params, weights, vit):
-    """Puts a head of zeros into `params`; returns a note."""
-    if not vit.pre_logits:
-        params.pop("pre_logits", None)
-    params["head"] = {
-        "kernel": np.zeros((vit.pre_logits or vit.width, vit.num_classes), np.float32),
-        "bias": np.zeros(vit.num_classes, np.float32),
-    }
-    old = f"{weights.num_classes} classes" if weights.num_classes else "no head"
-    return f"a new head, zeros, for {vit.num_classes} classes (it has {old})"
-
-
 def resize_positions(pos_embed, grid, new_grid, method):
     """Resizes float32[1, N, D] from a grid (rows, columns) to float32[1, N', D] for `new_grid`.
 
     A first token that is not in the grid, the class token, is kept. Computes in float64. Methods:
-      zoom: corners map to corners, linear: scipy.ndimage.zoom(order=1), as in google-research's
+      zoom: linear, corners map to corners: scipy.ndimage.zoom(order=1), as in google-research's
         vision_transformer and big_vision. For Google's .npz.
-      bicubic: torch.nn.functional.interpolate(mode="bicubic", align_corners=False), without
-        antialiasing, as in transformers. For Hugging Face, and for timm (which antialiases; the
-        only difference here).
+      bicubic: torch.nn.functional.interpolate(align_corners=False), without antialiasing, as in
+        transformers. For Hugging Face, and for timm, which antialiases.
       bilinear: the same with mode="bilinear". For vit_jax's own weights and the notebook's.
     """
     first = pos_embed.shape[1] - math.prod(grid)

@@ -226,7 +226,7 @@ def from_params(params, kind, *, num_heads=None):
     """
     problem = f"the {kind} layout cannot represent this model"
     layout, flat = LAYOUTS[kind], flatten_dict(params, sep="/")
-    rows = _rows(layout, sum(name.startswith("block_") for name in params))
+    rows = _rows(layout, sum(name.startswith("block_") for name in params) or 1)
     paths = _match(layout, {path: [path] for path in rows}, flat, problem)
     _, expected = _infer(kind, shapes(flat))
     check(shapes(flat), {path: expected[path] for path in paths}, problem)
@@ -314,8 +314,7 @@ def notebook_to_params(state_dict):
         logits = model.apply({"params": params}, images)  # images NHWC; the notebook's are NCHW
 
     Takes {name: torch tensor or numpy array}; returns a nested dict of float32 numpy arrays that
-    share no memory with it. It records neither the number of heads nor the epsilon of the norms:
-    the model must have the notebook's `num_heads`, and `norm_eps` 1e-5.
+    share no memory with it. The model must have the notebook's `num_heads`, and `norm_eps` 1e-5.
     Raises UserError if a key is missing, unused, or of the wrong shape.
     """
     tensors = files.to_float32(state_dict, "the state_dict")

@@ -170,31 +170,30 @@ def _load_run(path):
     directory, step = path / "checkpoints", None
     if not directory.is_dir():
         directory, name = path.absolute().parent, path.absolute().name
-        if not name.isdigit():
+        if not name.isdecimal():
             raise UserError(f"{path} is not a checkpoint: give WORKDIR/checkpoints/STEP")
         step = int(name)
     params, saved, step = workdir.restore_for_inference(directory, step)
-    c = config.from_dict(saved["config"])
-    config.validate(c)
     flat = flatten_dict(params, sep="/")
-    return _our_weights(flat, c.model, saved, directory / str(step))
+    return _our_weights(flat, saved["config"], saved, directory / str(step))
 
 
 def _load_our_file(path, arrays, metadata):
     try:
         saved = json.loads(metadata)
-        fields = config.from_dict({"model": saved["model"]}).model
-        return _our_weights(arrays, fields, saved, path)
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        return _our_weights(arrays, {"model": saved["model"]}, saved, path)
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not what vit_jax writes ({e})") from e
 
 
-def _our_weights(flat, fields, saved, path):
-    vit = model.make_model(fields, num_classes=len(saved["class_names"]))
+def _our_weights(flat, values, saved, path):
+    """Returns Weights from {path: parameter} and the config that `values`, a nested dict, sets."""
+    c = config.from_dict(values)
+    config.validate(c)
+    vit = model.make_model(c.model, num_classes=len(saved["class_names"]))
     expected = layouts.model_shapes(vit, saved["image_shape"])
-    layouts.check(
-        layouts.shapes(flat), expected, f"{path} is corrupted: it does not match its config"
-    )
+    problem = f"{path} is corrupted: it does not match its config"
+    layouts.check(layouts.shapes(flat), expected, problem)
     return Weights(
         params=unflatten_dict(flat, sep="/"),
         model={name: getattr(vit, name) for name in FIELDS},

@@ -128,11 +128,9 @@ class Checkpoints:
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
     """The complete steps in a directory, ascending; [] if it does not exist."""
-    with read_errors(directory):
-        try:
-            names = os.listdir(directory)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+    names: list[str] = []
+    with read_errors(directory), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(directory)
     return sorted(int(name) for name in names if name.isdecimal())
 
 
@@ -170,7 +168,8 @@ def newest_intact_step(directories: list[pathlib.Path]) -> int:
 def clear_after(directory: pathlib.Path, step: int) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Later checkpoints are renamed to STEP.corrupted if they are, else deleted: a seed lacks them.
+    Later checkpoints are renamed to STEP.corrupted if corrupted; the others, which another seed
+    lacks or has corrupted, are deleted.
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
@@ -211,9 +210,9 @@ def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> t
     """
     steps = saved_steps(directory)
     if not steps:
-        seeds = ", ".join(sorted(path.name for path in directory.parent.glob("seed_*")))
-        several = f"it is a run of several seeds; pass one of {seeds}"
-        remedy = several if seeds else "train with this --workdir first"
+        remedy = "train with this --workdir first"
+        if seeds := sorted(path.name for path in directory.parent.glob("seed_*")):
+            remedy = f"it is a run of several seeds; pass one of {', '.join(seeds)}"
         raise UserError(f"no checkpoints in {directory}: {remedy}")
     step = steps[-1] if step is None else step
     if step not in steps:

@@ -54,6 +54,7 @@ class TrainLog:
             dynamic_ncols=True,
             disable=not (self._shown and sys.stderr.isatty()),
         )
+        self._bar.set_description_str("compiling")
         self.step, self.has_new_best = step, False
         self.val_accuracy = None  # of `step`, if it was validated
 
@@ -82,7 +83,9 @@ class TrainLog:
         step, metrics = unread
         bad = jax.device_get(metrics.pop("bad"))  # waits for the step
         now = time.perf_counter()
-        if self._clock is not None:
+        if self._clock is None:
+            self._bar.set_description_str("training")  # until a step is logged
+        else:
             images = self._plan.images(step) - self._plan.images(step - 1)
             self.images += images * np.size(bad)  # over all seeds
             self.seconds += now - self._clock

@@ -31,8 +31,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="vit-jax benchmark",
-        description="Measure training with a recipe: throughput, MFU, memory, and compilation "
-        "time, optionally compared with PyTorch.",
+        description=__doc__,
         epilog="--config.FIELD=VALUE changes a field of the recipe, as in vit-jax train.",
         allow_abbrev=False,
     )
@@ -66,9 +65,7 @@ class JaxSide:
     def __init__(self, experiment):
         self._train_step, self._state = experiment.train_step, experiment.init()
         # After the last step, training starts again from the first batch.
-        self._inputs = itertools.chain.from_iterable(
-            experiment.feed.inputs(after=0) for _ in itertools.count()
-        )
+        self._inputs = (x for _ in itertools.count() for x in experiment.feed.inputs(after=0))
 
     def steps(self, n):
         """Returns the seconds that n steps take."""

@@ -111,10 +111,7 @@ def gathered_batches(images, labels, batch_size, device):
 
 
 def train(variant, images, labels, arguments, batch_size, device, bfloat16):
-    """Trains a variant of torch_side.py, and yields the loss of each step.
-
-    `arguments` are VisionTransformer's. As written, the notebook trains in float32.
-    """
+    """Trains a variant of torch_side.py, "written" in float32, and yields the loss of each step."""
     written, criterion = variant == "written", nn.CrossEntropyLoss()
     if not written:
         TransformerBlock.need_weights = False

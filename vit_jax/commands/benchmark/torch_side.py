@@ -35,8 +35,7 @@ class TorchSide:
         }
         spawn = multiprocessing.get_context("spawn")
         self._pipe, other_end = spawn.Pipe()
-        arguments = (other_end, config.seed, options)
-        spawn.Process(target=_serve, args=arguments, daemon=True).start()
+        spawn.Process(target=_serve, args=(other_end, config.seed, options), daemon=True).start()
         other_end.close()
 
     def steps(self, n):
@@ -70,7 +69,7 @@ def start_torch_sides(experiment):
 
     Raises UserError if the notebook cannot train by the experiment's config.
     """
-    notebook_arguments(experiment)
+    notebook_arguments(experiment)  # raises before the first process starts
     sides = {}
     for variant in ("written", "eager", "compiled"):
         side, name = TorchSide(variant, experiment), f"PyTorch {variant}"

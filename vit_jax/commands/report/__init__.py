@@ -15,13 +15,9 @@ def main(argv=None):
         "page, WORKDIR/report/index.html.",
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
-    parser.add_argument(
-        "--compare", nargs="+", default=(), metavar="D", help="directories of runs to compare with"
-    )
+    parser.add_argument("--compare", nargs="+", default=(), metavar="D", help="runs to add")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
-    parser.add_argument(
-        "--data", help="image folder or TFDS name to evaluate on (default: the run's)"
-    )
+    parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
     parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
     args = vars(parser.parse_args(argv))
     if importlib.util.find_spec("matplotlib") is None:

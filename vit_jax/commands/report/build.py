@@ -15,17 +15,16 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
     """Writes the report of a run to WORKDIR/report/index.html and returns its path.
 
     A run that is unfinished or diverged, or whose data is missing, gets the remaining sections and
-    a notice.
+    a notice. Raises UserError if a directory contains no run, or one of its files is corrupted.
 
     Args:
       workdir: the run's directory.
       compare: directories of other runs, shown in the results and the curves.
       step: the checkpoint to evaluate: a saved step, "best", or "last".
       data, split: what to evaluate on; see `inference.classify.load_examples`.
-    Raises UserError if a directory contains no run, or one of its files is corrupted.
     """
     workdir, *compare = map(expand_home, (workdir, *compare))
-    runs = [(printable(d.resolve().name), read_records(d)) for d in (workdir, *compare)]
+    runs = [(_printable(d.resolve().name), read_records(d)) for d in (workdir, *compare)]
     _prepare_folder(workdir / "report")
     groups = group_by_experiment(runs)
     name, records = runs[0]
@@ -43,16 +42,13 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
     return path
 
 
-def printable(text):
+def _printable(text):
     """Returns a text that every font can draw: lone surrogates (from paths) are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _prepare_folder(folder):
-    """Creates the folder. Raises UserError if it, or a file in it, is a symbolic link.
-
-    The author of an untrusted workdir could otherwise redirect the report's writes.
-    """
+    """Creates the folder. Raises UserError for a symbolic link, which could redirect a write."""
     make_folder(folder)
     for path in (folder, *folder.iterdir()):
         if path.is_symlink():
@@ -70,13 +66,13 @@ def _about_model(workdir, step, data, split):
     weights = sections.weights(trained)
     try:
         examples, split = load_examples(trained, data, split)
-        logits, labels, indices = classify_examples(trained, examples)
+        logits, labels = classify_examples(trained, examples)
     except UserError as e:
         return page.notice(f"Not evaluated: {e}.") + weights
     predictions = sections.Predictions(
         source=f"Step {trained.step:,} on {split}",
-        class_names=[printable(name) for name in trained.class_names],
-        images_at=lambda rows: examples.examples(indices[rows])[0],
+        class_names=[_printable(name) for name in trained.class_names],
+        images_at=lambda rows: examples.examples(rows)[0],
         labels=labels,
         logits=logits,
     )

@@ -39,8 +39,8 @@ def thin(values, most=800):
     return np.array([run.mean() for run in runs])
 
 
-def curves(series, *, ylabel, percent=False):
-    """Draws lines over training steps; with `percent`, their values as percentages.
+def curves(series, *, ylabel):
+    """Draws lines over training steps, an accuracy in percent.
 
     `series` is a list of (label or None, color index, key of _LINES, steps, values).
     """
@@ -54,7 +54,7 @@ def curves(series, *, ylabel, percent=False):
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    if percent:
+    if ylabel == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if any(label for label, *_ in series):
         axes.legend()

@@ -20,10 +20,8 @@ def render(name, parts):
 
 def section(title, *parts):
     """Returns a section with the given HTML parts, or "" if there are none."""
-    if not parts:
-        return ""
-    content = "".join(parts)
-    return f"<section id={title.lower()}><h2>{title}</h2><div class=grid>{content}</div></section>"
+    grid = f"<div class=grid>{''.join(parts)}</div>"
+    return f"<section id={title.lower()}><h2>{title}</h2>{grid}</section>" if parts else ""
 
 
 def note(text, kind="note"):
@@ -66,10 +64,8 @@ def _image(kind, file):
 
 def gallery(images, captions):
     """Returns uint8[H, W, C] images side by side, each above its caption."""
-    tiles = (
-        f"<div>{picture(image)}{escape(caption)}</div>"
-        for image, caption in zip(images, captions, strict=True)
-    )
+    pairs = zip(images, captions, strict=True)
+    tiles = (f"<div>{picture(image)}{escape(caption)}</div>" for image, caption in pairs)
     return f"<div class=gallery>{''.join(tiles)}</div>"
 
 
@@ -77,12 +73,9 @@ def table(title, head, rows):
     """Returns a table whose first column names the rows, or "" if there are no rows."""
     if not rows:
         return ""
-    cells = "".join(f"<th scope=col>{escape(str(c))}</th>" for c in head)
-    body = "".join(
-        f"<tr><th scope=row>{escape(str(name))}</th>"
-        + "".join(f"<td>{escape(str(c))}</td>" for c in rest)
-        + "</tr>"
-        for name, *rest in rows
-    )
-    content = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+    columns, body = "".join(f"<th scope=col>{escape(name)}</th>" for name in head), ""
+    for name, *values in rows:
+        cells = "".join(f"<td>{escape(str(value))}</td>" for value in values)
+        body += f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>"
+    content = f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
     return figure(title, content, wide=True)

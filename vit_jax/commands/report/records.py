@@ -15,14 +15,11 @@ from vit_jax.errors import UserError
 from vit_jax.workdir import read_lines
 
 # Fields in which the seeds and repetitions of one experiment may differ.
-NOT_EXPERIMENTAL = (
-    *("seed", "num_seeds", "tensorboard", "wandb", "data.dir", "mesh.data", "mesh.fsdp"),
-)
+NOT_EXPERIMENTAL = ("seed", "num_seeds", "tensorboard", "wandb", "data.dir")
+NOT_EXPERIMENTAL += ("mesh.data", "mesh.fsdp")
 # The fields of result.json that the report shows. All are numbers, and a run may lack any.
-_RESULT_FIELDS = (
-    *("test_accuracy", "test_loss", "val_accuracy", "train_loss"),
-    *("num_params", "images_per_second", "seconds"),
-)
+_RESULT_FIELDS = ("test_accuracy", "test_loss", "val_accuracy", "train_loss")
+_RESULT_FIELDS += ("num_params", "images_per_second", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +52,14 @@ def read_records(workdir):
 
 def group_by_experiment(runs):
     """Merges (name, [Record]) runs whose configs differ in NOT_EXPERIMENTAL fields only."""
-    groups = []
+    groups = {}
     for name, records in runs:
-        for names, members in groups:
-            first = members[0].config
-            if not config_lib.difference(records[0].config, first, ignore=NOT_EXPERIMENTAL):
-                members.extend(records)
-                names.append(name)
-                break
-        else:
-            groups.append(([name], list(records)))
-    return [(", ".join(names), records) for names, records in groups]
+        fields = config_lib.flat(records[0].config).items()
+        experiment = tuple(value for field, value in fields if field not in NOT_EXPERIMENTAL)
+        names, members = groups.setdefault(experiment, ([], []))
+        names.append(name)
+        members.extend(records)
+    return [(", ".join(names), members) for names, members in groups.values()]
 
 
 def _read_config(workdir):
@@ -77,13 +71,12 @@ def _read_config(workdir):
 
 
 def _read_record(workdir, config):
-    path, result = workdir / "result.json", None
-    if path.exists():
+    result, lines = None, []
+    if (path := workdir / "result.json").exists():
         values = _read_object(path)
         result = {k: values[k] for k in _RESULT_FIELDS if values.get(k) is not None}
         _check_numbers(result, path)
-    path, lines = workdir / "metrics.jsonl", []
-    if path.exists():
+    if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
             lines = [values for _, values in read_lines(path)]
         for values in lines:
@@ -112,6 +105,5 @@ def _read_errors(path):
 def _check_numbers(values, path):
     """Raises UserError unless all values of {name: value} are finite numbers."""
     for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and abs(value) < 1e300):
+        if type(value) not in (int, float) or not abs(value) < 1e300:
             raise UserError(f"{name} in {path} must be a number; got {value!r:.100}")

@@ -19,6 +19,15 @@ from vit_jax.workdir import format_duration
 _MAX_CLASSES_SHOWN = 20
 _NUM_MISTAKES = 12
 _NUM_ATTENTION_IMAGES = 4
+# Columns of the results: field of result.json, scale, digits, unit.
+_COLUMNS = {
+    "test accuracy": ("test_accuracy", 100, 2, "%"),
+    "test loss": ("test_loss", 1, 4, ""),
+    "val accuracy": ("val_accuracy", 100, 2, "%"),
+    "train loss": ("train_loss", 1, 4, ""),
+    "parameters": ("num_params", 1, 0, ""),
+    "images/s": ("images_per_second", 1, 0, ""),
+}
 # Of each curve: the metric's group, its label, and a line of `figures.curves`.
 _CURVES = (
     ("train", "one batch", "thin"),
@@ -30,33 +39,34 @@ _CURVES = (
 
 def notices(records, run):
     """Returns a notice for each seed that stopped or is unfinished, and for a run of several."""
-    text = ""
-    for record in records:
-        name = run if len(records) == 1 else f"{run}, seed {record.config.seed}"
-        if record.result is None:
-            text += page.notice(_progress(name, record))
-    if len(records) > 1:
-        seeds = ", ".join(str(r.config.seed) for r in records)
-        text += page.notice(
-            f"{run} has {len(records)} seeds ({seeds}). Curves show all of them; the sections "
-            f"about the model show seed {records[0].config.seed}."
-        )
-    return text
+    if len(records) == 1:
+        return _progress(run, records[0])
+    seeds = [record.config.seed for record in records]
+    several = (
+        f"{run} has {len(records)} seeds ({', '.join(map(str, seeds))}). Curves show all of them; "
+        f"the sections about the model show seed {seeds[0]}."
+    )
+    names = [f"{run}, seed {seed}" for seed in seeds]
+    return "".join(map(_progress, names, records)) + page.notice(several)
 
 
 def _progress(name, record):
+    """Returns a notice of where a run stopped or is, or "" if it has finished."""
+    if record.result is not None:
+        return ""
     last_step = max((line["step"] for line in record.lines), default=0)
     # A run stopped by a bad loss keeps the batch; it may have resumed past an earlier one.
-    steps = [p.stem.rpartition("_")[2] for p in record.workdir.glob("bad_batch_*.npz")]
+    steps = [p.stem.removeprefix("bad_batch_") for p in record.workdir.glob("bad_batch_*.npz")]
     steps = [int(s) for s in steps if s.isdigit() and int(s) >= last_step]
     if steps:
         step = min(steps)
-        return f"{name} diverged at step {step:,}. The batch is in bad_batch_{step}.npz."
-    c = record.config
+        text = f"{name} diverged at step {step:,}. The batch is in bad_batch_{step}.npz."
+        return page.notice(text)
+    epochs, c = len(record.series("epoch/loss")[0]), record.config
     length = f"{c.steps:,} steps" if c.steps else f"{c.epochs:g} epochs"
-    return (
+    return page.notice(
         f"{name} is incomplete or still training: last logged step {last_step:,}, "
-        f"{len(record.series('epoch/loss')[0])} epochs finished of {length}."
+        f"{epochs} epochs finished of {length}."
     )
 
 
@@ -65,7 +75,7 @@ def results(groups):
 
     A single experiment is compared with the defaults. `groups` is from `group_by_experiment`.
     """
-    head = ("run", "seeds finished", "test accuracy", "test loss", "val accuracy", "train loss")
+    head = ("run", "seeds finished", *_COLUMNS)
     rows = [_result_row(name, records) for name, records in groups]
     configs = [(name, records[0].config) for name, records in groups]
     if len(groups) == 1:
@@ -77,48 +87,34 @@ def results(groups):
             differing.append([field, *map(repr, values)])
     return page.section(
         "Results",
-        page.table("At the final step", (*head, "parameters", "images/s"), rows),
+        page.table("At the final step", head, rows),
         page.table("Differing config fields", ("field", *(n for n, _ in configs)), differing),
     )
 
 
 def _result_row(name, records):
-    finished = [r.result for r in records if r.result is not None]
-    return [
-        name,
-        f"{len(finished)} of {len(records)}",
-        _mean_and_std(finished, "test_accuracy", percent=True),
-        _mean_and_std(finished, "test_loss"),
-        _mean_and_std(finished, "val_accuracy", percent=True),
-        _mean_and_std(finished, "train_loss"),
-        _mean_and_std(finished[:1], "num_params", digits=0),
-        _mean_and_std(finished[:1], "images_per_second", digits=0),
-    ]
-
-
-def _mean_and_std(finished, name, *, percent=False, digits=4):
-    """Formats '0.5708', '80.09%', or '80.09 ± 0.21%' for several seeds."""
-    scale, digits, unit = (100, 2, "%") if percent else (1, digits, "")
-    values = scale * np.array([r[name] for r in finished if name in r], np.float64)
-    if not len(values):
-        return "–"
-    std = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():,.{digits}f}{std}{unit}"
+    """Returns the cells of a row, such as '0.5708', or '80.09 ± 0.21%' for several seeds."""
+    finished = [record.result for record in records if record.result is not None]
+    row = [name, f"{len(finished)} of {len(records)}"]
+    for field, scale, digits, unit in _COLUMNS.values():
+        values = scale * np.array([result[field] for result in finished if field in result])
+        std = f" ± {values.std(ddof=1):.{digits}f}" if digits and len(values) > 1 else ""
+        row.append(f"{values.mean():,.{digits}f}{std}{unit}" if len(values) else "–")
+    return row
 
 
 def curves(groups):
     """Returns the loss, the accuracy, and the learning rate over the steps."""
     parts = []
-    for name in ("loss", "accuracy"):
+    for name in ("loss", "accuracy", "learning rate"):
         lines = [(f"{group}/{name}", label, line) for group, label, line in _CURVES]
+        if name == "learning rate":
+            lines = [("train/lr", "", "line")]
         if series := _series(groups, lines):
-            plot = page.plot(figures.curves(series, ylabel=name, percent=name == "accuracy"))
-            caption = "Training images are augmented; validation and test images are not."
-            parts.append(page.figure(name.title(), plot, caption))
-    if series := _series(groups, [("train/lr", "", "line")]):
-        plot = page.plot(figures.curves(series, ylabel="learning rate"))
-        parts.append(page.figure("Learning rate", plot, "As applied by the optimizer."))
-    return page.section("Curves", *parts)
+            plot = page.plot(figures.curves(series, ylabel=name))
+            parts.append(page.figure(name.capitalize(), plot))
+    note = page.note("Augmentation, if any, applies to training images only.")
+    return page.section("Curves", note, *parts) if parts else ""
 
 
 def _series(groups, lines):
