@@ -54,12 +54,18 @@ def run(page):
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """A folder with what the pages use of a checkout; launch.sh is replaced."""
+def checkout(tmp_path, tmp_path_factory):
+    """A folder with what the pages use of a checkout; launch.sh is replaced.
+
+    The pages share `workdirs`: a run that several of them start with is trained once.
+    """
     for name in ("configs", "docs", "scripts", "vit_jax"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "launch.sh").write_text('#!/bin/sh\nexec "$@"\n')
     (tmp_path / "launch.sh").chmod(0o755)
+    workdirs = tmp_path_factory.getbasetemp() / "workdirs"
+    workdirs.mkdir(exist_ok=True)
+    (tmp_path / "workdirs").symlink_to(workdirs)
     return tmp_path
 
 
@@ -93,6 +99,18 @@ def test_page_runs(page, checkout, tmp_path_factory):
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_marked_blocks_and_other_languages_do_not_run():
+    text = "```text\nfalse\n```\n\n<!-- not run: slow -->\n```bash\nfalse\n```\n\n```bash\nb\n```\n"
+    assert list(blocks(text)) == [Block(10, "bash", "b\n")]
+
+
+@pytest.mark.parametrize("block", ["bash\nfalse\ntrue", "python\n1 / 0", "diff\n--- a/x\n+++ b/x"])
+def test_failing_block_fails_the_page(block, tmp_path):
+    (tmp_path / "page.md").write_text(f"```{block}\n```\n")
+    with pytest.raises((subprocess.CalledProcessError, ZeroDivisionError)):
+        run(tmp_path / "page.md")
 
 
 if __name__ == "__main__":
