@@ -39,6 +39,12 @@ def test_config_page_is_current():
     assert PAGE.read_text() == config_page(), "run: python tests/test_docs.py"
 
 
+def sections(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_named_commands_paths_links_and_fields_exist(path):
     text = path.read_text()
@@ -51,8 +57,9 @@ def test_named_commands_paths_links_and_fields_exist(path):
     ):
         # Google's repository has a file of this name.
         assert (ROOT / name).exists() or name == "vit_jax/models_vit.py", name
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    for target, section in re.findall(r"\]\(([^)#:]+)(?:#([\w-]+))?\)", text):
         assert (path.parent / target).exists(), target
+        assert not section or section in sections(path.parent / target), f"{target}#{section}"
     if path.name != "CHANGELOG.md":
         added = re.findall(r'^\+ +"([\w.]+)": ', text, re.M)  # by a diff on the page
         for field in re.findall(r"--config\.([\w.]+\w)", text):
