@@ -12,7 +12,12 @@ from vit_jax import config
 from vit_jax.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.py")]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("docs/howto/*.md"),
+    *ROOT.glob("configs/*.py"),
+]
 PAGE = ROOT / "docs" / "config.md"
 
 
@@ -27,11 +32,17 @@ left out: `--config.optim.warmup=5epochs`. This page is written by `python tests
 
 def config_page():
     fields = "\n".join(config.field_help()).strip()
-    return f"{INTRODUCTION}\n```\n{fields}\n```\n"
+    return f"{INTRODUCTION}\n```text\n{fields}\n```\n"
 
 
 def test_config_page_is_current():
     assert PAGE.read_text() == config_page(), "run: python tests/test_docs.py"
+
+
+def sections(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -46,11 +57,13 @@ def test_named_commands_paths_links_and_fields_exist(path):
     ):
         # Google's repository has a file of this name.
         assert (ROOT / name).exists() or name == "vit_jax/models_vit.py", name
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+    for target, section in re.findall(r"\]\(([^)#:]+)(?:#([\w-]+))?\)", text):
         assert (path.parent / target).exists(), target
+        assert not section or section in sections(path.parent / target), f"{target}#{section}"
     if path.name != "CHANGELOG.md":
+        added = re.findall(r'^\+ +"([\w.]+)": ', text, re.M)  # by a diff on the page
         for field in re.findall(r"--config\.([\w.]+\w)", text):
-            assert field in config.FIELDS, field
+            assert field in [*config.FIELDS, *added], field
 
 
 def test_links_in_the_log_exist():

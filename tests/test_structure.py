@@ -48,7 +48,7 @@ def top(module, name):
 def import_list():
     """{module or package: its line} of the list in docs/architecture.md, counted from the top."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    block = re.search(r"^## Imports$.*?^```\n(.*?)^```", text, re.M | re.S)[1]
+    block = re.search(r"^## Imports$.*?^```text\n(.*?)^```", text, re.M | re.S)[1]
     return {name: i for i, line in enumerate(block.splitlines()) for name in line.split()}
 
 
