@@ -113,11 +113,11 @@ def _run(config, args, argv):
 def next_commands(config, recipe, workdir):
     """Returns {purpose: shell command} for a finished run of a recipe, by the recipe's name."""
     from vit_jax.config import DEFAULT_RECIPE
+    from vit_jax.seeds import RunWorkdir
 
     launcher = os.environ.get("VIT_JAX_LAUNCHER")  # set by launch.sh
     python = [launcher, "python"] if launcher else [sys.executable]
-    # Several seeds have one report, but a checkpoint each.
-    first = workdir / f"seed_{config.seed}" if config.num_seeds > 1 else workdir
+    first = RunWorkdir(workdir, config).folders[0]  # seeds share a report, not a checkpoint
     commands = {
         "evaluate": ("vit_jax", "evaluate", "--workdir", str(first)),
         "report": ("vit_jax", "report", "--workdir", str(workdir)),

@@ -87,7 +87,7 @@ class RunWorkdir:
     def has_checkpoints(self) -> bool:
         """Whether any seed has a checkpoint, intact or not."""
         steps = (step for folder in self.folders for step in folder.glob("checkpoints/*"))
-        return any(step.name.isdigit() for step in steps)
+        return any(step.name.isdecimal() for step in steps)
 
     def lock(self, stack: contextlib.ExitStack) -> None:
         """Enters `Workdir.locked` of the run and every seed, in process 0."""
