@@ -29,6 +29,18 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="runs that tests/faults kills")
 
 
+# The files that take longest, in this order: pytest-xdist starts files in the order of the tests.
+LONG = [
+    *("test_docs_run.py", "test_tutorial.py", "test_training.py", "test_kills.py", "test_train.py"),
+    *("test_signals.py", "test_disk.py", "test_notebook_torch.py", "test_seeds.py", "test_site.py"),
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _fetch_guard():
     """Every test, and every process that it starts, enforces the transfer guard as a GPU does."""
@@ -49,6 +61,19 @@ def tiny_folder(tmp_path_factory):
                 image = rng.integers(0, 150, (8, 8, 3), dtype=np.uint8)
                 image[..., label] += 80
                 Image.fromarray(image).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_shapes10(tmp_path_factory):
+    """A TFDS directory with 500 and 100 images of shapes10, and nothing else."""
+    from vit_jax.data import shapes10
+
+    folder = tmp_path_factory.mktemp("tfds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes10, "SPLIT_SIZES", {"train": 500, "test": 100})
+        builder = shapes10.Shapes10(data_dir=folder, file_format="array_record")
+        builder.download_and_prepare()
     return folder
 
 

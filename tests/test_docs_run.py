@@ -80,13 +80,13 @@ def test_every_block_has_a_language(page):
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(blocks(p.read_text()))], ids=lambda page: page.stem
 )
-def test_page_runs(page, checkout, tmp_path_factory):
+def test_page_runs(page, checkout, small_shapes10):
     import jax
 
     paths = {"PATH": pathlib.Path(sys.executable).parent, "PYTHONPATH": checkout}
     environment = {name: f"{path}{os.pathsep}{os.environ[name]}" for name, path in paths.items()}
     environment |= {
-        "TFDS_DATA_DIR": str(tmp_path_factory.getbasetemp() / "tfds"),  # shapes10 is drawn once
+        "TFDS_DATA_DIR": str(small_shapes10),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

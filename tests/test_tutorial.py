@@ -14,8 +14,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from vit_jax.data import shapes10
-
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 # Printed differences between PyTorch and JAX, as in tests/parity.
 BOUNDS = {
@@ -66,17 +64,6 @@ def assert_works(text):
     assert set(names.values()) == {"True"}
 
 
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
-    """A TFDS directory with a small shapes10 and nothing else."""
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes10, "SPLIT_SIZES", {"train": 500, "test": 100})
-        builder = shapes10.Shapes10(data_dir=folder, file_format="array_record")
-        builder.download_and_prepare()
-    return folder
-
-
 def run(notebook, folder, tfds_dir):
     """Executes a notebook in a folder, and returns what it prints. Raises if a cell fails."""
     environment = {
@@ -91,25 +78,19 @@ def run(notebook, folder, tfds_dir):
     return printed(notebook)
 
 
-def test_tutorial_matches_pytorch(require, tmp_path, tfds_dir):
-    there = importlib.util.find_spec("torch") is not None
-    require("torch", there, "PyTorch is not installed: the comparisons are skipped")
-    text = run(read(), tmp_path, tfds_dir)
-    assert SKIPPED not in text
-    assert_matches_pytorch(text)
-    assert_works(text)
-
-
-def test_tutorial_without_pytorch(tmp_path, tfds_dir):
+def test_tutorial_runs(tmp_path, small_shapes10):
+    """With PyTorch its cells are compared with JAX's; without it they are skipped."""
     notebook = read()
-    hide = nbformat.v4.new_code_cell("import sys\n\nsys.modules['torch'] = None")
-    notebook.cells.insert(0, hide)
-    text = run(notebook, tmp_path, tfds_dir)
-    cells = [cell for cell in code_cells(notebook) if cell.source.startswith("%%pytorch")]
-    assert len(cells) >= 10
-    assert text.count(SKIPPED) == len(cells)
+    text = run(notebook, tmp_path, small_shapes10)
     assert "Skipped: CIFAR-10 is not in" in text
     assert_works(text)
+    cells = [cell for cell in code_cells(notebook) if cell.source.startswith("%%pytorch")]
+    assert len(cells) >= 10
+    if importlib.util.find_spec("torch"):
+        assert SKIPPED not in text
+        assert_matches_pytorch(text)
+    else:
+        assert text.count(SKIPPED) == len(cells)
 
 
 def test_stored_outputs_are_a_complete_run():

@@ -51,7 +51,7 @@ def test_config_without_a_value_lists_the_recipes(capsys):
     with pytest.raises(SystemExit) as end:
         main.parse(["--config", "--config.seed=1"])
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code is None and max(map(len, lines)) <= 110
+    assert not end.value.code and max(map(len, lines)) <= 110
     recipes = {re.split(r" {2,}", line)[0]: re.split(r" {2,}", line)[1:] for line in lines}
     assert set(recipes) == {path.stem for path in config.CONFIGS.glob("*.py")}
     rows = dict(re.findall(r"^\| `(\w+)` (.*)$", (ROOT / "docs/recipes.md").read_text(), re.M))
