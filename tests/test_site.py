@@ -95,7 +95,7 @@ def test_no_page_loads_anything_from_another_host(site):
 
 
 def test_no_markup_is_left_as_text_or_made_of_text(site):
-    # A list or table without an empty line before it is text here, and a list on GitHub.
+    # Python-Markdown requires an empty line before a list or table; GitHub does not.
     for page, article in articles(site).items():
         for paragraph in re.findall(r"<p>.*?</p>", article, re.S):
             assert not re.search(r"^(- |\* |\d+\. |\||#)", paragraph[3:], re.M), (page, paragraph)

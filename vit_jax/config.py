@@ -215,7 +215,7 @@ FIELDS: dict[str, Field] = {
 
 
 def defaults() -> ConfigDict:
-    """The default of every field, as a locked ConfigDict."""
+    """Returns the default of every field, as a locked ConfigDict."""
     config = ConfigDict()
     for name, field in FIELDS.items():
         group, _, leaf = name.rpartition(".")
@@ -237,7 +237,7 @@ def field_help() -> Iterator[str]:
 
 
 def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
-    """{"width", "depth", "num_heads", "mlp_dim"} of a `model` group; its size replaces zeros."""
+    """Returns the width, depth, num_heads, and mlp_dim of a `model` group; its size replaces 0."""
     names = ("width", "depth", "num_heads", "mlp_dim")
     sizes = zip(names, MODEL_SIZES[model["size"]], strict=True)
     return {name: model[name] or size for name, size in sizes}
@@ -292,13 +292,13 @@ def _problems(c, a, m):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """' (did you mean X?)', or '' if no name is close."""
+    """Returns ' (did you mean X?)', or '' if no name is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
-    """The path of a recipe, by path or shipped name. Raises UserError if neither exists."""
+    """Returns the path of a recipe, by path or shipped name. Raises UserError if neither exists."""
     path = expand_home(name)
     shipped = {p.stem: p for p in sorted(CONFIGS.glob("*.py"))}
     if str(name) in shipped and not path.is_file():
@@ -313,7 +313,7 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def from_file(path: str | pathlib.Path) -> ConfigDict:
-    """The config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
+    """Returns the config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
 
     Executes the file. Raises UserError if that fails or does not return a valid config.
     """
@@ -335,7 +335,7 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
 
 
 def from_dict(values: dict) -> ConfigDict:
-    """The config of `config.to_dict()` or its JSON, in which tuples are lists.
+    """Returns the config of `config.to_dict()` or its JSON, in which tuples are lists.
 
     Raises UserError for an unknown field or a value of the wrong type.
     """
@@ -376,7 +376,7 @@ def _converted(name: str, value: Any) -> Any:
 
 
 def _renamed(name: str, value: Any) -> str:
-    """A hint for an unknown name: a duration's current spelling, or the nearest field."""
+    """Returns a hint for an unknown name: a duration's current spelling, or the nearest field."""
     if match := re.fullmatch(r"(?:.*\.)?(\w+?)_(steps|epochs|examples|percent)", name):
         old, unit = match[1].replace("checkpoint_every", "save_every"), match[2]
         amount = f"{value}%" if unit == "percent" else f"{value} {unit}"
@@ -405,17 +405,17 @@ def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
 
 
 def difference(config: ConfigDict, other: ConfigDict, *, ignore: Sequence[str] = ()) -> list[str]:
-    """'field: a, was b' for every field in which `config` differs from `other`."""
+    """Returns 'field: a, was b' for every field in which `config` differs from `other`."""
     new, old = flat(config), flat(other)
     changed = [name for name in FIELDS if new[name] != old[name] and name not in ignore]
     return [f"{name}: {new[name]!r}, was {old[name]!r}" for name in changed]
 
 
 def get_field(config: ConfigDict, name: str) -> Any:
-    """A field's value by its dotted name."""
+    """Returns a field's value by its dotted name."""
     return functools.reduce(lambda group, part: group[part], name.split("."), config)
 
 
 def flat(config: ConfigDict) -> dict[str, Any]:
-    """{dotted name: value} of every field."""
+    """Returns {dotted name: value} of every field."""
     return {name: get_field(config, name) for name in FIELDS}

@@ -11,7 +11,7 @@ _PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
 
 
 def parse(text: str) -> tuple[float, str]:
-    """(value, unit): "step", "epoch", "example", or "%". An empty string is (0, "step"): never.
+    """Returns (value, unit): "step", "epoch", "example", or "%". Empty is (0, "step"): never.
 
     Raises ValueError for other text.
     """
@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[float, str]:
 
 
 def canonical(text: str) -> str:
-    """A duration as configs store it: "5epochs" becomes "5 epochs"."""
+    """Returns a duration as configs store it: "5epochs" becomes "5 epochs"."""
     if not text.strip():
         return ""
     value, unit = parse(text)
@@ -61,19 +61,19 @@ class Plan:
         self.keep = Every(self.in_steps(config.keep_every))
 
     def in_steps(self, text: str) -> int:
-        """A duration in optimizer steps, at least 1; 0 if it is empty or zero."""
+        """Returns a duration in optimizer steps, at least 1; 0 if it is empty or zero."""
         value, unit = parse(text)
         per_unit = {"step": 1, "epoch": self.steps_per_epoch, "example": 1 / self.batch_size}
         per_unit["%"] = self.total_steps / 100
         return max(1, round(value * per_unit[unit])) if value else 0
 
     def epoch(self, step: int) -> tuple[int, int]:
-        """(epoch, step within it) of a step, all counted from 1."""
+        """Returns (epoch, step within it) of a step, all counted from 1."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         return epoch + 1, index + 1
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether a step is the last of its epoch or of the run."""
+        """Returns whether a step is the last of its epoch or of the run."""
         return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def images(self, step: int) -> int:

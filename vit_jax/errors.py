@@ -24,7 +24,7 @@ DISK_REFUSES = (*_DISK_FULL, errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE
 
 
 def expand_home(path: str | pathlib.Path) -> pathlib.Path:
-    """`path` with a leading `~` expanded. Raises UserError if no home directory is known."""
+    """Expands a leading `~` of `path`. Raises UserError if no home directory is known."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError as e:

@@ -77,7 +77,7 @@ class Experiment:
         self._eval_batches: dict[str, Any] = {}
 
     def _make_init(self, optimizer, params):
-        """(() -> TrainState, its jax.ShapeDtypeStruct with shardings)."""
+        """Returns (() -> TrainState, its jax.ShapeDtypeStruct with shardings)."""
         config, mesh = self.config, self.mesh
 
         def init(seed, params):
@@ -175,7 +175,7 @@ class Experiment:
         return zip(steps, self.feed.inputs(after), strict=False)
 
     def stored_batch(self, step: int, seed: int) -> dict[str, np.ndarray]:
-        """The examples of a step, counted from 1, as the split stores them, on the host.
+        """Returns the examples of a step, counted from 1, as the split stores them, on the host.
 
         {"image": uint8[b, H, W, C], "label": int32[b], "index": int32[b]}.
         """
@@ -187,7 +187,7 @@ class Experiment:
         return {"image": images, "label": labels, "index": index}
 
     def evaluate(self, params: Any, split: str) -> dict[str, Any]:
-        """{"loss", "accuracy", "count"} of parameters on a split, by its name."""
+        """Returns {"loss", "accuracy", "count"} of parameters on a split, by its name."""
         if split not in self._eval_batches:  # a resident split stays on the devices
             batches = feed_lib.make_eval_batches(self.splits[split], self.config, self.mesh)
             self._eval_batches[split] = batches
@@ -278,7 +278,7 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
 
 
 def description_lines(description: dict[str, str]) -> list[str]:
-    """The printed lines of a description: two columns on a terminal, otherwise 'name: text'."""
+    """Formats a description: two columns on a terminal, otherwise 'name: text' lines."""
     if not sys.stdout.isatty():
         return [f"{name}: {text}" for name, text in description.items()]
     width = max(map(len, description)) + 2
@@ -293,7 +293,7 @@ def description_lines(description: dict[str, str]) -> list[str]:
 
 
 def _changed(config, group):
-    """'field=value' for each field of a group that differs from its default."""
+    """Returns 'field=value' for each field of a group that differs from its default."""
     values, defaults = config_lib.flat(config), config_lib.flat(config_lib.defaults())
     names = [name for name in values if name.startswith(group) and values[name] != defaults[name]]
     return [f"{name.removeprefix(group)}={values[name]}" for name in names]

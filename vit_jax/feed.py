@@ -32,12 +32,12 @@ class Feed(NamedTuple):
 def make_feed(
     split: data.Dataset | data.Stream, config: ConfigDict, plan: Plan, mesh: Mesh
 ) -> Feed:
-    """The training batches of a split; B is a multiple of devices x microbatches."""
+    """Returns the training batches of a split; B is a multiple of devices x microbatches."""
     num_rows = _round_up(config.batch_size, mesh.size * config.accumulate_steps)
 
     @functools.lru_cache(maxsize=2)  # a stream reads batches of the next epoch before this one ends
     def epoch_order(epoch, seed):
-        """int32[steps_per_epoch, B] of an epoch, counted from 0; -1 for no example."""
+        """Returns int32[steps_per_epoch, B] of an epoch, counted from 0; -1 for no example."""
         order = data.epoch_order(plan.num_examples, plan.batch_size, seed=seed, epoch=epoch)
         padding = num_rows - plan.batch_size
         return np.pad(order, ((0, 0), (0, padding)), constant_values=-1)

@@ -66,7 +66,7 @@ def make_parser():
 
 
 def parse(argv):
-    """(config, arguments) of a command line: config, workdir (never None), dry_run.
+    """Returns (config, arguments) of a command line: config, workdir (never None), dry_run.
 
     Raises UserError for invalid arguments.
     """

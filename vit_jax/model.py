@@ -17,7 +17,7 @@ from vit_jax.errors import UserError
 
 
 def _linear_init(init, fan_in):
-    """A linear layer's initializers: torch.nn.Linear's, or timm's truncated normal, 0.02."""
+    """Returns the initializers of torch.nn.Linear, or timm's truncated normal, 0.02."""
     if init == "pytorch":
         bound = fan_in**-0.5
 
@@ -29,7 +29,7 @@ def _linear_init(init, fan_in):
 
 
 def gelu(x):
-    """x times the standard normal's distribution function, by erf in float32 as in torch.
+    """Returns x times the standard normal's distribution function, by erf in float32 as in torch.
 
     jax.nn.gelu's erfc is exact far into the tail, but it branches: on a CPU, forward and backward
     take five times as long (docs/performance.md).
@@ -232,7 +232,7 @@ class VisionTransformer(_Part, kw_only=True):
         return head(x.astype(jnp.float32))
 
     def _embed(self, images):
-        """[B, N, D]: the class token and the patches, with their position embeddings."""
+        """Returns [B, N, D]: the class token and the patches, with their position embeddings."""
         B, *image_shape = images.shape
         resized = (B, *resolution(self, image_shape))
         if images.shape != resized:
@@ -257,7 +257,7 @@ class VisionTransformer(_Part, kw_only=True):
 
 
 def sincos2d(grid, width, *, cls_token):
-    """The fixed position embedding float32[1, N, D] (arXiv 2205.01580); zeros for a class token."""
+    """Returns fixed position embeddings float32[1, N, D] (arXiv 2205.01580); class token: 0."""
     y, x = np.mgrid[: grid[0], : grid[1]]
     omega = 1.0 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
@@ -276,13 +276,13 @@ def make_model(model_config, *, num_classes):
 
 
 def resolution(model, image_shape):
-    """The (H, W, C) that the model splits into patches, for images of (H, W, C)."""
+    """Returns the (H, W, C) that the model splits into patches, for images of (H, W, C)."""
     H, W, C = image_shape
     return model.image_size or H, model.image_size or W, C
 
 
 def patch_grid(model, image_shape):
-    """(rows, columns) of patches, for images of (H, W, C)."""
+    """Returns (rows, columns) of patches, for images of (H, W, C)."""
     H, W, _ = resolution(model, image_shape)
     return H // model.patch_size, W // model.patch_size
 
@@ -298,18 +298,18 @@ def check_image_shape(model, image_shape):
 
 
 def init_params(model, key, image_shape):
-    """The initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
+    """Returns the initial weights, a nested dict of float32 arrays, for images of (H, W, C)."""
     return model.init(key, jnp.zeros((1, *image_shape)))["params"]
 
 
 def num_tokens(model, image_shape):
-    """N, including the class token, for images of (H, W, C)."""
+    """Returns N, including the class token, for images of (H, W, C)."""
     rows, columns = patch_grid(model, image_shape)
     return rows * columns + (model.pool == "cls")
 
 
 def train_flops_per_image(model, image_shape):
-    """Floating-point operations of one image's forward and backward pass.
+    """Returns the floating-point operations of one image's forward and backward pass.
 
     Counts only matrix products, a multiply-add as two operations, and the backward pass as twice
     the forward (arXiv 2204.02311, appendix B).

@@ -35,7 +35,7 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
 
 
 def decay_mask(decay, params):
-    """A tree of bools: the parameters that weight decay applies to.
+    """Returns a tree of bools: the parameters that weight decay applies to.
 
     "all" is every parameter, the default of torch.optim.AdamW. "kernels" excludes biases, norms,
     layer scales, and the position and class embeddings.

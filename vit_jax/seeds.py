@@ -27,12 +27,12 @@ _SAVED_ARRAYS = ("params", "ema_params", "opt_state")
 
 
 def seeds_of(config: ConfigDict) -> list[int]:
-    """The seeds of a config as a list of ints."""
+    """Returns the seeds of a config as a list of ints."""
     return [config.seed + i for i in range(config.num_seeds)]
 
 
 def vmap_seeds(fn: Callable, config: ConfigDict, in_axes: Any) -> Callable:
-    """`jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
+    """Returns `jax.vmap(fn, in_axes)`, or `fn` itself for one seed."""
     return fn if config.num_seeds == 1 else jax.vmap(fn, in_axes)
 
 
@@ -42,7 +42,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
 
 def unstack(tree: Any, config: ConfigDict) -> list[Any]:
-    """One tree per seed from a tree of arrays [S, ...] and of scalars, which the seeds share."""
+    """Splits a tree of arrays [S, ...] into one tree per seed. The seeds share its scalars."""
     if config.num_seeds == 1:
         return [tree]
     return [
@@ -52,13 +52,13 @@ def unstack(tree: Any, config: ConfigDict) -> list[Any]:
 
 
 def unstack_shapes(shapes: Any, config: ConfigDict) -> Any:
-    """One seed's part of a tree of jax.ShapeDtypeStruct, without shardings."""
+    """Returns one seed's part of a tree of jax.ShapeDtypeStruct, without shardings."""
     first = int(config.num_seeds > 1)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[first:], x.dtype), shapes)
 
 
 def state_sharding(mesh: Mesh, shapes: Any, config: ConfigDict) -> Any:
-    """`mesh.state_sharding`, with the axis of seeds replicated."""
+    """Returns `mesh.state_sharding`, with the axis of seeds replicated."""
     shardings = mesh_lib.state_sharding(mesh, unstack_shapes(shapes, config))
     if config.num_seeds == 1:
         return shardings
@@ -96,7 +96,7 @@ class RunWorkdir:
                 stack.enter_context(workdir.locked())
 
     def find_resume_step(self) -> int:
-        """The newest step that is intact for every seed; 0 if there is none."""
+        """Returns the newest step that is intact for every seed; 0 if there is none."""
         return newest_intact_step([workdir.checkpoint_dir for workdir in self._each])
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class RunWorkdir:
             workdir.open(step, keep=keep)
 
     def restore(self, step: int, state_shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(TrainState on the devices, progress) of a saved step."""
+        """Returns (TrainState on the devices, progress) of a saved step."""
         shapes = unstack_shapes(state_shapes, self._config)
         items = {name: getattr(shapes, name) for name in _SAVED_ARRAYS}
         states = []
@@ -137,7 +137,7 @@ class RunWorkdir:
             workdir.save(step, arrays, documents | progress, val_accuracy=val_accuracy)
 
     def is_best(self, val_accuracy: Any) -> bool:
-        """Whether a validation accuracy is any seed's best so far."""
+        """Returns whether a validation accuracy is any seed's best so far."""
         each = self._split(val_accuracy)
         return any(workdir.checkpoints.is_best(accuracy) for workdir, accuracy in each)
 
@@ -174,7 +174,7 @@ class RunWorkdir:
         return results[self.path]
 
     def read_result(self) -> dict[str, Any] | None:
-        """The content of the run's result.json, or None."""
+        """Returns the content of the run's result.json, or None."""
         path = self.path / "result.json"
         try:
             return json.loads(path.read_text()) if path.exists() else None

@@ -43,7 +43,7 @@ def init_state(
     params: Any = None,  # default: random initial weights
     skip_bad: bool = False,
 ) -> TrainState:
-    """The state before the first step, for images of (H, W, C). Jittable."""
+    """Returns the state before the first step, for images of (H, W, C). Jittable."""
     if params is None:
         params = init_params(model, jax.random.key(seed), image_shape)
     return TrainState(
@@ -57,7 +57,7 @@ def init_state(
 
 
 def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:
-    """The batch {"image", "label", "mask"} of rows int32[B] of a resident split; -1 is masked."""
+    """Gathers the batch {"image", "label", "mask"} of rows int32[B]; -1 is masked."""
     rows = jnp.maximum(indices, 0)
     return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
 
@@ -71,7 +71,7 @@ def loss_and_grads(
     *,
     num_microbatches: int = 1,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """(loss, gradients, logits) of a batch, whose `inputs` are (images, soft labels, mask).
+    """Returns (loss, gradients, logits) of a batch, whose `inputs` are (images, soft labels, mask).
 
     The loss is the sum of the cross-entropies over the mask, divided by `count`. Microbatches run
     in sequence, in the memory of one. Microbatch i consists of every `num_microbatches`-th row, so
@@ -108,7 +108,7 @@ def loss_and_grads(
 def apply_update(
     optimizer: optax.GradientTransformation, grads: Any, state: TrainState, *, ema_decay: float
 ) -> TrainState:
-    """The state with updated weights, optimizer state, and EMA weights."""
+    """Returns the state with updated weights, optimizer state, and EMA weights."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
@@ -120,7 +120,7 @@ def apply_update(
 
 
 def _add_to_sums(state, metrics, bad, *, steps_per_epoch):
-    """The sums of the epoch so far. Skipped steps are counted and add nothing."""
+    """Returns the sums of the epoch so far. Skipped steps are counted and add nothing."""
     added = {k: metrics[k] for k in ("loss", "accuracy")}
     if "skipped" in state.sums:
         added = {k: jnp.where(bad, 0.0, v) for k, v in added.items()}

@@ -121,7 +121,7 @@ def _make_log(experiment, workdir, start, progress):
 
 
 def _bad_step_error(experiment, workdir, bad_step):
-    """The UserError of a non-finite step. Stores the step's batch next to the metrics."""
+    """Returns the UserError of a non-finite step. Stores the step's batch next to the metrics."""
     index, step = int(np.argmax(bad_step.bad)), bad_step.step
     seed, folder = workdir.seeds[index], workdir.folders[index]
     path = folder / f"bad_batch_{step}.npz"
@@ -176,7 +176,7 @@ def _say(*lines):
 
 
 def _summary(result):
-    """'Test Accuracy: 63.68%', or of the validation split if there is no test split."""
+    """Returns 'Test Accuracy: 63.68%', or of the validation split if there is no test split."""
     name, title = ("test", "Test") if "test_accuracy" in result else ("val", "Validation")
     text = f"{title} Accuracy: {100 * result[f'{name}_accuracy']:.2f}%"
     if f"{name}_accuracy_std" in result:

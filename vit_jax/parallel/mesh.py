@@ -31,12 +31,12 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding that replicates an array on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding that splits the leading axis over all devices."""
+    """Returns the sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -64,7 +64,7 @@ def to_devices(tree: Any, shardings: Any) -> Any:
 
 
 def local_rows(sharding: NamedSharding, num_rows: int) -> np.ndarray:
-    """int[b]: the rows of a sharded batch that are on this process's devices, ascending."""
+    """Returns int[b]: the rows of a sharded batch that are on this process's devices, ascending."""
     slices = sharding.addressable_devices_indices_map((num_rows,)).values()
     return np.unique(np.concatenate([np.arange(num_rows)[i] for i in slices]))
 
@@ -83,7 +83,7 @@ def put_rows(tree: Any, rows: np.ndarray, num_rows: int, sharding: NamedSharding
 
 
 def _transfer(shape, sharding, shard):
-    """A global array, of which `shard` returns this process's shards by their index."""
+    """Returns a global array, of which `shard` returns this process's shards by their index."""
     # jax.make_array_from_callback would transfer implicitly, which a transfer guard rejects.
     indices = sharding.addressable_devices_indices_map(shape)
     shards = [jax.device_put(shard(index), device) for device, index in indices.items()]

@@ -44,7 +44,7 @@ class StopSignal:
         os.write(2, text.encode())
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step, the same in every process. Call it at each step."""
+        """Returns whether to stop after this step, the same in every process. Call it each step."""
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)

@@ -176,7 +176,7 @@ def shared_errors() -> Iterator[None]:
 
 
 def _gather(value):
-    """The JSON value of every process, in order."""
+    """Returns the JSON value of every process, in order."""
     data = json.dumps(value).encode()
     with jax.transfer_guard("allow"):  # process_allgather fetches without jax.device_get
         size = multihost_utils.process_allgather(np.int32(len(data))).max()

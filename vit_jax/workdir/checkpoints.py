@@ -72,7 +72,7 @@ class Checkpoints:
         return [s in steps[-2:] or s == self._best["step"] or self._keep(s) for s in steps]
 
     def is_best(self, val_accuracy: float) -> bool:
-        """Whether a validation accuracy exceeds every saved step's; the first of a tie is best."""
+        """Returns whether an accuracy exceeds every saved step's; the first of a tie is best."""
         return val_accuracy > self._best["val_accuracy"]
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
@@ -87,7 +87,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """({item: tree of host arrays}, progress) of a step; `shapes` has no shardings."""
+        """Returns ({item: tree of host arrays}, progress) of a step; `shapes` has no shardings."""
         items = {k: ocp.args.StandardRestore(v) for k, v in shapes.items() if v is not None}
         items["progress"] = ocp.args.JsonRestore()
         with _restore_errors(self._directory / str(step)):
@@ -127,7 +127,7 @@ class Checkpoints:
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The complete steps in a directory, ascending; [] if it does not exist."""
+    """Returns the complete steps in a directory, ascending; [] if it does not exist."""
     names: list[str] = []
     with read_errors(directory), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         names = os.listdir(directory)
@@ -135,7 +135,7 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_intact_step(directories: list[pathlib.Path]) -> int:
-    """The newest step that is intact in every directory, one per seed; 0 if there are no steps.
+    """Returns the newest step that is intact in every directory, one per seed; 0 if none is saved.
 
     Raises UserError if a checkpoint cannot be read, if all are corrupted, or if a seed lacks more
     than one step: a kill between the saves of two seeds loses only one.
@@ -186,7 +186,7 @@ def clear_after(directory: pathlib.Path, step: int) -> None:
 
 
 def read_document(folder: pathlib.Path, item: str) -> Any:
-    """A JSON item of a checkpoint. Raises UserError if it cannot be read."""
+    """Returns a JSON item of a checkpoint. Raises UserError if it cannot be read."""
     _quiet()
     with _restore_errors(folder), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder / item)
@@ -204,7 +204,7 @@ def _restore_errors(folder):
 
 
 def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
-    """(params as numpy arrays, config item, step) of `step` (default: the newest).
+    """Returns (params as numpy arrays, config item, step) of `step` (default: the newest).
 
     The params are `ema_params` if the run keeps them. Raises UserError unless it is intact.
     """
@@ -231,7 +231,7 @@ def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> t
 
 
 def _is_config_item(saved):
-    """Whether JSON has the fields of a `config` item: classes, image shape, and preprocessing."""
+    """Returns whether JSON is a `config` item: classes, image shape, and preprocessing."""
     names, shape, pixels = (saved[k] for k in ("class_names", "image_shape", "preprocessing"))
     return (
         isinstance(saved["config"], dict)

@@ -69,7 +69,7 @@ def _sha256(path, *, sync=False):
 
 
 def _files(folder):
-    """{relative name: path} of the regular files under a folder; links may point anywhere."""
+    """Returns {relative name: path} of the regular files in a folder; links may point anywhere."""
 
     def fail(error):  # Path.rglob would skip a subfolder that cannot be listed
         raise error

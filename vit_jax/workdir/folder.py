@@ -170,7 +170,7 @@ def _data_difference(saved, current):
 
 
 def commit_of(path: pathlib.Path) -> str | None:
-    """The commit of the repository that tracks a file, with -dirty if it has changes; else None."""
+    """Returns the commit of the repository that tracks a file, -dirty with changes, or None."""
     tracked = f"git ls-files --error-unmatch {shlex.quote(path.name)} >&2"
     describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
     done = subprocess.run(
@@ -180,7 +180,7 @@ def commit_of(path: pathlib.Path) -> str | None:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """The content of run.json: command, date, commit, versions, host, and devices."""
+    """Returns the content of run.json: command, date, commit, versions, host, and devices."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "command": command,

@@ -67,7 +67,7 @@ class JsonLines:
 
 
 def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> Any:
-    """A tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
+    """Returns a tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
     from tensorboardX import SummaryWriter  # slow to import
 
     writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -77,7 +77,7 @@ def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> 
 
 
 def open_wandb(folder: pathlib.Path, config: ConfigDict) -> Any:
-    """The Weights & Biases run of a workdir, started or resumed. WANDB_MODE=offline works."""
+    """Starts or resumes the Weights & Biases run of a workdir. WANDB_MODE=offline works."""
     wandb = import_wandb()
     identity = folder / "wandb_id"
     if not identity.exists():

@@ -142,7 +142,7 @@ class TrainLog:
 
 
 def progress_line(plan: Plan, step: int, metrics: Mapping[str, Any]) -> str:
-    """The metrics of a step, {name: scalar or one per seed}, as text."""
+    """Returns the metrics of a step, {name: scalar or one per seed}, as text."""
     means = {name: np.mean(value) for name, value in metrics.items()}
     rate = means["time/images_per_second"]
     images_left = plan.images(plan.total_steps) - plan.images(step)
@@ -157,7 +157,7 @@ def progress_line(plan: Plan, step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def epoch_means(state: Any, steps: int) -> dict[str, Any]:
-    """{"loss", "accuracy"}: means over the epoch's first `steps` steps, except skipped ones."""
+    """Returns the mean loss and accuracy of an epoch's first `steps` steps, except skipped ones."""
     sums = jax.device_get(state.sums)
     counted = np.maximum(steps - sums.pop("skipped", 0), 1)
     return {name: value / counted for name, value in sums.items()}
