@@ -9,10 +9,11 @@
 #     srun ./launch.sh python -m vit_jax.main ...                                (SLURM)
 #     COORDINATOR=host:port NUM_PROCESSES=n PROCESS_ID=i ./launch.sh python ...  (on each host)
 #
-# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder.
+# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder. CUDA selects the wheels:
+# 12, 13, or none; by default the newest that the NVIDIA driver and every GPU support.
 #
 # This script never changes a complete environment, so a running job keeps the packages it started
-# with. The folder, .venvs/KIND-HASH, is named by what determines its contents: CPU or CUDA wheels,
+# with. The folder, .venvs/KIND-HASH, is named by what determines its contents: the CUDA version,
 # the interpreter, the architecture, the requirements, and the checkout's path. If one of them
 # differs (another kind of node on a shared file system, an update, a moved checkout), another
 # environment is made next to it. Delete old ones when no job runs in them.
@@ -29,11 +30,30 @@ fail() {
     exit 2
 }
 
-# Read in full: piped into `grep -q`, nvidia-smi can die of SIGPIPE once grep has seen enough.
-gpus=$(nvidia-smi -L 2>/dev/null || true)
-case $gpus in
-*"GPU "[0-9]*) kind=cuda12 extras=dev,prepare,cuda12 ;;
-*) kind=cpu extras=dev,prepare ;;
+# The CUDA version of JAX's wheels: 13 needs driver 580 and compute capability 7.5, 12 driver 525.
+detect_cuda() {
+    local driver capability # of the oldest GPU; nvidia-smi rejects compute_cap before driver 510
+    IFS=', ' read -r driver capability < <(
+        { query driver_version,compute_cap || query driver_version; } | sed -n '/^[0-9]/p' | sort -t, -k2V
+    ) || true
+    if [ -z "$driver" ]; then
+        echo none
+    elif ! at_least 525 "$driver"; then
+        fail "the NVIDIA driver $driver is too old for JAX: install 525 or newer (580 for CUDA 13), or use the CPU with CUDA=none JAX_PLATFORMS=cpu"
+    elif at_least 580 "$driver" && at_least 7.5 "$capability"; then
+        echo 13
+    else
+        echo 12
+    fi
+}
+query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null; }
+at_least() { printf '%s\n' "$@" | sort -V -C; }
+
+cuda=${CUDA:-$(detect_cuda)}
+case $cuda in
+12 | 13) kind=cuda$cuda extras=dev,prepare,cuda$cuda ;;
+none) kind=cpu extras=dev,prepare ;;
+*) fail "CUDA must be 12, 13, or none (CPU wheels); got $cuda" ;;
 esac
 
 python=
@@ -64,6 +84,7 @@ case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 complete() { [ "$(cat "$venv.state" 2>/dev/null)" = "$hash" ] && [ -x "$venv/bin/python" ]; }
 
 install() {
+    local see_gpu='import jax; jax.devices("cuda")'
     # A job may run in any environment except one whose installation was interrupted.
     if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ "$(cat "$venv.state")" != incomplete ]; then
         fail "$venv was not made for this checkout, interpreter, and requirements: name another folder with VENV, or delete it when no job runs in it"
@@ -74,6 +95,9 @@ install() {
         fail "'$python -m venv' failed: on Debian and Ubuntu, apt install python3-venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2
     echo "$hash" >"$venv.state"
+    if [ "$cuda" != none ] && ! env -u JAX_PLATFORMS "$venv/bin/python" -c "$see_gpu" >/dev/null 2>&1; then
+        echo "WARNING: JAX sees no GPU with its CUDA $cuda wheels; to see why, run $venv/bin/python -c '$see_gpu'" >&2
+    fi
     local all=("$root"/.venvs/*/)
     [ -n "${VENV:-}" ] || [ ${#all[@]} -eq 1 ] ||
         echo "${#all[@]} environments are in $root/.venvs: delete those that no job or node needs" >&2

@@ -14,7 +14,8 @@ from vit_jax import main
 from vit_jax.config import defaults
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Creates an environment with this script as Python. Installing logs a line and exits with $FAIL.
+# Creates an environment with this script as Python. Installing logs a line and exits with $FAIL;
+# looking for a GPU exits with $NO_GPU.
 PYTHON = f"""#!/bin/bash
 case "$*" in
 "-m venv --clear "*)
@@ -24,9 +25,18 @@ case "$*" in
     echo "$0 ${{@: -1}}" >>"$LOG"
     sleep ${{INSTALL_SECONDS:-0}}
     exit ${{FAIL:-0}} ;;
+*"jax.devices("*) exit ${{NO_GPU:-0}} ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """
+NVIDIA_SMI = """#!/bin/bash
+case "$*" in
+"--query-gpu=driver_version --format=csv,noheader") echo {driver} ;;
+"--query-gpu=driver_version,compute_cap --format=csv,noheader") {both} ;;
+*) exit 2 ;;
+esac
+"""
+UNKNOWN_FIELD = """echo 'Field "compute_cap" is not a valid field to query.' && exit 2"""
 
 
 class Checkout:
@@ -45,11 +55,11 @@ class Checkout:
         (self.programs / name).write_text(text)
         (self.programs / name).chmod(0o755)
 
-    def gpus(self, lines):
-        """Makes nvidia-smi list a GPU and then `lines` more lines."""
-        self.program(
-            "nvidia-smi", f"#!/bin/bash\necho 'GPU 0: NVIDIA H100'\nseq {lines} || exit 1\n"
-        )
+    def gpus(self, driver, *capabilities):
+        """Makes nvidia-smi report GPUs; without capabilities it does not know that field."""
+        rows = " ".join(f"'{driver}, {capability}'" for capability in capabilities)
+        both = f"printf '%s\\n' {rows}" if rows else UNKNOWN_FIELD
+        self.program("nvidia-smi", NVIDIA_SMI.format(driver=driver, both=both))
 
     def start(self, *command, **env):
         env = {"PATH": f"{self.programs}:/usr/bin:/bin", "LOG": str(self.log), **env}
@@ -95,16 +105,63 @@ def test_environment_is_created_once_and_runs_the_command(checkout):
 def test_each_kind_of_machine_has_its_own_environment(checkout):
     cpu = checkout.environment()
     (cpu / "of_a_running_job").touch()
-    checkout.gpus(lines=0)
+    checkout.gpus("535.104.05", "8.0")
     cuda = checkout.environment()
     assert (cpu.name.split("-")[0], cuda.name.split("-")[0]) == ("cpu", "cuda12")
-    assert "cuda12" in checkout.log.read_text().splitlines()[1]
+    assert checkout.log.read_text().splitlines()[1].endswith("[dev,prepare,cuda12]")
     assert (cpu / "of_a_running_job").exists()
 
 
-def test_gpu_is_detected_in_long_nvidia_smi_output(checkout):
-    checkout.gpus(lines=100_000)  # more than a pipe buffers: the writer gets SIGPIPE
-    assert checkout.environment().name.startswith("cuda12-")
+@pytest.mark.parametrize(
+    "kind, gpus",
+    [
+        ("cuda12", ["525.60.13", "8.0"]),
+        ("cuda12", ["570.211.01", "12.0"]),
+        ("cuda13", ["580.65.06", "7.5"]),
+        ("cuda13", ["610.43", "10.0", "9.0"]),
+        ("cuda12", ["580.65.06", "7.0"]),  # CUDA 13 has no code for Volta
+        ("cuda12", ["580.65.06", "9.0", "6.1"]),
+        ("cuda13", ["1000.1", *["9.0"] * 20_000]),  # more than a pipe buffers
+    ],
+)
+def test_driver_and_oldest_gpu_determine_the_cuda_version(checkout, kind, gpus):
+    checkout.gpus(*gpus)
+    assert checkout.environment().name.startswith(f"{kind}-")
+    assert checkout.log.read_text().endswith(f"[dev,prepare,{kind}]\n")
+
+
+@pytest.mark.parametrize("gpus", [["470.82.01"], ["515.105.01", "8.6"]], ids=str)
+def test_driver_too_old_for_jax_is_reported_in_one_line(checkout, gpus):
+    checkout.gpus(*gpus)
+    code, _, err = checkout.launch("true")
+    assert (code, err.count("\n"), checkout.installed()) == (2, 1, 0)
+    assert err.startswith(f"error: the NVIDIA driver {gpus[0]} is too old for JAX: install 525")
+    assert checkout.environment(CUDA="none").name.startswith("cpu-")
+
+
+def test_cuda_variable_overrides_nvidia_smi(checkout):
+    assert checkout.environment(CUDA="13").name.startswith("cuda13-")  # no GPU on a login node
+    checkout.gpus("580.65.06", "9.0")
+    assert checkout.environment(CUDA="12").name.startswith("cuda12-")
+    assert checkout.environment(CUDA="none").name.startswith("cpu-")
+    code, _, err = checkout.launch("true", CUDA="11")
+    assert (code, err) == (2, "error: CUDA must be 12, 13, or none (CPU wheels); got 11\n")
+
+
+def test_nvidia_smi_without_a_gpu_means_the_cpu(checkout):
+    for answer in ("echo 'No devices were found'; exit 6", "exit 127"):  # 127: not installed
+        checkout.program("nvidia-smi", f"#!/bin/bash\n{answer}")
+        assert checkout.environment().name.startswith("cpu-")
+    assert checkout.installed() == 1
+
+
+def test_new_environment_in_which_jax_sees_no_gpu_is_reported_once(checkout):
+    checkout.gpus("580.65.06", "9.0")
+    code, _, err = checkout.launch("true", NO_GPU="1")
+    assert code == 0 and "WARNING: JAX sees no GPU with its CUDA 13 wheels" in err
+    assert checkout.launch("true", NO_GPU="1") == (0, "", "")
+    assert "WARNING" not in checkout.launch("true", CUDA="12")[2]
+    assert "WARNING" not in checkout.launch("true", CUDA="none", NO_GPU="1")[2]
 
 
 def test_changed_requirements_create_a_new_environment_and_keep_the_old_one(checkout):
@@ -159,7 +216,7 @@ def test_venv_made_for_something_else_is_not_overwritten(checkout, tmp_path):
     theirs = tmp_path / "theirs"
     (theirs / "bin").mkdir(parents=True)
     ours = checkout.environment(VENV=str(tmp_path / "ours"))
-    checkout.gpus(lines=0)  # `ours` was created without a GPU
+    checkout.gpus("535.104.05", "8.0")  # `ours` was created without a GPU
     for folder in (theirs, ours):
         code, _, err = checkout.launch("true", VENV=str(folder))
         assert code == 2 and err.count("\n") == 1

@@ -34,5 +34,6 @@ def check_backend() -> None:
     except RuntimeError as e:
         raise UserError(
             f"this machine has an NVIDIA GPU, but JAX did not start CUDA ({e}): install "
-            "'jax[cuda13]' and a driver for it, or set JAX_PLATFORMS=cpu to run on the CPU"
+            "'jax[cuda13]' (driver 580 or newer) or 'jax[cuda12]' (525), with launch.sh by CUDA=13 "
+            "or CUDA=12, or set JAX_PLATFORMS=cpu to run on the CPU"
         ) from e
