@@ -82,6 +82,7 @@ class RunWorkdir:
                 self._each.append(Workdir(path / f"seed_{seed}", own))
             self._all = self._all + self._each  # the run's own has no checkpoints and no metrics
         self.folders = [workdir.path for workdir in self._each]
+        self._corrupted: dict[pathlib.Path, str] = {}  # checkpoints after the resume step
 
     @property
     def has_checkpoints(self) -> bool:
@@ -97,7 +98,9 @@ class RunWorkdir:
 
     def find_resume_step(self) -> int:
         """Returns the newest step that is intact for every seed; 0 if there is none."""
-        return newest_intact_step([workdir.checkpoint_dir for workdir in self._each])
+        directories = [workdir.checkpoint_dir for workdir in self._each]
+        step, self._corrupted = newest_intact_step(directories)
+        return step
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         for workdir in self._each:
@@ -107,7 +110,7 @@ class RunWorkdir:
         """Makes the first writes of the run, in process 0, and opens every seed's workdir."""
         if jax.process_index() == 0:
             for workdir in self._all:
-                workdir.begin(step, command)
+                workdir.begin(step, command, self._corrupted)
         for workdir in self._each:
             workdir.open(step, keep=keep)
 

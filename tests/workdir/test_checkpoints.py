@@ -121,13 +121,24 @@ class TestSeveralSeeds:
         a, b = directories
         shutil.rmtree(b / "6")
         (b / "4" / "file").write_text("x")
-        assert newest_intact_step(directories) == 2
-        clear_after(a, 2)
+        step, corrupted = newest_intact_step(directories)
+        assert step == 2 and corrupted == {b / "4": "file is not what was saved"}
+        clear_after(a, 2, corrupted)
         assert capsys.readouterr().out == ""
-        clear_after(b, 2)
+        clear_after(b, 2, corrupted)
         assert f"{b}/4: file is not what was saved; moved to {b}/4.corr" in capsys.readouterr().out
         assert sorted(p.name for p in a.iterdir()) == [".deleted", "2"]
         assert sorted(p.name for p in b.iterdir()) == ["2", "4.corrupted"]
+
+    def test_transient_read_error_does_not_delete_a_checkpoint(self, directories, monkeypatch):
+        a, digest = directories[0], files._sha256
+        wrong_once = lambda path: "" if path == a / "6/file" else digest(path)  # noqa: E731
+        with monkeypatch.context() as transient:
+            transient.setattr(files, "_sha256", wrong_once)
+            step, corrupted = newest_intact_step(directories)
+        assert step == 4
+        clear_after(a, step, corrupted)
+        assert sorted(p.name for p in a.iterdir()) == ["2", "4", "6.corrupted"]
 
     def test_later_step_that_cannot_be_read_is_not_deleted(self, directories, monkeypatch):
         shutil.rmtree(directories[1] / "6")
@@ -143,4 +154,4 @@ class TestSeveralSeeds:
 
     def test_folders_that_are_not_checkpoints_are_ignored(self, tmp_path):
         (tmp_path / "a" / "tmp").mkdir(parents=True)
-        assert newest_intact_step([tmp_path / "a", tmp_path / "b"]) == 0
+        assert newest_intact_step([tmp_path / "a", tmp_path / "b"]) == (0, {})

@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
-from vit_jax.workdir import Workdir, environment
+from vit_jax.workdir import Workdir, checkpoints, environment
 from vit_jax.workdir.folder import commit_of
 
 
@@ -64,6 +64,25 @@ def test_symlink_in_a_workdir_is_not_followed(config, tmp_path, name):
         pass
     assert (tmp_path / "victim").read_text() == "mine\n"
     assert not (tmp_path / "w" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [],
+        {"class_names": ["a"]},
+        {"class_names": None, "splits": {}},
+        {"class_names": ["a"], "splits": {"train": {"num_examples": "4"}}},
+        {"class_names": ["a"], "splits": {"train": {"num_examples": 3}}},
+    ],
+    ids=str,
+)
+def test_malformed_data_item_is_reported(config, tmp_path, monkeypatch, saved):
+    monkeypatch.setattr(checkpoints, "read_document", lambda *_: saved)
+    current = {"class_names": ["a"], "splits": {"train": {"num_examples": 3, "digest_of": "x"}}}
+    with pytest.raises(UserError, match="checkpoints/2/data is not what vit_jax writes") as error:
+        Workdir(tmp_path, config).check_data(2, current)
+    assert "\n" not in str(error.value)
 
 
 def test_without_git_a_run_has_no_commit(tmp_path, monkeypatch):

@@ -134,47 +134,50 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def newest_intact_step(directories: list[pathlib.Path]) -> int:
+def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
     """Returns the newest step that is intact in every directory, one per seed; 0 if none is saved.
 
-    Raises UserError if a checkpoint cannot be read, if all are corrupted, or if a seed lacks more
-    than one step: a kill between the saves of two seeds loses only one.
+    Also returns {folder: problem} of the later checkpoints that are corrupted. Raises UserError if
+    a checkpoint cannot be read, if all are corrupted, or if a seed lacks more than one step: a kill
+    between the saves of two seeds loses only one.
     """
     saved = {d: saved_steps(d) for d in directories}
-    corrupted: list[str] = []
+    corrupted: dict[pathlib.Path, str] = {}
     missing: list[pathlib.Path] = []
     for step in sorted(set().union(*saved.values()), reverse=True):
         folders = [d / str(step) for d in directories if step in saved[d]]
-        problems = [f"{f}: {problem}" for f in folders if (problem := find_corruption(f))]
+        problems = {f: problem for f in folders if (problem := find_corruption(f))}
         lacking = [d / str(step) for d in directories if step not in saved[d]]
         if not problems and not lacking:
-            return step
+            return step, corrupted
         if missing and lacking:
             raise UserError(
                 f"checkpoints are missing ({', '.join(map(str, missing + lacking))}) that the "
                 "other seeds have: restore them from a copy, or delete every seed's checkpoints "
                 "to start over"
             )
-        corrupted += problems
+        corrupted |= problems
         missing += lacking
     if corrupted:
+        reasons = "; ".join(f"{folder}: {problem}" for folder, problem in corrupted.items())
         raise UserError(
-            f"every checkpoint is corrupted ({'; '.join(corrupted)}): restore them from a copy, "
+            f"every checkpoint is corrupted ({reasons}): restore them from a copy, "
             "or delete the checkpoints folder to start over"
         )
-    return 0
+    return 0, {}
 
 
-def clear_after(directory: pathlib.Path, step: int) -> None:
+def clear_after(directory: pathlib.Path, step: int, corrupted: dict[pathlib.Path, str]) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Later checkpoints are renamed to STEP.corrupted if corrupted; the others, which another seed
+    Later checkpoints are renamed to STEP.corrupted if they are in `corrupted`, from
+    `newest_intact_step`: verified again, one could seem intact. The others, which another seed
     lacks or has corrupted, are deleted.
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)
     for folder in (directory / str(later) for later in saved_steps(directory) if later > step):
-        if problem := find_corruption(folder):
+        if problem := corrupted.get(folder):
             target = folder
             while target.exists():
                 target = target.with_name(f"{target.name}.corrupted")

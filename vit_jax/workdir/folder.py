@@ -80,18 +80,26 @@ class Workdir:
 
     def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
         """Raises UserError if the checkpoint of a step was trained on other data."""
-        saved = checkpoints_lib.read_document(self.checkpoint_dir / str(step), "data")
-        if other := _data_difference(saved, data_identity):
+        folder = self.checkpoint_dir / str(step)
+        saved = checkpoints_lib.read_document(folder, "data")
+        try:
+            other = _data_difference(saved, data_identity)
+        except (LookupError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{folder / 'data'} is not what vit_jax writes ({type(e).__name__}: {e}): move "
+                f"{folder} elsewhere to use an earlier checkpoint"
+            ) from e
+        if other:
             raise UserError(
                 f"{self.path} contains a run on other data ({'; '.join(other)}): resume it with "
                 "the data that it started with, or use another --workdir"
             )
 
-    def begin(self, step: int, command: str) -> None:
+    def begin(self, step: int, command: str, corrupted: dict[pathlib.Path, str]) -> None:
         """Writes run.json and clears the checkpoints after `step` (process 0)."""
         with write_errors(self.path):
             write_json(self.path / "run.json", environment(command))
-            checkpoints_lib.clear_after(self.checkpoint_dir, step)
+            checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
 
     def open(self, step: int, *, keep: Every) -> None:
         """Opens the checkpoints, in every process, and the metrics after `step` in process 0."""
