@@ -3,6 +3,7 @@
 import pytest
 
 from vit_jax import config, durations
+from vit_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,10 @@ def test_plan_counts_epochs_and_images(make_plan):
     assert [plan.epoch(s) for s in (1, 6, 7, 20)] == [(1, 1), (1, 6), (2, 1), (4, 2)]
     assert [s for s in range(1, 21) if plan.ends_epoch(s)] == [6, 12, 18, 20]
     assert [plan.images(s) for s in (0, 5, 6, 7)] == [0, 80, 90, 106]
+
+
+def test_run_of_more_steps_than_devices_count_is_rejected(make_plan):
+    message = r"config.epochs = 1e\+09 are 6,000,000,000 steps: the limit is 2,147,483,647"
+    with pytest.raises(UserError, match=message):
+        make_plan(epochs=1e9)
+    assert make_plan(epochs=1e9, steps=2**31 - 1).total_steps == 2**31 - 1

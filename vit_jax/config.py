@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import math
 import operator
 import pathlib
 import re
@@ -98,12 +97,16 @@ def choice(default: str, *others: str, doc: str) -> Field:
 
 
 def number(default: int | float, doc: str, **bounds: float) -> Field:
-    """A finite int or float, like `default`, within bounds: at_least, above, at_most, below."""
+    """An int or float, like `default`, within bounds: at_least, above, at_most, below.
+
+    Without an upper bound it is below 2**31: devices count in int32.
+    """
+    if not bounds.keys() & {"at_most", "below"}:
+        bounds["below"] = 2**31
     limits = {name.replace("_", " "): limit for name, limit in bounds.items()}
 
     def is_allowed(value):
-        within = all(_BOUNDS[words](value, limit) for words, limit in limits.items())
-        return within and math.isfinite(value)
+        return all(_BOUNDS[words](value, limit) for words, limit in limits.items())
 
     allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
     return Field(default, doc, allowed, is_allowed)

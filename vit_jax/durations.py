@@ -6,6 +6,8 @@ import re
 
 from ml_collections import ConfigDict
 
+from vit_jax.errors import UserError
+
 KIND = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
 _PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
 
@@ -52,6 +54,11 @@ class Plan:
         self.num_examples, self.batch_size = num_examples, config.batch_size
         self.steps_per_epoch = math.ceil(num_examples / config.batch_size)
         self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
+        if self.total_steps >= 2**31:  # the step is an int32
+            raise UserError(
+                f"config.epochs = {config.epochs:g} are {self.total_steps:,} steps: the limit is "
+                f"{2**31 - 1:,}; reduce epochs, or set config.steps"
+            )
         self.warmup_steps = min(self.in_steps(config.optim.warmup), self.total_steps)
         # Mixup and CutMix apply up to this step.
         self.mix_steps = max(self.total_steps - self.in_steps(config.augment.mix_off_last), 0)
