@@ -5,6 +5,7 @@ python scripts/draw_report.py --report WORKDIR/report/index.html --out docs/repo
 
 import argparse
 import base64
+import contextlib
 import io
 import shutil
 import tempfile
@@ -25,30 +26,52 @@ PARTS = (
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
 
 
-def draw(address):
-    """Returns the parts of the page, stacked vertically, as a PIL image."""
+@contextlib.contextmanager
+def chromium():
+    """Yields a headless Chromium with a profile of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
-    for flag in (*FLAGS, f"user-data-dir={tempfile.mkdtemp()}"):
-        options.add_argument(f"--{flag}")
-    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    screen = {"width": WIDTH, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in (*FLAGS, f"user-data-dir={profile}"):
+            options.add_argument(f"--{flag}")
+        browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        try:
+            yield browser
+        finally:
+            browser.quit()
+
+
+def set_screen(browser, width, height):
+    """Sets the size of the screen in pixels."""
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
+def set_scheme(browser, scheme):
+    """Sets the color scheme, "light" or "dark"."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+def screenshot(browser, **options):
+    """Returns what the browser shows as an RGB image; options as in Page.captureScreenshot."""
+    png = browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
+    return Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+
+
+def draw(address):
+    """Returns the parts of the page, stacked vertically, as a PIL image."""
     parts = []
-    try:
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    with chromium() as browser:
+        set_screen(browser, WIDTH, 900)
         browser.get(address)
         for first, last, scheme in PARTS:
-            feature = {"name": "prefers-color-scheme", "value": scheme}
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            set_scheme(browser, scheme)
             box = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
             top, bottom = (browser.execute_script(box, e) for e in (first, last))
             top, bottom = round(top["top"]) - MARGIN, round(bottom["bottom"]) + MARGIN
             clip = {"x": 0, "y": top, "width": WIDTH, "height": bottom - top, "scale": 1}
-            options = {"captureBeyondViewport": True, "clip": clip}
-            png = browser.execute_cdp_cmd("Page.captureScreenshot", options)["data"]
-            parts.append(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
-    finally:
-        browser.quit()
+            parts.append(screenshot(browser, captureBeyondViewport=True, clip=clip))
     page, y = Image.new("RGB", (WIDTH, sum(part.height for part in parts))), 0
     for part in parts:
         page.paste(part, (0, y))

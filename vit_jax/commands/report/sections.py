@@ -84,12 +84,22 @@ def results(groups):
     for field in config_lib.FIELDS:
         values = [config_lib.get_field(config, field) for _, config in configs]
         if field not in NOT_EXPERIMENTAL and any(v != values[0] for v in values):
-            differing.append([field, *map(repr, values)])
+            differing.append([field, *map(_text, values)])
+    title = "Fields that are not the default" if len(groups) == 1 else "Fields that differ"
     return page.section(
         "Results",
         page.table("At the final step", head, rows),
-        page.table("Differing config fields", ("field", *(n for n, _ in configs)), differing),
+        page.table(title, ("field", *(n for n, _ in configs)), differing),
     )
+
+
+def _text(value):
+    """Returns a value of a config or of run.json as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "–" if value in ("", None) else str(value)
 
 
 def _result_row(name, records):
@@ -254,7 +264,7 @@ def _patch_filters(kernel):
 
 def provenance(records):
     """Returns the content of run.json and the training time."""
-    rows = list(records[0].run.items())
+    rows = [(field, _text(value)) for field, value in records[0].run.items()]
     if records[0].result and "seconds" in records[0].result:
         rows.append(("training time", format_duration(records[0].result["seconds"])))
     return page.section("Provenance", page.table("This run", ("field", "value"), rows))
