@@ -89,7 +89,7 @@ install() {
     if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ "$(cat "$venv.state")" != incomplete ]; then
         fail "$venv was not made for this checkout, interpreter, and requirements: name another folder with VENV, or delete it when no job runs in it"
     fi
-    echo "Making the environment $venv with $("$python" --version) [$extras] ..." >&2
+    echo "Making the environment $venv with $("$python" --version) [$extras]: at least 3 GB, minutes ..." >&2
     echo incomplete >"$venv.state"
     "$python" -m venv --clear "$venv" ||
         fail "'$python -m venv' failed: on Debian and Ubuntu, apt install python3-venv"

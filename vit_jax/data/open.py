@@ -43,7 +43,8 @@ def open_split(
         base: tfds.core.SplitInfo(name=base, shard_lengths=[count], num_bytes=0)
         for base, count in counts.items()
     }
-    with user_errors(f"no split {split!r} in {source.title}", f"use one of: {sizes}"):
+    ways = f"use one of: {sizes}, or slices of one, such as train[:80%] and train[80%:]"
+    with user_errors(f"no split {split!r} in {source.title}", ways):
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
         parts = [(i.splitname, range(counts[i.splitname])[i.from_ : i.to]) for i in instructions]
         if not any(indices for _, indices in parts):
