@@ -9,8 +9,8 @@
 #     srun ./launch.sh python -m vit_jax.main ...                                (SLURM)
 #     COORDINATOR=host:port NUM_PROCESSES=n PROCESS_ID=i ./launch.sh python ...  (on each host)
 #
-# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder. CUDA selects the wheels:
-# 12, 13, or none; by default the newest that the NVIDIA driver and every GPU support.
+# PYTHON names the interpreter (3.11 or newer), VENV the environment's folder. CUDA=12, 13, or none
+# selects JAX's wheels; by default they are the newest that the NVIDIA driver and every GPU support.
 #
 # This script never changes a complete environment, so a running job keeps the packages it started
 # with. The folder, .venvs/KIND-HASH, is named by what determines its contents: the CUDA version,
@@ -39,7 +39,7 @@ detect_cuda() {
     if [ -z "$driver" ]; then
         echo none
     elif ! at_least 525 "$driver"; then
-        fail "the NVIDIA driver $driver is too old for JAX: install 525 or newer (580 for CUDA 13), or use the CPU with CUDA=none JAX_PLATFORMS=cpu"
+        fail "the NVIDIA driver $driver is too old for JAX: install 525 or newer (580 for CUDA 13), or use the CPU with CUDA=none"
     elif at_least 580 "$driver" && at_least 7.5 "$capability"; then
         echo 13
     else
@@ -55,6 +55,7 @@ case $cuda in
 none) kind=cpu extras=dev,prepare ;;
 *) fail "CUDA must be 12, 13, or none (CPU wheels); got $cuda" ;;
 esac
+[ "${CUDA:-}" != none ] || export JAX_PLATFORMS=cpu # without it, a GPU that is not used is an error
 
 python=
 candidates=${PYTHON:-python3 python3.13 python3.12 python3.11}

@@ -143,7 +143,8 @@ def test_cuda_variable_overrides_nvidia_smi(checkout):
     assert checkout.environment(CUDA="13").name.startswith("cuda13-")  # no GPU on a login node
     checkout.gpus("580.65.06", "9.0")
     assert checkout.environment(CUDA="12").name.startswith("cuda12-")
-    assert checkout.environment(CUDA="none").name.startswith("cpu-")
+    _, out, _ = checkout.launch("bash", "-c", "echo $JAX_PLATFORMS $VIRTUAL_ENV", CUDA="none")
+    assert out.startswith(f"cpu {checkout.root}/.venvs/cpu-")
     code, _, err = checkout.launch("true", CUDA="11")
     assert (code, err) == (2, "error: CUDA must be 12, 13, or none (CPU wheels); got 11\n")
 
