@@ -16,7 +16,7 @@ import jax
 
 from vit_jax import config as config_lib
 from vit_jax.commands.benchmark.measure import JaxSide
-from vit_jax.commands.describe import compile_step
+from vit_jax.commands.describe.describe import compile_step
 from vit_jax.errors import run_command
 from vit_jax.experiment import make_experiment
 

@@ -1,6 +1,5 @@
 """Operation counts of the compiled training step, which do not depend on machine load."""
 
-import collections
 import math
 import pathlib
 import re
@@ -9,31 +8,35 @@ import jax
 import pytest
 
 from vit_jax import config
-from vit_jax.commands.describe import compile_step, transfers
+from vit_jax.commands.describe.describe import compile_step
+from vit_jax.commands.describe.program import Program
 from vit_jax.experiment import make_experiment
 
+SHAPE = re.compile(r"\(?(\w+)\[([\d,]*)\]")  # dtype and sizes
 DEPTH, WIDTH, TOKENS, BATCH = 2, 16, 5, 16  # of tiny_config: 8x8 images in patches of 4
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
 
 
-class Program:
-    """The instructions of a compiled step, from its text."""
+class Counts(Program):
+    """Counts in a compiled step."""
 
     def __init__(self, experiment):
         self.compiled = compile_step(experiment)
-        self.text = self.compiled.as_text()
-        entry = self.text[self.text.index("\nENTRY") :]
-        self.everywhere = [m for m in map(_INSTRUCTION.match, self.text.splitlines()) if m]
-        self.entry = [m for m in map(_INSTRUCTION.match, entry.splitlines()) if m]
+        super().__init__(self.compiled.as_text())
 
-    def count(self, kind, instructions=None):
-        """Number of instructions of a kind in a list (default: all, including fusions)."""
-        return sum(m[3] == kind for m in instructions or self.everywhere)
+    def count(self, opcode):
+        """Number of instructions of a kind, including those in fusions."""
+        return sum(op.opcode == opcode for op in self.instructions())
 
-    def large(self, kind, size):
+    def count_in_entry(self, opcode):
+        """Number of instructions of a kind that are not part of another."""
+        entry = self.computations[self.entry].instructions.values()
+        return sum(op.opcode == opcode for op in entry)
+
+    def large(self, opcode, size):
         """Number of instructions of a kind that write arrays of at least `size` elements."""
-        found = (m for m in self.everywhere if m[3] == kind)
-        return sum(math.prod(int(n) for n in m[2].split(",") if n) >= size for m in found)
+        found = (op for op in self.instructions() if op.opcode == opcode)
+        sizes = (SHAPE.match(op.shape)[2].split(",") for op in found)
+        return sum(math.prod(int(n) for n in s if n) >= size for s in sizes)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def experiment(make):
 
 @pytest.fixture(scope="module")
 def program(experiment):
-    return Program(experiment)
+    return Counts(experiment)
 
 
 def test_every_matrix_product_is_computed_once(program):
@@ -70,19 +73,19 @@ def test_every_matrix_product_is_computed_once(program):
 
 
 def test_remat_recomputes_only_the_forward_products(make, program):
-    again = Program(make(remat=True))
+    again = Counts(make(remat=True))
     assert 18 * DEPTH + 5 < again.count("dot") <= 24 * DEPTH + 5
 
 
 def test_nothing_is_transferred_to_the_host_or_another_device(program):
-    assert transfers(program.text) == {}
+    assert program.transfers() == {}
     to_host = r" (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*(MoveTo|callback)"
     assert not re.search(to_host, program.text)
 
 
 def test_all_floats_are_float32(program):
-    kinds = collections.Counter(m[1] for m in program.everywhere)
-    assert not {"f64", "bf16", "f16", "c64"} & set(kinds)
+    dtypes = {dtype for op in program.instructions() for dtype, _ in SHAPE.findall(op.shape)}
+    assert "f32" in dtypes and not {"f64", "bf16", "f16", "c64"} & dtypes
 
 
 def test_optimizer_updates_its_arrays_in_place(experiment, program):
@@ -92,7 +95,8 @@ def test_optimizer_updates_its_arrays_in_place(experiment, program):
     ]
     assert len(matrices) >= 4 * DEPTH
     sizes = {",".join(map(str, p.shape)) for p in matrices}
-    copies = sum(m[3] == "copy" and m[2] in sizes for m in program.entry)
+    entry = program.computations[program.entry].instructions.values()
+    copies = sum(op.opcode == "copy" and SHAPE.match(op.shape)[2] in sizes for op in entry)
     assert copies <= len(matrices)
     memory = program.compiled.memory_analysis()
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(experiment.state_shapes))
@@ -125,5 +129,5 @@ def test_memory_of_a_step_is_proportional_to_its_activations(experiment, program
 
 
 def test_number_of_fusions_is_bounded(program):
-    fusions, dots = program.count("fusion", program.entry), program.count("dot")
+    fusions, dots = program.count_in_entry("fusion"), program.count("dot")
     assert fusions / dots < 12

@@ -195,16 +195,21 @@ class Experiment:
 
 
 def make_experiment(
-    config: ConfigDict, *, devices: Sequence[jax.Device] | None = None, fresh: bool = True
+    config: ConfigDict,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    splits: dict[str, Any] | None = None,
+    fresh: bool = True,
 ) -> Experiment:
     """Builds the Experiment of a config on a list of devices (default: all).
 
-    Reads the data and writes nothing. Raises UserError for invalid input. If `fresh` is false, a
-    checkpoint will replace the initial state, so `config.init_from` is not read.
+    Reads the data, unless `splits` are given, and writes nothing. Raises UserError for invalid
+    input. If `fresh` is false, a checkpoint will replace the initial state, so `config.init_from`
+    is not read.
     """
     config_lib.validate(config)
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    splits = _read_splits(config)
+    splits = splits or _read_splits(config)
     _check_data(config, splits["train"])
     return Experiment(config, mesh, splits, fresh)
 

@@ -9,13 +9,16 @@ import re
 import shlex
 import sys
 
-from vit_jax.errors import run_command
+from vit_jax.errors import UserError, run_command
 
 
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     argv = sys.argv[1:] if argv is None else argv
     config, args = parse(argv)
+    if args.target:  # no device of this machine takes part
+        _describe(config, args)
+        return
     import jax
 
     from vit_jax.config import flat
@@ -60,6 +63,20 @@ def make_parser():
     text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
     text += "the compiled program; reads the data, writes no workdir"
     parser.add_argument("--dry_run", action="store_true", help=text)
+    group = parser.add_argument_group("with --dry_run")
+    text = "compile for GPUs that need not be there, such as h100 or a100-80gbx8; needs the extra "
+    text += "gpu-check"
+    group.add_argument("--target", metavar="GPU", help=text)
+    text = "find the largest batch that fits in the target's memory, and how to save memory"
+    group.add_argument("--fit", action="store_true", help=text)
+    text = "estimate the step's time by part and by kernel"
+    group.add_argument("--kernels", action="store_true", help=text)
+    text = "other peak rates: bf16, tf32, f32 in TFLOP/s, bandwidth in GB/s, launch in us"
+    group.add_argument("--rates", nargs="+", metavar="NAME=NUMBER", default=[], help=text)
+    text = "HEIGHTxWIDTHxCHANNELSxCLASSES of images that are not read, such as 32x32x3x10"
+    group.add_argument("--shape", help=text)
+    text = "their number (default: 50000)"
+    group.add_argument("--examples", type=int, default=50000, metavar="N", help=text)
     text = "list every field of a config and exit"
     parser.add_argument("--help_config", action="store_true", help=text)
     return parser
@@ -81,6 +98,8 @@ def parse(argv):
     args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --workdir, --dry_run")
+    if not args.dry_run and (args.target or args.kernels or args.fit or args.shape):
+        raise UserError("--target, --kernels, --fit, and --shape describe a run: add --dry_run")
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
     return config, args
 
@@ -101,13 +120,17 @@ def recipe_list(folder):
 
 def _run(config, args, argv):
     if args.dry_run:
-        from vit_jax.commands import describe
-
-        describe.print_lines(config, args.workdir)
+        _describe(config, args)
         return
     from vit_jax.train import train
 
     train(config, args.workdir, command=shlex.join(["python", "-m", "vit_jax.main", *argv]))
+
+
+def _describe(config, args):
+    from vit_jax.commands.describe.describe import print_description
+
+    print_description(config, args)
 
 
 def next_commands(config, recipe, workdir):

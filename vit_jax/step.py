@@ -58,8 +58,9 @@ def init_state(
 
 def gather(data: dict[str, jax.Array], indices: jax.Array) -> dict[str, jax.Array]:
     """Gathers the batch {"image", "label", "mask"} of rows int32[B]; -1 is masked."""
-    rows = jnp.maximum(indices, 0)
-    return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
+    with jax.named_scope("gather"):
+        rows = jnp.maximum(indices, 0)
+        return {"image": data["image"][rows], "label": data["label"][rows], "mask": indices >= 0}
 
 
 def loss_and_grads(
@@ -84,8 +85,9 @@ def loss_and_grads(
         def loss_fn(params):
             rngs = {"dropout": dropout_key}
             logits = model.apply({"params": params}, images, train=True, rngs=rngs)
-            losses = optax.softmax_cross_entropy(logits, labels)
-            return jnp.sum(jnp.where(mask, losses, 0.0)) / count, logits
+            with jax.named_scope("loss"):
+                losses = optax.softmax_cross_entropy(logits, labels)
+                return jnp.sum(jnp.where(mask, losses, 0.0)) / count, logits
 
         (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return loss, grads, logits
@@ -154,7 +156,8 @@ def make_train_step(
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         epoch, mix = state.step // steps_per_epoch, state.step < mix_steps
-        images, labels = augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
+        with jax.named_scope("augment"):  # the names of the parts in a profile, and in describe
+            images, labels = augment_fn(jax.random.fold_in(key, 0), batch, epoch=epoch, mix=mix)
         mask = batch["mask"]
         count = jnp.maximum(jnp.sum(mask), 1)
         loss, grads, logits = loss_and_grads(
@@ -165,16 +168,18 @@ def make_train_step(
             jax.random.fold_in(key, 1),
             num_microbatches=accumulate_steps,
         )
-        correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.sum(jnp.where(mask, correct, 0.0)) / count,
-            "grad_norm": optax.tree.norm(grads),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
-        }
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
-        sums = _add_to_sums(state, metrics, bad, steps_per_epoch=steps_per_epoch)
-        new_state = apply_update(optimizer, grads, state, ema_decay=ema_decay)
+        with jax.named_scope("metrics"):
+            correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+            metrics = {
+                "loss": loss,
+                "accuracy": jnp.sum(jnp.where(mask, correct, 0.0)) / count,
+                "grad_norm": optax.tree.norm(grads),
+                "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            }
+            bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
+            sums = _add_to_sums(state, metrics, bad, steps_per_epoch=steps_per_epoch)
+        with jax.named_scope("optimizer"):
+            new_state = apply_update(optimizer, grads, state, ema_decay=ema_decay)
         if "skipped" in sums:
             new_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state, new_state)
             metrics["skipped"] = sums["skipped"]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import Stopped, UserError, expand_home
 from vit_jax.experiment import describe, description_lines, make_experiment
-from vit_jax.parallel import peaks
+from vit_jax.parallel import targets
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
@@ -108,7 +108,7 @@ def _loop(experiment, workdir, log, state, stop):
 
 
 def _make_log(experiment, workdir, start, progress):
-    config, peak = experiment.config, peaks.peak_flops(jax.devices()[0].device_kind)
+    config, peak = experiment.config, targets.peak_flops(jax.devices()[0].device_kind)
     return TrainLog(
         workdir,
         experiment.plan,

@@ -63,7 +63,7 @@ def test_rates_follow_from_the_seconds_per_step(experiment, result):
 
 
 def test_mfu_is_the_fraction_of_the_peak(experiment, monkeypatch):
-    monkeypatch.setattr(benchmark.peaks, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(benchmark.targets, "peak_flops", lambda kind: 1e12)
     result = benchmark.measure(experiment, {}, rounds=1, round_seconds=0.01)
     assert result["mfu"] == pytest.approx(result["tflops_per_second"])
 

@@ -13,7 +13,8 @@ import sys
 import jax
 
 from vit_jax import config as config_lib
-from vit_jax.commands.describe import compile_step, transfers
+from vit_jax.commands.describe.describe import compile_step
+from vit_jax.commands.describe.program import Program
 from vit_jax.experiment import make_experiment
 
 
@@ -38,7 +39,7 @@ def main():
         train_step = compile_step(experiment)
         found[job["name"]] = {
             "losses": losses(experiment, train_step, job["steps"]),
-            "transfers": transfers(train_step.as_text()),
+            "transfers": Program(train_step.as_text()).transfers(),
             "num_params": experiment.num_params,
             "image_bytes": config.batch_size * experiment.train.images[0].nbytes,
         }

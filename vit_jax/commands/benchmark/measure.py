@@ -19,10 +19,10 @@ import jax
 
 from vit_jax import config as config_lib
 from vit_jax.commands.benchmark.torch_side import start_torch_sides
-from vit_jax.commands.describe import compile_step, step_memory
+from vit_jax.commands.describe.describe import compile_step, step_memory
 from vit_jax.errors import UserError
 from vit_jax.experiment import make_experiment
-from vit_jax.parallel import backend, peaks
+from vit_jax.parallel import backend, targets
 from vit_jax.workdir import environment
 
 
@@ -94,7 +94,7 @@ def measure(experiment, rivals, rounds, round_seconds=2.0):
     for rival in measured.values():
         rival["speedup"] = ours["images_per_second"] / rival["images_per_second"]
     flops = ours["images_per_second"] * experiment.flops_per_image / experiment.mesh.size
-    peak = peaks.peak_flops(device.device_kind)
+    peak = targets.peak_flops(device.device_kind)
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         **ours,

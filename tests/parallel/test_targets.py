@@ -2,7 +2,7 @@
 
 import pytest
 
-from vit_jax.parallel.peaks import peak_flops
+from vit_jax.parallel.targets import peak_flops
 
 
 @pytest.mark.parametrize(

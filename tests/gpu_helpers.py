@@ -1,0 +1,29 @@
+"""Compiles functions and steps for GPUs that are not there."""
+
+import importlib.util
+
+import jax
+
+from vit_jax.commands.describe.describe import compile_step, stand_in
+from vit_jax.commands.describe.program import Program
+from vit_jax.experiment import make_experiment
+from vit_jax.parallel.targets import find_target, target_devices
+
+INSTALLED = importlib.util.find_spec("jax_cuda12_plugin") is not None
+REMEDY = "the compiler for GPUs is not installed: pip install 'vit-jax[gpu-check]'"
+
+
+def compile_function(function, *arguments, target="h100", **options):
+    """Returns the Program of a function of arrays for one GPU."""
+    (device,) = target_devices(*find_target(target))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
+    return Program(jax.jit(function, **options).lower(*shapes).compile().as_text())
+
+
+def compile_recipe(config, target, *, shape="32x32x3x10", examples=50_000):
+    """Returns (Experiment, compiled step) of a config for a target, without data."""
+    devices = target_devices(*find_target(target))
+    splits = stand_in(config, shape, examples)
+    experiment = make_experiment(config, devices=devices, splits=splits, fresh=False)
+    return experiment, compile_step(experiment)

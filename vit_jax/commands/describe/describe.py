@@ -1,0 +1,191 @@
+"""Describes a run and its compiled step, on this machine's devices or on GPUs that are not there.
+
+vit-jax describe --config cifar10_vit --target h100x8 --shape 32x32x3x10 --examples 50000
+"""
+
+import math
+import os
+import re
+import time
+import types
+
+import jax
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import data
+from vit_jax.commands.describe import estimate
+from vit_jax.commands.describe.program import Program
+from vit_jax.errors import UserError
+from vit_jax.experiment import describe, description_lines, make_experiment
+from vit_jax.parallel import targets
+
+
+def compile_step(experiment):
+    """Returns the compiled training step of an Experiment, for its mesh; no array is created."""
+    shapes = experiment.feed.input_shapes
+    return experiment.train_step.lower(experiment.state_shapes, *shapes).compile()
+
+
+def step_memory(compiled):
+    """Returns the bytes per device of a compiled step: (state and data, temporary)."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes, results + memory.temp_size_in_bytes
+
+
+def print_description(config, args):
+    """Prints what the arguments of `train --dry_run` ask for."""
+    gpu, devices = None, None
+    if args.target:
+        gpu, count = targets.find_target(args.target)
+        devices = targets.target_devices(gpu, count)
+    elif args.kernels or args.fit or args.rates:
+        raise UserError("--kernels, --fit, and --rates need a --target, such as --target h100")
+    rates = gpu and estimate.replace_rates(
+        estimate.Rates(gpu.bf16, gpu.tf32, gpu.f32, gpu.bandwidth), args.rates
+    )
+
+    def make(config):
+        splits = stand_in(config, args.shape, args.examples) if args.shape else None
+        return make_experiment(config, devices=devices, splits=splits, fresh=not args.target)
+
+    experiment = make(config)
+    start = time.perf_counter()
+    compiled = compile_step(experiment)
+    seconds = time.perf_counter() - start
+    program = Program(compiled.as_text())
+    description = describe(experiment, args.workdir) | {
+        "compute": _compute(experiment, program),
+        "memory": _memory(experiment, compiled, gpu),
+        "communication": _communication(program),
+    }
+    if gpu:
+        description["estimate"] = _estimate(experiment, program, rates)
+        description["compilation"] = f"{seconds:.0f} s, without the GPU"
+        description["lacking"] = "; ".join(gpu.missing)
+    if args.fit:
+        description |= _fit(config, make, gpu)
+    if jax.process_index() == 0:
+        print(*description_lines({k: v for k, v in description.items() if v}), sep="\n")
+        if args.kernels:
+            print("", *estimate.kernel_lines(program.kernels(), rates), sep="\n")
+
+
+def stand_in(config, shape, examples):
+    """Returns splits of images that are never read, for `make_experiment`."""
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)):
+        raise UserError(f"--shape {shape}: use HEIGHTxWIDTHxCHANNELSxCLASSES, such as 32x32x3x10")
+    H, W, C, classes = map(int, found.groups())
+    H, W = (config.data.image_size or side for side in (H, W))
+    names = tuple(map(str, range(classes)))
+    source = f"{H}x{W}x{C} images of {classes} classes, not read"
+    if config.data.streaming:
+        split = types.SimpleNamespace(
+            num_examples=examples, image_shape=(H, W, C), class_names=names, source=source
+        )
+    else:
+        images = np.broadcast_to(np.uint8(0), (examples, H, W, C))
+        labels = np.broadcast_to(np.int32(0), examples)
+        split = data.Dataset(images, labels, names, source)
+    return {"train": split}
+
+
+def _compute(experiment, program):
+    config, plan = experiment.config, experiment.plan
+    flops = experiment.flops_per_image * config.batch_size * config.num_seeds
+    compiled = sum(k.times * sum(k.flops.values()) for k in program.kernels())
+    return (
+        f"{flops / 1e9:,.2f} GFLOP per step, {flops * plan.total_steps / 1e15:,.3f} PFLOP in "
+        f"total; in the compiled products {compiled / 1e9:,.2f} GFLOP per step and device"
+    )
+
+
+def _memory(experiment, compiled, gpu):
+    stored, temporary = step_memory(compiled)
+    state = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(experiment.state_shapes)
+    )
+    text = (
+        f"{(stored + temporary) / 1e6:,.1f} MB per device in a step, by the compiler "
+        f"({state / 1e6:,.1f} MB of state, {(stored - state) / 1e6:,.1f} MB of data, "
+        f"{temporary / 1e6:,.1f} MB temporary)"
+    )
+    if not gpu:
+        return text
+    verdict = "fits" if stored + temporary <= _usable(gpu) else "does NOT fit"
+    return (
+        f"{text}; {verdict} in {_usable(gpu) / 1e9:,.1f} GB, what JAX takes of {gpu.memory:g} GB "
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default)"
+    )
+
+
+def _usable(gpu):
+    """Returns the bytes of a GPU's memory that JAX allocates."""
+    return gpu.memory * 1e9 * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+
+
+def _communication(program):
+    sent = [
+        f"{kind} {total / 1e6:,.3f} MB ({', '.join(dtypes)}) in {messages:,} messages per step"
+        for kind, (messages, total, dtypes) in sorted(program.transfers().items())
+    ]
+    return "; ".join(sent) or "none"
+
+
+def _estimate(experiment, program, rates):
+    sums, config = estimate.total(program.kernels(), rates), experiment.config
+    unknown = sum(count is None for _, count in program.loops())
+    loops = f"; {unknown} loops of unknown length counted once" if unknown else ""
+    return (
+        f"at least {sums['seconds'] * 1e3:.2f} ms per step "
+        f"({config.batch_size * config.num_seeds / sums['seconds']:,.0f} images/s) in "
+        f"{sums['kernels']:,.0f} kernels, {sums['launch_bound']:,.0f} of them at the time of a "
+        f"launch; arithmetic alone {sums['arithmetic'] * 1e3:.2f} ms, memory traffic alone "
+        f"{sums['traffic'] * 1e3:.2f} ms ({sums['bytes'] / 1e9:,.2f} GB){loops}; an estimate at "
+        f"{rates}, not a forecast"
+    )
+
+
+def _fit(config, make, gpu):
+    """Returns lines about the largest batch that fits, and about each way to save memory."""
+
+    def peak(**fields):
+        changed = config.copy_and_resolve_references()
+        for name, value in fields.items():
+            config_lib.set_field(changed, name, value)
+        return sum(step_memory(compile_step(make(changed))))
+
+    plan, num_devices = make(config).plan, make(config).mesh.size
+    step, usable = math.lcm(num_devices, config.accumulate_steps), _usable(gpu)
+    sizes = {config.batch_size: peak()}
+    largest = _largest_batch(peak, sizes, step, plan.num_examples // step * step, usable)
+    text = f"{largest:,}, with {sizes[largest] / 1e9:,.2f} GB per device" if largest else "none"
+    if largest == plan.num_examples // step * step:
+        text += ", the entire training split"
+    lines = {"largest batch": f"{text}; compiled {', '.join(f'{b:,}' for b in sizes)}"}
+    ways = {"accumulate_steps": 2 * config.accumulate_steps, "model.remat": True}
+    ways |= {"mesh.fsdp": num_devices} if num_devices > config.mesh.fsdp else {}
+    for name, value in ways.items():
+        text = f"{peak(**{name: value}) / 1e6:,.1f} MB per device instead of "
+        lines[f"with {name}={value}"] = text + f"{sizes[config.batch_size] / 1e6:,.1f} MB"
+    return lines
+
+
+def _largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
+    """Returns the largest batch that needs at most `usable` bytes, to a relative tolerance, or 0.
+
+    Compiles at most six more sizes, added to {batch: bytes}, each predicted by a line through two.
+    """
+    guess = min(4 * max(sizes), most) // step * step
+    for _ in range(6):
+        sizes[guess] = sizes.get(guess) or peak(batch_size=guess)
+        fits = max((b for b, n in sizes.items() if n <= usable), default=0)
+        above = min((b for b, n in sizes.items() if n > usable), default=most + step)
+        if above - max(fits, 1) <= max(step, tolerance * fits):
+            break
+        (b0, n0), (b1, n1) = sorted(sizes.items(), key=lambda s: abs(s[1] - usable))[:2]
+        line = b0 + (usable - n0) * (b1 - b0) / (n1 - n0)
+        guess = int(min(max(line, fits + step), above - step)) // step * step
+    return fits

@@ -1,0 +1,118 @@
+"""The least time that a compiled step can take on a GPU, kernel by kernel.
+
+A kernel takes at least its arithmetic at the peak rate, its bytes at the memory's bandwidth, or a
+launch, whichever is longest; a step, the sum of its kernels. This is an estimate at stated rates,
+not a forecast: a kernel may miss its rate, what stays in a cache is read faster, CUDA graphs make
+launches cheaper, and the links between GPUs are not modeled. A GPU's own compiler also times
+alternatives for each product, which it cannot do without the GPU.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+
+from vit_jax.commands.describe.program import COLLECTIVES, Kernel
+from vit_jax.errors import UserError
+
+# The part of a step that an operation belongs to, by the first pattern found in its path.
+_PARTS = {
+    "LayerNorm": r"VisionTransformer.*/(norm\w*|[qk]_norm)(/|$)",
+    "linear layers": r"VisionTransformer.*/(qkv|out|fc\d|\w+_embed|conv_stem|head|pre_logits)(/|$)",
+    "attention": r"VisionTransformer.*/attn(/|$)",
+    "GELU": r"VisionTransformer.*/mlp(/|$)",
+    "residual, embeddings": "VisionTransformer",
+    "augmentation": r"\baugment\b",
+    "gather": r"\bgather\b(?!/gather$)",
+    "loss": r"\bloss\b",
+    "optimizer": r"\boptimizer\b",
+    "metrics": r"\bmetrics\b",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Peak rates of a device."""
+
+    bf16: float  # TFLOP/s of products on bfloat16, accumulated in float32
+    tf32: float  # TFLOP/s of products on float32, rounded to TF32
+    f32: float  # TFLOP/s of products on float32
+    bandwidth: float  # GB/s of the device's memory
+    launch: float = 2.0  # microseconds per kernel
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bf16:g} TFLOP/s in bfloat16, {self.tf32:g} in TF32, {self.f32:g} in float32, "
+            f"{self.bandwidth:,.0f} GB/s, {self.launch:g} us per launch"
+        )
+
+    def arithmetic(self, flops: dict[str, float]) -> float:
+        """Returns the seconds of {precision: FLOP}."""
+        return sum(n / (getattr(self, p, self.f32) * 1e12) for p, n in flops.items())
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Returns the least seconds of one execution of a kernel."""
+        traffic = kernel.num_bytes / (self.bandwidth * 1e9)
+        return max(self.arithmetic(kernel.flops), traffic, self.launch * 1e-6)
+
+
+def replace_rates(rates: Rates, settings: Iterable[str]) -> Rates:
+    """Returns rates with NAME=VALUE settings applied, such as 'bandwidth=3000'."""
+    names = [field.name for field in dataclasses.fields(Rates)]
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in names or not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
+            raise UserError(f"--rates {setting}: use NAME=NUMBER with one of {', '.join(names)}")
+        rates = dataclasses.replace(rates, **{name: float(text)})
+    return rates
+
+
+def part(kernel: Kernel) -> str:
+    """Returns the part of a training step that a kernel belongs to; of a fusion, its result's."""
+    if kernel.kind in COLLECTIVES:
+        return "collectives"
+    for name, pattern in _PARTS.items():
+        if re.search(pattern, kernel.op_name):
+            return name
+    return "copies" if kernel.kind == "copy" else "other"
+
+
+def total(kernels: Iterable[Kernel], rates: Rates) -> dict[str, float]:
+    """Returns sums over kernels: number, bytes, FLOP, seconds, and seconds of each bound alone."""
+    sums: dict[str, float] = collections.defaultdict(float)
+    for k in kernels:
+        seconds = rates.seconds(k)
+        sums["kernels"] += k.times
+        sums["bytes"] += k.times * k.num_bytes
+        sums["flops"] += k.times * sum(k.flops.values())
+        sums["seconds"] += k.times * seconds
+        sums["arithmetic"] += k.times * rates.arithmetic(k.flops)
+        sums["traffic"] += k.times * k.num_bytes / (rates.bandwidth * 1e9)
+        sums["launch_bound"] += k.times * (seconds <= rates.launch * 1e-6)
+    return sums
+
+
+def kernel_lines(kernels: list[Kernel], rates: Rates, longest: int = 15) -> Iterator[str]:
+    """Yields a table by part, and the longest kernels with their shapes and source lines."""
+    parts: dict[str, list[Kernel]] = collections.defaultdict(list)
+    for k in kernels:
+        parts[part(k)].append(k)
+    everything = total(kernels, rates)["seconds"]
+    rows = sorted(
+        ((total(ks, rates), name) for name, ks in parts.items()), key=lambda r: -r[0]["seconds"]
+    )
+    yield f"{'part':22} {'ms':>8} {'share':>6} {'kernels':>8} {'GB':>8} {'GFLOP':>9}"
+    for sums, name in rows:
+        yield (
+            f"{name:22} {sums['seconds'] * 1e3:8.3f} {sums['seconds'] / everything:6.1%} "
+            f"{sums['kernels']:8.0f} {sums['bytes'] / 1e9:8.3f} {sums['flops'] / 1e9:9.2f}"
+        )
+    yield ""
+    yield f"{'us':>8} {'times':>5} {'MB':>9} {'GFLOP':>8}  longest kernels"
+    for k in sorted(kernels, key=lambda k: -k.times * rates.seconds(k))[:longest]:
+        shape = re.sub(r"\{[^}]*\}", "", k.instruction.shape)
+        yield (
+            f"{k.times * rates.seconds(k) * 1e6:8.1f} {k.times:5} {k.num_bytes / 1e6:9.2f} "
+            f"{sum(k.flops.values()) / 1e9:8.2f}  {k.instruction.name} {shape[:60]} "
+            f"[{part(k)}] {k.source}"
+        )
