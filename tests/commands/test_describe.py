@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 
+import gpu_helpers
 import pytest
 
+from vit_jax import main
+from vit_jax.commands.describe import describe
 from vit_jax.commands.describe.program import Program
+from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -83,3 +87,89 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path,
     )
     assert 8 * float(found[2]) == pytest.approx(float(found[1]), rel=0.05)
     assert not (tmp_path / "w").exists()
+
+
+SMALL = ("depth=1", "width=64", "num_heads=2", "mlp_dim=128")
+SMALL = ("--config", "cifar10_vit", *(f"--config.model.{field}" for field in SMALL))
+
+
+def test_a_run_on_gpus_that_are_not_there(require, capsys):
+    require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
+    arguments = ["--dry_run", *SMALL, "--target", "rtx4090x4", "--shape", "32x32x3x10"]
+    main.main([*arguments, "--examples", "4000", "--fit", "--kernels", "--rates", "launch=1"])
+    text, table = capsys.readouterr().out.split("\n\n", 1)
+    lines = dict(line.split(": ", 1) for line in text.splitlines())
+    assert lines["devices"].startswith("4 x NVIDIA GeForce RTX 4090 (data 4, fsdp 1)")
+    assert lines["data"].startswith("32x32x3 images of 10 classes, not read; train: 4,000 images")
+    found = re.search(
+        r"^(\S+) MB per device.*\((\S+) MB of state, (\S+) MB of data, (\S+) MB temporary\); "
+        "fits in 18.0 GB",
+        lines["memory"],
+    )
+    peak, *parts = map(float, found.groups())
+    assert sum(parts) == pytest.approx(peak, abs=0.2) and min(parts) > 0
+    assert re.match(r"all-reduce 0.1\d+ MB \(f32, s32\) in \d+ messages", lines["communication"])
+    assert "1,008 GB/s, 1 us per launch, not a forecast" in lines["estimate"]
+    assert lines["largest batch"].startswith("4,000, with ")
+    assert lines["largest batch"].endswith("the entire training split; compiled 64, 256, 4,000")
+    assert {"with accumulate_steps=2", "with model.remat=True", "with mesh.fsdp=4"} < set(lines)
+    rows = [line.split() for line in table.splitlines()]
+    parts = {row[0]: float(row[-5]) for row in rows[1:] if row and row[-3].isdigit()}
+    assert {"attention", "LayerNorm", "GELU", "optimizer", "collectives"} <= set(parts)
+    total = float(re.match(r"at least (\S+) ms", lines["estimate"])[1])
+    assert total == pytest.approx(sum(parts.values()), abs=0.02)
+
+
+def test_what_an_older_gpu_lacks_is_said(require, capsys):
+    require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
+    main.main(["--dry_run", *SMALL, "--target", "t4", "--shape", "32x32x3x10"])
+    assert "\nlacking: it has no bfloat16 units" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry_run", "--target", "h100sxm"], r"unknown target h100sxm \(did you mean h100\?\)"),
+        (["--dry_run", "--target", "h100x0"], "unknown target h100x0"),
+        (["--dry_run", "--fit"], "need a --target"),
+        (["--target", "h100"], "add --dry_run"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, message, tiny_folder):
+    with pytest.raises(UserError, match=message):
+        main.main([*SMALL, f"--config.data.name=folder:{tiny_folder}", *arguments])
+
+
+def test_shape_must_have_four_sizes(tiny_config):
+    with pytest.raises(UserError, match="--shape 32x32: use HEIGHTxWIDTHxCHANNELSxCLASSES"):
+        describe.stand_in(tiny_config, "32x32", 100)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_stand_in_needs_no_memory(tiny_config, streaming):
+    tiny_config.data.streaming = streaming
+    split = describe.stand_in(tiny_config, "224x224x3x1000", 10**9)["train"]
+    assert split.num_examples == 10**9 and split.image_shape == (224, 224, 3)
+    assert len(split.class_names) == 1000
+
+
+def test_largest_batch_is_found_by_a_line():
+    def peak(batch_size):
+        return 1000 + 7 * batch_size
+
+    found = describe.largest_batch(peak, {64: peak(64)}, step=8, most=10**6, usable=100_000)
+    assert found % 8 == 0 and 0.96 < found / (99_000 / 7) <= 1
+    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=100_000) == 800
+    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=1_100) == 8
+    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=500) == 0
+
+
+def test_missing_compiler_names_the_extra(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"pip install 'vit-jax\[gpu-check\]'"):
+        main.main(["--dry_run", *SMALL, "--target", "h100", "--shape", "32x32x3x10"])

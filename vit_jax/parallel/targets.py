@@ -106,14 +106,15 @@ def find_target(name: str) -> tuple[Gpu, int]:
 
     Raises UserError for an unknown name.
     """
-    found = re.fullmatch(r"(.*?)(?:x([1-9]\d*))?", name.lower(), re.S)
-    assert found  # the pattern matches everything
-    if found[1] not in TARGETS:
+    kind, _, count = name.rpartition("x")
+    if name in TARGETS or not re.fullmatch("[1-9][0-9]{0,4}", count):
+        kind, count = name, "1"
+    if kind not in TARGETS:
         raise UserError(
-            f"unknown target {name}{nearest(found[1], TARGETS)}: use NAME or NAMExCOUNT, such as "
+            f"unknown target {name}{nearest(kind, TARGETS)}: use NAME or NAMExCOUNT, such as "
             f"h100x8, with one of {', '.join(TARGETS)}"
         )
-    return TARGETS[found[1]], int(found[2] or 1)
+    return TARGETS[kind], int(count)
 
 
 def target_devices(gpu: Gpu, count: int) -> list[jax.Device]:
@@ -123,8 +124,7 @@ def target_devices(gpu: Gpu, count: int) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin otherwise needs a driver,
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # and says that there is none
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin otherwise needs a driver
     jax.config.update("jax_platforms", "cpu")
     hosts, per_host = (count // 8, 8) if count % 8 == 0 else (1, count)
     try:

@@ -6,6 +6,7 @@ vit-jax describe --config cifar10_vit --target h100x8 --shape 32x32x3x10 --examp
 import math
 import os
 import re
+import sys
 import time
 import types
 
@@ -65,7 +66,7 @@ def print_description(config, args):
         description["compilation"] = f"{seconds:.0f} s, without the GPU"
         description["lacking"] = "; ".join(gpu.missing)
     if args.fit:
-        description |= _fit(config, make, gpu)
+        description |= _fit(experiment, make, sum(step_memory(compiled)), gpu)
     if jax.process_index() == 0:
         print(*description_lines({k: v for k, v in description.items() if v}), sep="\n")
         if args.kernels:
@@ -148,19 +149,20 @@ def _estimate(experiment, program, rates):
     )
 
 
-def _fit(config, make, gpu):
+def _fit(experiment, make, num_bytes, gpu):
     """Returns lines about the largest batch that fits, and about each way to save memory."""
+    config, plan, num_devices = experiment.config, experiment.plan, experiment.mesh.size
 
     def peak(**fields):
         changed = config.copy_and_resolve_references()
         for name, value in fields.items():
             config_lib.set_field(changed, name, value)
+            print(f"compiling with {name}={value} ...", file=sys.stderr, flush=True)
         return sum(step_memory(compile_step(make(changed))))
 
-    plan, num_devices = make(config).plan, make(config).mesh.size
     step, usable = math.lcm(num_devices, config.accumulate_steps), _usable(gpu)
-    sizes = {config.batch_size: peak()}
-    largest = _largest_batch(peak, sizes, step, plan.num_examples // step * step, usable)
+    sizes = {config.batch_size: num_bytes}
+    largest = largest_batch(peak, sizes, step, plan.num_examples // step * step, usable)
     text = f"{largest:,}, with {sizes[largest] / 1e9:,.2f} GB per device" if largest else "none"
     if largest == plan.num_examples // step * step:
         text += ", the entire training split"
@@ -169,11 +171,11 @@ def _fit(config, make, gpu):
     ways |= {"mesh.fsdp": num_devices} if num_devices > config.mesh.fsdp else {}
     for name, value in ways.items():
         text = f"{peak(**{name: value}) / 1e6:,.1f} MB per device instead of "
-        lines[f"with {name}={value}"] = text + f"{sizes[config.batch_size] / 1e6:,.1f} MB"
+        lines[f"with {name}={value}"] = text + f"{num_bytes / 1e6:,.1f} MB"
     return lines
 
 
-def _largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
+def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
     """Returns the largest batch that needs at most `usable` bytes, to a relative tolerance, or 0.
 
     Compiles at most six more sizes, added to {batch: bytes}, each predicted by a line through two.

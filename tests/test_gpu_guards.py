@@ -1,0 +1,152 @@
+"""Properties of the training step compiled for H100s, and steps broken on purpose.
+
+The steps are compiled without a GPU. docs/gpu.md states their kernels and least times.
+"""
+
+import pathlib
+import re
+
+import gpu_helpers
+import jax
+import jax.numpy as jnp
+import pytest
+from gpu_helpers import compile_function, compile_recipe
+
+from vit_jax import config
+from vit_jax.commands.describe import estimate
+from vit_jax.commands.describe.describe import step_memory
+from vit_jax.commands.describe.program import Program
+from vit_jax.parallel.targets import TARGETS
+
+ROOT = pathlib.Path(__file__).parents[1]
+GPU = TARGETS["h100"]
+RATES = estimate.Rates(GPU.bf16, GPU.tf32, GPU.f32, GPU.bandwidth)
+# (recipe, target, fsdp): bound of the memory per device, in MB.
+CASES = {
+    ("cifar10_vit", "h100", 1): 800,
+    ("cifar10_vit", "h100x8", 1): 400,
+    ("cifar10_vit", "h100x8", 8): 400,
+    ("cifar10_vit_100ep", "h100", 1): 2_500,
+    ("cifar10_vit_100ep", "h100x8", 1): 800,
+    ("cifar10_vit_100ep", "h100x8", 8): 800,
+}
+
+
+def recipe(name, fsdp=1, **fields):
+    c = config.from_file(ROOT / "configs" / f"{name}.py")
+    for field, value in ({"mesh.fsdp": fsdp} | fields).items():
+        config.set_field(c, field, value)
+    return c
+
+
+class Step:
+    """A compiled step, and what the guards read from it."""
+
+    def __init__(self, experiment, compiled):
+        self.experiment, self.program = experiment, Program(compiled.as_text())
+        self.memory = sum(step_memory(compiled)) / 1e6
+
+    def undonated(self):
+        """Number of arrays of the state that are not updated in place."""
+        return len(jax.tree.leaves(self.experiment.state_shapes)) - self.program.num_donated
+
+
+def dtypes(program):
+    return set(re.findall(r"\b([a-z]+\d+)\[", program.text))
+
+
+def sums_over_devices(program):
+    """{dtype: elements} of the arrays that devices add up, without counts and scalars."""
+    sizes = {}
+    for k in program.kernels():
+        if k.kind in ("all-reduce", "reduce-scatter"):
+            for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]+)\]", k.result_shape):
+                n = 1
+                for size in shape.split(","):
+                    n *= int(size)
+                sizes[dtype] = sizes.get(dtype, 0) + n
+    return sizes
+
+
+def units(program):
+    """{precision} of the products and convolutions."""
+    return {unit for k in program.kernels() for unit in k.flops}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler(require):
+    require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(map(str, c)))
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def step(case):
+    name, target, fsdp = case
+    return Step(*compile_recipe(recipe(name, fsdp), target))
+
+
+def test_memory_is_bounded(case, step):
+    assert step.memory < CASES[case]
+
+
+def test_state_is_updated_in_place(step):
+    assert step.undonated() == 0
+
+
+def test_nothing_is_float64(step):
+    assert "f64" not in dtypes(step.program)
+
+
+def test_gradients_are_summed_over_devices_in_float32(case, step):
+    sums = sums_over_devices(step.program)
+    assert set(sums) <= {"f32", "s32"}
+    expected = 0 if case[1] == "h100" else step.experiment.num_params / case[2]
+    assert sums.get("f32", 0) == pytest.approx(expected, rel=0.05)
+
+
+def test_only_the_expected_collectives(case, step):
+    expected = {1: {"all-reduce"}, 8: {"all-reduce", "all-gather", "reduce-scatter"}}[case[2]]
+    found = set(step.program.transfers())
+    assert found <= expected | {"collective-permute"}
+    assert bool(found) == (case[1] != "h100")
+    to_host = r" (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*(MoveTo|callback)"
+    assert not re.search(to_host, step.program.text)
+
+
+def test_products_have_the_precision_of_the_recipe(case, step):
+    assert units(step.program) == ({"f32"} if case[0] == "cifar10_vit" else {"bf16", "tf32"})
+
+
+def test_kernels_and_least_time_are_those_of_the_docs(case, step):
+    name, target, fsdp = case
+    options = f":mesh.fsdp={fsdp}" if fsdp > 1 else ""
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    row = re.search(rf"^\| {name}{options} \| {target} \|.*$", text, re.M)[0].split("|")
+    sums = estimate.total(step.program.kernels(), RATES)
+    assert sums["kernels"] == pytest.approx(float(row[5].replace(",", "")), rel=0.03)
+    assert sums["seconds"] * 1e3 == pytest.approx(float(row[7]), rel=0.03)
+    assert all(count for _, count in step.program.loops())  # of known length
+
+
+SMALL = {"model.depth": 1, "model.width": 64, "model.num_heads": 2, "model.mlp_dim": 128}
+
+
+def test_guard_of_donation_fails_without_donation():
+    with jax.debug_nans(True):  # keeps the state, to run the step again
+        step = Step(*compile_recipe(recipe("cifar10_vit", **SMALL), "h100"))
+    assert step.undonated() == len(jax.tree.leaves(step.experiment.state_shapes))
+
+
+def test_guard_of_memory_fails_for_a_batch_of_32768():
+    large = recipe("cifar10_vit", batch_size=32_768)
+    assert Step(*compile_recipe(large, "h100")).memory > 80_000
+
+
+def test_guard_of_float64_fails_for_a_float64():
+    with jax.enable_x64(True):
+        program = compile_function(lambda x: x.astype(jnp.float64).sum(), jnp.ones(8, jnp.float32))
+    assert "f64" in dtypes(program)
