@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 
-import jax
 from runs import ROOT
 
 
@@ -24,8 +23,6 @@ def start(commands, *, devices=1, port=None, **environment):
             "NUM_PROCESSES": str(len(commands)),
             "PROCESS_ID": str(i),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
         own |= {k: v[i] for k, v in environment.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -335,6 +335,7 @@ def test_weights_and_biases_offline(tiny_config, tmp_path, monkeypatch, require)
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("optimized")  # until the end of the module
 def test_notebook_recipe_learns_real_cifar10(tmp_path):
     """The shipped recipe on the real data, narrower and shorter to fit CI."""
     place = os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds"

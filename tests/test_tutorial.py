@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 
-import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -70,8 +69,6 @@ def run(notebook, folder, tfds_dir):
         "VIT_JAX_TUTORIAL_STEPS": "20",
         "TFDS_DATA_DIR": str(tfds_dir),
         "TMPDIR": str(folder),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=os.environ | environment)
