@@ -84,9 +84,11 @@ def test_every_block_has_a_language(page):
     "page", [p for p in PAGES if any(blocks(p.read_text()))], ids=lambda page: page.stem
 )
 def test_page_runs(page, checkout, small_shapes10):
+    from process_helpers import QUICK_XLA  # slow to import, which running a page need not do
+
     paths = {"PATH": pathlib.Path(sys.executable).parent, "PYTHONPATH": checkout}
     environment = {name: f"{path}{os.pathsep}{os.environ[name]}" for name, path in paths.items()}
-    environment["TFDS_DATA_DIR"] = str(small_shapes10)
+    environment |= {"TFDS_DATA_DIR": str(small_shapes10), "XLA_FLAGS": QUICK_XLA}
     done = subprocess.run(
         [sys.executable, __file__, page.relative_to(ROOT)],
         cwd=checkout,
