@@ -343,6 +343,7 @@ def test_notebook_recipe_learns_real_cifar10(tmp_path):
         pytest.skip("no prepared CIFAR-10 in TFDS_DATA_DIR")
     c = config_lib.from_file(ROOT / "configs" / "cifar10_vit.py")
     c.data.dir, c.data.test_split = str(place), "test[:2000]"
+    c.data.streaming = True  # decodes only the images of these steps
     c.steps, c.log_every, c.tensorboard = 150, "10 steps", False
     c.model.width, c.model.depth, c.model.num_heads, c.model.mlp_dim = 64, 2, 4, 128
     c.model.patch_size = 8

@@ -69,13 +69,14 @@ def run(notebook, folder, tfds_dir):
         "VIT_JAX_TUTORIAL_STEPS": "20",
         "TFDS_DATA_DIR": str(tfds_dir),
         "TMPDIR": str(folder),
+        "OMP_WAIT_POLICY": "PASSIVE",  # PyTorch's threads do not spin while JAX computes
     }
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=os.environ | environment)
     return printed(notebook)
 
 
-def test_tutorial_runs(tmp_path, small_shapes10):
+def test_tutorial_runs(tmp_path, small_shapes10, optimized):
     """With PyTorch its cells are compared with JAX's; without it they are skipped."""
     notebook = read()
     text = run(notebook, tmp_path, small_shapes10)
