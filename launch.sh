@@ -11,6 +11,7 @@
 #
 # PYTHON names the interpreter (3.11 or newer), VENV the environment's folder. CUDA=12, 13, or none
 # selects JAX's wheels; by default they are the newest that the NVIDIA driver and every GPU support.
+# EXTRAS lists the extras of pyproject.toml to install (default: dev,prepare).
 #
 # This script never changes a complete environment, so a running job keeps the packages it started
 # with. The folder, .venvs/KIND-HASH, is named by what determines its contents: the CUDA version,
@@ -50,9 +51,10 @@ query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null; }
 at_least() { printf '%s\n' "$@" | sort -V -C; }
 
 cuda=${CUDA:-$(detect_cuda)}
+extras=${EXTRAS:-dev,prepare}
 case $cuda in
-12 | 13) kind=cuda$cuda extras=dev,prepare,cuda$cuda ;;
-none) kind=cpu extras=dev,prepare ;;
+12 | 13) kind=cuda$cuda extras=$extras,cuda$cuda ;;
+none) kind=cpu ;;
 *) fail "CUDA must be 12, 13, or none (CPU wheels); got $cuda" ;;
 esac
 [ "${CUDA:-}" != none ] || export JAX_PLATFORMS=cpu # without it, a GPU that is not used is an error

@@ -7,6 +7,10 @@ import tempfile
 
 # Before jax starts: the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# LLVM's optimizations take longer than the small programs of most tests: see `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/vit_jax_tests_xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 ROOT = pathlib.Path(__file__).parents[1]
 # Python runs sitecustomize.py there at the start of every process that a test starts.
 HOOK = ROOT / "tests" / "hook"
@@ -20,9 +24,6 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
-
-jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/vit_jax_tests_xla")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_addoption(parser):
@@ -47,6 +48,18 @@ def _fetch_guard():
     undo = fetch_guard.install()
     yield
     undo()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """The programs of a module are compiled as a user's are, because their numbers are checked."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

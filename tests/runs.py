@@ -33,15 +33,11 @@ def command_after(code, c, workdir):
 
 
 def start(arguments, **environment):
-    """Starts a process, with the tests' compilation cache; stdout and stderr are one pipe."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+    """Starts a process; stdout and stderr are one pipe."""
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
-        env=os.environ | cache | environment,
+        env=os.environ | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

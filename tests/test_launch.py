@@ -165,6 +165,13 @@ def test_new_environment_in_which_jax_sees_no_gpu_is_reported_once(checkout):
     assert "WARNING" not in checkout.launch("true", CUDA="none", NO_GPU="1")[2]
 
 
+def test_other_extras_have_their_own_environment(checkout):
+    usual, other = checkout.environment(), checkout.environment(EXTRAS="dev,site")
+    assert usual != other and checkout.log.read_text().endswith("[dev,site]\n")
+    checkout.environment(EXTRAS="dev,site", CUDA="12")
+    assert checkout.log.read_text().endswith("[dev,site,cuda12]\n")
+
+
 def test_changed_requirements_create_a_new_environment_and_keep_the_old_one(checkout):
     old = checkout.environment()
     (old / "of_a_running_job").touch()

@@ -20,6 +20,7 @@ from vit_jax.model import (
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("optimized")
 
 SMALL = dict(num_classes=5, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32)
 IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)

@@ -52,27 +52,6 @@ def test_seed_axis_is_replicated():
     assert seeds.state_sharding(mesh, shapes, config_of(2))["a"].spec[:1] == (None,)
 
 
-def losses(experiment, num_steps):
-    """float32[num_steps] or [num_steps, S]."""
-    state, values = experiment.init(), []
-    for _, inputs in experiment.batches():
-        state, metrics = experiment.train_step(state, *inputs)
-        values.append(jax.device_get(metrics["loss"]))
-        if len(values) == num_steps:
-            return np.stack(values)
-
-
-def test_several_seeds_have_the_same_losses_as_separate_runs(tiny_config):
-    c = tiny_config
-    c.seed, c.num_seeds, c.augment.flip, c.optim.peak_lr = 5, 2, "random", 1e-4
-    together = losses(make_experiment(c), 7)  # into the second epoch
-    c.num_seeds = 1
-    for i, c.seed in enumerate((5, 6)):
-        alone = losses(make_experiment(c), 7)
-        assert alone.shape == (7,)
-        np.testing.assert_allclose(together[:, i], alone, rtol=0, atol=2.4e-7)
-
-
 @pytest.fixture(scope="module")
 def finished(make_tiny_config, tiny_run, tmp_path_factory):
     """(config, workdir, result) of a run of two seeds that saved once. Do not write to it."""
@@ -132,3 +111,25 @@ def test_several_seeds_resume_from_the_newest_common_step(finished, tmp_path, ca
     assert "Resuming from step 2 of 3" in capsys.readouterr().out
     assert again["test_loss_of_each_seed"] == whole["test_loss_of_each_seed"]
     assert lines(tmp_path / "run" / "seed_5") == before
+
+
+def losses(experiment, num_steps):
+    """float32[num_steps] or [num_steps, S]."""
+    state, values = experiment.init(), []
+    for _, inputs in experiment.batches():
+        state, metrics = experiment.train_step(state, *inputs)
+        values.append(jax.device_get(metrics["loss"]))
+        if len(values) == num_steps:
+            return np.stack(values)
+
+
+@pytest.mark.usefixtures("optimized")  # until the end of the module
+def test_several_seeds_have_the_same_losses_as_separate_runs(tiny_config):
+    c = tiny_config
+    c.seed, c.num_seeds, c.augment.flip, c.optim.peak_lr = 5, 2, "random", 1e-4
+    together = losses(make_experiment(c), 7)  # into the second epoch
+    c.num_seeds = 1
+    for i, c.seed in enumerate((5, 6)):
+        alone = losses(make_experiment(c), 7)
+        assert alone.shape == (7,)
+        np.testing.assert_allclose(together[:, i], alone, rtol=0, atol=2.4e-7)

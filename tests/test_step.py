@@ -19,6 +19,7 @@ from vit_jax.step import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = VisionTransformer(
     num_classes=4, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1
 )

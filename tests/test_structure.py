@@ -146,6 +146,12 @@ def test_training_imports_no_other_framework(module):
     assert run(code) == ""
 
 
+def test_writing_tensorboard_events_does_not_import_pytorch():
+    code = "import sys; from vit_jax.workdir import metrics; metrics._summary_writer(); "
+    code += "print(*(name in sys.modules for name in ('tensorboardX', 'torch')))"
+    assert run(code) == "True False"
+
+
 def test_importing_everything_starts_no_accelerator():
     code = (
         "import vit_jax.train, vit_jax.main\n"

@@ -335,6 +335,7 @@ def test_weights_and_biases_offline(tiny_config, tmp_path, monkeypatch, require)
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("optimized")  # until the end of the module
 def test_notebook_recipe_learns_real_cifar10(tmp_path):
     """The shipped recipe on the real data, narrower and shorter to fit CI."""
     place = os.environ.get("TFDS_DATA_DIR") or ROOT.parent / "shared" / "tfds"
@@ -342,6 +343,7 @@ def test_notebook_recipe_learns_real_cifar10(tmp_path):
         pytest.skip("no prepared CIFAR-10 in TFDS_DATA_DIR")
     c = config_lib.from_file(ROOT / "configs" / "cifar10_vit.py")
     c.data.dir, c.data.test_split = str(place), "test[:2000]"
+    c.data.streaming = True  # decodes only the images of these steps
     c.steps, c.log_every, c.tensorboard = 150, "10 steps", False
     c.model.width, c.model.depth, c.model.num_heads, c.model.mlp_dim = 64, 2, 4, 128
     c.model.patch_size = 8

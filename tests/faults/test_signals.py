@@ -6,6 +6,7 @@ import socket
 import time
 
 import pytest
+from process_helpers import QUICK_XLA
 from runs import assert_same, command, command_after, content, finish, start
 
 from vit_jax.train import train
@@ -128,6 +129,7 @@ def test_two_processes_save_the_same_step(long, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         coordinator = {"COORDINATOR": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
+    coordinator["XLA_FLAGS"] = QUICK_XLA
     processes = [start(command(long, tmp_path), PROCESS_ID=str(i), **coordinator) for i in range(2)]
     try:
         wait_for_steps(processes, tmp_path)

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from process_helpers import QUICK_XLA
 from runs import command, finish, start
 
 import vit_jax
@@ -99,7 +100,7 @@ def test_forward_pass_in_docs_has_at_most_40_lines_and_no_vit_jax():
 def test_checkpoint_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
     """Without importing vit_jax; scripts/clean_restore.sh does the same in a clean environment."""
     tiny_config.steps, tiny_config.mesh.fsdp, tiny_config.model.width = 2, 2, 64
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_XLA}"}
     code, output = finish(start(command(tiny_config, tmp_path), **flags))
     assert code == 0, output
     assert "devices: 8 x cpu (data 4, fsdp 2)" in output

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ MESHES = [(1, 1), (4, 1), (8, 8)]  # (devices, fsdp); device_table.py has more
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder, tmp_path_factory):
+def found(optimized, tiny_folder, tmp_path_factory):
     """The results of all jobs, from one process with eight devices, since startup is slow."""
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
     c.data.name = f"folder:{tiny_folder}"
@@ -39,13 +38,9 @@ def found(tiny_folder, tmp_path_factory):
     jobs.append({"name": "not mixed", "devices": 4, "steps": 0, "set": crop_and_flip})
     path = tmp_path_factory.mktemp("jobs") / "jobs.json"
     path.write_text(json.dumps({"config": c.to_dict(), "jobs": jobs}))
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(__file__).with_name("eight_devices.py")), str(path)],
-        cwd=ROOT, env=os.environ | EIGHT | cache, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=os.environ | EIGHT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

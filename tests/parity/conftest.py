@@ -39,7 +39,7 @@ def reference(torch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def full_float32():
+def full_float32(optimized):
     """Full float32 in matrix products; accelerators use TF32 or bf16 by default."""
     with jax.default_matmul_precision("highest"):
         yield

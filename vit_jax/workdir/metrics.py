@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -68,12 +69,21 @@ class JsonLines:
 
 def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> Any:
     """Returns a tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
-    from tensorboardX import SummaryWriter  # slow to import
-
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
+    writer = _summary_writer()(str(folder), purge_step=step + 1)
     rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
     writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
     return writer
+
+
+def _summary_writer() -> Any:
+    """Returns tensorboardX.SummaryWriter, imported without PyTorch, which it would import first."""
+    torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as if not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if torch is None:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def open_wandb(folder: pathlib.Path, config: ConfigDict) -> Any:
