@@ -33,6 +33,7 @@ def get_config():
     config.model.gelu = "tanh"
     config.model.norm_eps = 1e-6
     config.model.dtype = "bfloat16"
+    config.model.matmul_precision = "tf32"
 
     config.augment.crop = "pad"
     config.augment.flip = "random"

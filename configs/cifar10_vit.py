@@ -33,6 +33,7 @@ def get_config():
     config.model.norm_eps = 1e-5
     config.model.dropout = 0.0
     config.model.dtype = "float32"
+    config.model.matmul_precision = "float32"  # PyTorch's default on a GPU
 
     config.optim.name = "adamw"
     config.optim.peak_lr = 3e-4

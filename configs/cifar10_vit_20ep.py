@@ -27,6 +27,7 @@ def get_config():
     config.model.weight_init = "pytorch"
     config.model.qk_norm = True
     config.model.dtype = "bfloat16"
+    config.model.matmul_precision = "tf32"
 
     config.augment.crop = "pad"
     config.augment.crop_padding_mode = "reflect"

@@ -3,7 +3,7 @@
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_improved.py
 
 Not measured. The follow-up reports a test accuracy of 76.23% (one run, PyTorch). A cosine schedule
-changes the learning rate once per epoch.
+changes the learning rate once per epoch. Matrix products are float32, as in the notebook's recipe.
 """
 
 import pathlib

@@ -31,6 +31,7 @@ def get_config():
     config.model.pool = "gap"
     config.model.posemb = "sincos2d"
     config.model.dtype = "bfloat16"
+    config.model.matmul_precision = "tf32"
 
     config.augment.crop = "resized"
     config.augment.crop_scale = (0.05, 1.0)

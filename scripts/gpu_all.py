@@ -32,7 +32,8 @@ NOTEBOOK += (0.5961, 0.5351, 0.4638, 0.3972, 0.3345, 0.2838, 0.2528, 0.2088, 0.1
 NOTEBOOK_TEST = 63.68
 
 HELD_OUT = ("--config.data.train_split=train[:45000]", "--config.data.val_split=train[45000:]")
-BF16 = "--config.model.dtype=bfloat16"
+TF32 = "--config.model.matmul_precision=tf32"
+BF16 = ("--config.model.dtype=bfloat16", TF32)
 PLAIN = ("crop=none", "flip=none", "policy=none", "erasing_prob=0", "mixup_alpha=0")
 PLAIN = tuple(f"--config.augment.{x}" for x in (*PLAIN, "cutmix_alpha=0"))
 TESTS = ("tests/test_step.py", "tests/test_model.py", "tests/test_optim.py", "tests/augment")
@@ -63,8 +64,8 @@ def script(name, *flags):
 
 
 def batch(size):
-    """Returns the overrides for bfloat16 and a batch size."""
-    return (BF16, f"--config.batch_size={size}")
+    """Returns the overrides for bfloat16, TF32, and a batch size."""
+    return (*BF16, f"--config.batch_size={size}")
 
 
 AGAINST = ("--against", "torch")
@@ -84,7 +85,8 @@ ITEMS = {
         8,
         sweep("cifar10_vit_20ep", "optim.name=muon,adamw", "optim.peak_lr=1e-3,2e-3"),
     ),
-    "bench_64_bf16": (2, bench("cifar10_vit", *AGAINST, BF16)),
+    "bench_64_tf32": (2, bench("cifar10_vit", *AGAINST, TF32)),
+    "bench_64_bf16": (2, bench("cifar10_vit", *AGAINST, *BF16)),
     "bench_512_bf16": (2, bench("cifar10_vit", *AGAINST, *batch(512))),
     "lever_64": (3, script("gpu_levers")),
     "lever_1024_bf16": (3, script("gpu_levers", *batch(1024))),
@@ -92,6 +94,7 @@ ITEMS = {
     "bench_gap": (1, bench("cifar10_vit", *batch(1024), "--config.model.pool=gap")),
     "bench_heads": (1, bench("cifar10_vit", *batch(1024), "--config.model.num_heads=4")),
     "bench_float32": (1, bench("cifar10_vit", "--config.batch_size=1024")),
+    "bench_tf32": (1, bench("cifar10_vit", "--config.batch_size=1024", TF32)),
     "bench_remat": (1, bench("cifar10_vit", *batch(1024), "--config.model.remat=true")),
     **{f"bench_b{b}": (1, bench("cifar10_vit", *batch(b))) for b in (128, 256, 2048, 4096)},
     # The cost of augmentation: with and without it.
@@ -240,7 +243,7 @@ def benchmark_row(name, folder):
     r = json.loads([line for line in lines if line.startswith("{")][-1])  # between warnings
     rivals = "; ".join(f"{k}: {v['speedup']:.2f} times as fast" for k, v in r["rivals"].items())
     e = r["environment"]
-    where = [e["devices"][0]]
+    where = [e["devices"][0], f"matmul precision {r['matmul_precision']}"]
     where += [f"{k} {v}" for k, v in e["versions"].items() if k in ("jax", "torch")]
     where += [(e["commit"] or "no commit")[:10], e["date"][:10]]
     mfu = f"{100 * r['mfu']:.1f}" if r["mfu"] else ""

@@ -11,7 +11,12 @@ import zipfile
 import pytest
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
-RESULT = {"images_per_second": 10.0, "seconds_per_step": {"median": 0.1}, "seconds_per_epoch": 1.0}
+RESULT = {
+    "matmul_precision": "float32",
+    "images_per_second": 10.0,
+    "seconds_per_step": {"median": 0.1},
+    "seconds_per_epoch": 1.0,
+}
 RESULT |= {"mfu": None, "rivals": {"PyTorch eager": {"speedup": 1.25}}}
 RESULT |= {"environment": {"devices": ["gpu"], "versions": {"jax": "0"}, "commit": None}}
 RESULT["environment"]["date"] = "2026-11-24"

@@ -1,6 +1,7 @@
 """The model's variants: shapes, parameter counts, initial weights, stochastic parts, FLOPs."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,21 @@ def test_variants_return_float32_logits_and_nonzero_gradients_for_all_parameters
     assert logits.shape == (3, 5) and logits.dtype == jnp.float32
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all() and np.abs(g).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize(
+    ("matmul_precision", "expected"), [("float32", "HIGHEST"), ("tf32", "DEFAULT")]
+)
+def test_every_product_has_the_precision_of_the_model(stem, matmul_precision, expected):
+    model = VisionTransformer(**SMALL, stem=stem, pre_logits=8, matmul_precision=matmul_precision)
+    params = jax.eval_shape(lambda: model_lib.init_params(model, jax.random.key(0), (16, 16, 3)))
+    loss = jax.grad(lambda params: model.apply({"params": params}, IMAGES).sum())
+    text = jax.jit(loss).lower(params).as_text()
+    products = [x for x in text.splitlines() if re.search(r"\.(dot_general|convolution)", x)]
+    assert len(products) > 3 * 6 * 2
+    for product in products:
+        assert set(re.findall("HIGHEST|HIGH|DEFAULT", product)) == {expected}, product
 
 
 def test_bfloat16_logits_are_close_to_float32():

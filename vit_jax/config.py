@@ -173,6 +173,9 @@ FIELDS: dict[str, Field] = {
     "model.image_size": number(0, "side to resize to on the device (0: unchanged)", at_least=0),
     "model.remat": Field(False, "recompute activations in the backward pass, to save memory"),
     "model.dtype": choice("float32", "bfloat16", doc="dtype of activations; weights are float32"),
+    "model.matmul_precision": choice(
+        "float32", "tf32", doc="precision of the float32 matrix products on a GPU"
+    ),
     # Augmentation.
     "augment.crop": choice(
         *("none", "pad", "resized"),

@@ -262,7 +262,8 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
     lines = {
         "model": f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} "
         f"heads, MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, train.image_shape)} tokens of "
-        f"{H}x{W}x{C} images{resized}, init {m.weight_init}, compute {m.dtype.name}",
+        f"{H}x{W}x{C} images{resized}, init {m.weight_init}, compute {m.dtype.name}, "
+        f"matmul precision {m.matmul_precision}",
         "size": f"{experiment.num_params:,} parameters; "
         f"{experiment.flops_per_image / 1e9:.2f} GFLOP per image, forward and backward",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "

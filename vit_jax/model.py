@@ -5,6 +5,7 @@ Parameters are float32, activations have `dtype`; softmax, norms, and logits com
 """
 
 import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
@@ -53,13 +54,15 @@ class Linear(nn.Module):
     kernel_init: nn.initializers.Initializer
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: jnp.dtype = jnp.float32
+    precision: str | None = None
 
     @nn.compact
     def __call__(self, x):
         D = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (D, self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        y = x.reshape(-1, D).astype(self.dtype) @ kernel.astype(self.dtype)
+        x2 = x.reshape(-1, D).astype(self.dtype)
+        y = jnp.matmul(x2, kernel.astype(self.dtype), precision=self.precision)
         return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
 
 
@@ -82,9 +85,15 @@ class _Part(nn.Module):
     drop_path: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    matmul_precision: str = "float32"
     gelu: str = "exact"
     pre_logits: int = 0
     image_size: int = 0
+
+    @property
+    def precision(self):
+        """JAX's name for `matmul_precision`, in products and convolutions."""
+        return {"float32": "highest", "tf32": "default"}[self.matmul_precision]
 
 
 def _options(part):
@@ -107,7 +116,8 @@ class PatchEmbedding(_Part):
         bias = self.param("bias", init.get("bias_init", nn.initializers.zeros), (self.width,))
         x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3)
         x = x.reshape(B, (H // P) * (W // P), P * P * C).astype(self.dtype)
-        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+        kernel = kernel.reshape(-1, self.width).astype(self.dtype)
+        return jnp.matmul(x, kernel, precision=self.precision) + bias.astype(self.dtype)
 
 
 class ConvStem(_Part):
@@ -120,13 +130,14 @@ class ConvStem(_Part):
     @nn.compact
     def __call__(self, x):
         num_convs = self.patch_size.bit_length() - 1
+        options = {"dtype": self.dtype, "precision": self.precision}
         x = x.astype(self.dtype)
         for i in range(num_convs):
             channels = self.width // 2 ** (num_convs - 1 - i)
-            x = nn.Conv(channels, (3, 3), 2, use_bias=False, dtype=self.dtype, name=f"conv_{i}")(x)
+            x = nn.Conv(channels, (3, 3), 2, use_bias=False, name=f"conv_{i}", **options)(x)
             x = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
             x = gelu(x)
-        x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="proj")(x)
+        x = nn.Conv(self.width, (1, 1), name="proj", **options)(x)
         return x.reshape(x.shape[0], -1, self.width)
 
 
@@ -145,20 +156,21 @@ class MultiHeadAttention(_Part):
         qkv_init = _linear_init(self.weight_init, D)
         if self.weight_init == "pytorch":  # Xavier over the fused matrix, zero bias
             qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
-        qkv = Linear(3 * D, dtype=self.dtype, name="qkv", **qkv_init)(x)
+        qkv = Linear(3 * D, dtype=self.dtype, precision=self.precision, name="qkv", **qkv_init)(x)
         q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
         q = q[:, :, :n]
         if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
-        scores = jnp.einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
+        einsum = functools.partial(jnp.einsum, precision=self.precision)
+        scores = einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
         attention = jax.nn.softmax(scores, axis=-1)
         self.sow("intermediates", "attention", attention)
         attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-        x = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
+        x = einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
         x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
         out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
-        return Linear(D, dtype=self.dtype, name="out", **out_init)(x)
+        return Linear(D, dtype=self.dtype, precision=self.precision, name="out", **out_init)(x)
 
 
 class MlpBlock(_Part):
@@ -168,11 +180,11 @@ class MlpBlock(_Part):
     def __call__(self, x, *, train):
         D = x.shape[-1]
         init = _linear_init(self.weight_init, D)
-        x = Linear(self.mlp_dim, dtype=self.dtype, name="fc1", **init)(x)
+        x = Linear(self.mlp_dim, dtype=self.dtype, precision=self.precision, name="fc1", **init)(x)
         x = nn.gelu(x) if self.gelu == "tanh" else gelu(x)  # tanh: as in Google's ViTs
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         init = _linear_init(self.weight_init, self.mlp_dim)
-        return Linear(D, dtype=self.dtype, name="fc2", **init)(x)
+        return Linear(D, dtype=self.dtype, precision=self.precision, name="fc2", **init)(x)
 
 
 class TransformerBlock(_Part):
@@ -227,8 +239,10 @@ class VisionTransformer(_Part, kw_only=True):
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
         if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)
             init = _linear_init(self.weight_init, self.width)
-            x = jnp.tanh(Linear(self.pre_logits, name="pre_logits", **init)(x))
-        head = Linear(self.num_classes, name="head", **_linear_init(self.weight_init, x.shape[-1]))
+            x = Linear(self.pre_logits, precision=self.precision, name="pre_logits", **init)(x)
+            x = jnp.tanh(x)
+        init = _linear_init(self.weight_init, x.shape[-1])
+        head = Linear(self.num_classes, precision=self.precision, name="head", **init)
         return head(x.astype(jnp.float32))
 
     def _embed(self, images):

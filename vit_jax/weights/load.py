@@ -13,7 +13,8 @@ from vit_jax.weights import files, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
 # The fields of config.model that define a model: all but those for training.
-_TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat", "dtype")
+_TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat")
+_TRAINING += ("dtype", "matmul_precision")
 FIELDS = tuple(name for name in config.defaults().model if name not in _TRAINING)
 # Width -> heads of the published models: Ti, S, B, L, and H.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}

@@ -99,6 +99,7 @@ def measure(experiment, rivals, rounds, round_seconds=2.0):
     return {
         **ours,
         "seconds_per_epoch": ours["seconds_per_step"]["median"] * experiment.plan.steps_per_epoch,
+        "matmul_precision": experiment.model.matmul_precision,  # of every side
         "gflop_per_image": experiment.flops_per_image / 1e9,
         "tflops_per_second": flops / 1e12,  # per device, as the peak
         "mfu": peak and flops / peak,

@@ -110,12 +110,16 @@ def gathered_batches(images, labels, batch_size, device):
             yield batch.permute(0, 3, 1, 2).contiguous(), labels[rows]
 
 
-def train(variant, images, labels, arguments, batch_size, device, bfloat16):
-    """Trains a variant of torch_side.py, "written" in float32, and yields the loss of each step."""
+def train(variant, images, labels, arguments, batch_size, device, bfloat16, tf32):
+    """Trains a variant of torch_side.py, "written" in float32, and yields the loss of each step.
+
+    Every variant computes float32 products and the convolution in TF32 on a GPU, or none does.
+    """
     written, criterion = variant == "written", nn.CrossEntropyLoss()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     if not written:
         TransformerBlock.need_weights = False
-        torch.set_float32_matmul_precision("high")  # TF32, the default of JAX on a GPU
     model = VisionTransformer(**arguments).to(device)
     optimizer = make_optimizer(model, fused=None if written else True)
     if variant == "compiled":

@@ -16,7 +16,8 @@ from vit_jax.errors import UserError
 # Fields that must be the notebook's, except for some, which are arguments of its code.
 _COMPARED = ("model.", "augment.", "optim.", "num_seeds", "accumulate_steps")
 _COMPARED += ("data.mean", "data.std", "data.streaming")
-_ARGUMENTS = ("size", "width", "depth", "num_heads", "mlp_dim", "patch_size", "dtype")
+_ARGUMENTS = ("size", "width", "depth", "num_heads", "mlp_dim", "patch_size")
+_ARGUMENTS += ("dtype", "matmul_precision")
 
 
 class TorchSide:
@@ -32,6 +33,7 @@ class TorchSide:
             "batch_size": config.batch_size,
             "device": "cuda" if experiment.mesh.devices.flat[0].platform == "gpu" else "cpu",
             "bfloat16": config.model.dtype == "bfloat16",
+            "tf32": config.model.matmul_precision == "tf32",
         }
         spawn = multiprocessing.get_context("spawn")
         self._pipe, other_end = spawn.Pipe()
