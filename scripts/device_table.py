@@ -1,6 +1,7 @@
 """Trains one small model on many arrangements of devices and tabulates how the losses differ.
 
     ./launch.sh python scripts/device_table.py
+    ./launch.sh python scripts/device_table.py --dtype bfloat16
 
 Uses virtual CPU devices, and processes over loopback. Crop, flip, mixup, and cutmix are on, and the
 last batch of an epoch is not full. Each row runs the train command.
@@ -58,8 +59,8 @@ def write_images(folder):
                 Image.fromarray(image).save(folder / split / name / f"{i}.png")
 
 
-def train(folder, index, steps):
-    """Trains the arrangement of row `index`, and returns the loss of the last step."""
+def train(folder, index, steps, dtype):
+    """Trains the arrangement of row `index`, and returns the loss of each step."""
     devices, processes, _, overrides = ROWS[index]
     workdir = folder / f"row{index}"
     arguments = [
@@ -68,6 +69,7 @@ def train(folder, index, steps):
         f"--config.steps={steps}",
         "--config.log_every=1 step",
         "--config.tensorboard=false",
+        f"--config.model.dtype={dtype}",
         "--config.model.width=32",
         "--config.model.depth=2",
         "--config.model.mlp_dim=128",
@@ -110,13 +112,14 @@ def train(folder, index, steps):
     if any(codes):
         sys.exit((folder / f"row{index}_{np.argmax(codes)}.txt").read_text())
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}[steps]
+    return np.array([x["train/loss"] for x in lines if "train/loss" in x])
 
 
 def main():
     """Prints one row per arrangement as it completes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="steps per row (default: 20)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--rows",
         type=int,
@@ -135,11 +138,13 @@ def main():
         losses = []
         for index in args.rows:
             devices, processes, mode, _ = ROWS[index]
-            losses.append(train(folder, index, args.steps))
-            difference = losses[-1] - losses[0]
-            row = f"| {devices} | {processes} | {mode} | {losses[-1]:.7f} | {difference:+.1e} |"
+            losses.append(train(folder, index, args.steps, args.dtype))
+            last, difference = losses[-1][-1], losses[-1][-1] - losses[0][-1]
+            row = f"| {devices} | {processes} | {mode} | {last:.7f} | {difference:+.1e} |"
             print(row, flush=True)
-        print(f"\nLargest difference: {max(abs(loss - losses[0]) for loss in losses):.1e}")
+        for steps in {min(10, args.steps), args.steps}:
+            largest = np.abs(np.array(losses) - losses[0])[:, :steps].max()
+            print(f"\nLargest difference at any of the first {steps} steps: {largest:.1e}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("optimized")
 
 SMALL = dict(num_classes=5, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32)
+CONV = {"stem": "conv", "pool": "gap"}
 IMAGES = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
 
 
@@ -107,6 +108,18 @@ def test_bfloat16_logits_are_close_to_float32():
     half = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"))
     a, b = (jax.jit(m.apply)({"params": params}, IMAGES) for m in (model, half))
     assert 1e-6 < np.abs(a - b).max() < 0.05  # they differ, but only by rounding
+
+
+@pytest.mark.parametrize("variant", [dict(layer_scale=0.1, qk_norm=True, pre_logits=8), CONV])
+def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
+    """A gradient that was rounded to bfloat16 on its way is equal to itself in bfloat16."""
+    model = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"), **variant)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    loss = jax.grad(lambda params: jnp.sin(model.apply({"params": params}, IMAGES)).sum())
+    for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(loss)(params)):
+        rounded = g.astype(jnp.bfloat16).astype(jnp.float32)
+        assert (rounded != g).any(), jax.tree_util.keystr(path)
 
 
 def test_patch_order_matters_only_with_a_position_embedding():

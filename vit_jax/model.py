@@ -1,7 +1,8 @@
 """The Vision Transformer (arXiv 2010.11929, pre-norm): float images in, float32 logits out.
 
 Shapes: B batch, H W pixels, C channels, P patch size, N tokens, D width, h heads, K = D / h.
-Parameters are float32, activations have `dtype`; softmax, norms, and logits compute in float32.
+Parameters and their gradients are float32, activations have `dtype`; softmax, norms, and logits
+compute in float32.
 """
 
 import dataclasses
@@ -44,6 +45,33 @@ def layer_norm(eps, dtype, name):
     return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x, kernel, precision):
+    """Returns [..., D] times float32[D, F] as [..., F], computed in the dtype of x.
+
+    The kernel's gradient is float32. JAX's would have the dtype of x: each device, and each
+    microbatch, would round its part to bfloat16 before the parts are added.
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
+
+
+def _matmul_fwd(x, kernel, precision):
+    return matmul(x, kernel, precision), (x, kernel)
+
+
+def _matmul_bwd(precision, residuals, dy):
+    x, kernel = residuals
+    dx = jnp.tensordot(dy, kernel.astype(x.dtype), (-1, 1), precision=precision)
+    if x.dtype == jnp.bfloat16:  # exact in float32, and still multiplied as bfloat16 on a GPU
+        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+        precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+    rows = tuple(range(x.ndim - 1))
+    return dx, jnp.tensordot(dy, x, (rows, rows), precision=precision).T
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
 class Linear(nn.Module):
     """[..., D] -> [..., features]: nn.Dense over a 2-D view.
 
@@ -61,9 +89,8 @@ class Linear(nn.Module):
         D = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (D, self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        x2 = x.reshape(-1, D).astype(self.dtype)
-        y = jnp.matmul(x2, kernel.astype(self.dtype), precision=self.precision)
-        return (y + bias.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = matmul(x.reshape(-1, D).astype(self.dtype), kernel, self.precision)
+        return (y + bias).astype(self.dtype).reshape(*x.shape[:-1], self.features)
 
 
 class _Part(nn.Module):
@@ -116,29 +143,28 @@ class PatchEmbedding(_Part):
         bias = self.param("bias", init.get("bias_init", nn.initializers.zeros), (self.width,))
         x = x.reshape(B, H // P, P, W // P, P, C).swapaxes(2, 3)
         x = x.reshape(B, (H // P) * (W // P), P * P * C).astype(self.dtype)
-        kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-        return jnp.matmul(x, kernel, precision=self.precision) + bias.astype(self.dtype)
+        y = matmul(x, kernel.reshape(-1, self.width), self.precision)
+        return (y + bias).astype(self.dtype)
 
 
 class ConvStem(_Part):
     """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
 
     Source: Xiao et al. (arXiv 2106.14881), with LayerNorm over channels instead of batch norm, and
-    GELU. The number of channels doubles up to D.
+    GELU. The number of channels doubles up to D. Computes in float32, so that its gradients are.
     """
 
     @nn.compact
     def __call__(self, x):
         num_convs = self.patch_size.bit_length() - 1
-        options = {"dtype": self.dtype, "precision": self.precision}
-        x = x.astype(self.dtype)
+        conv = functools.partial(nn.Conv, precision=self.precision)
         for i in range(num_convs):
             channels = self.width // 2 ** (num_convs - 1 - i)
-            x = nn.Conv(channels, (3, 3), 2, use_bias=False, name=f"conv_{i}", **options)(x)
-            x = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
+            x = conv(channels, (3, 3), 2, use_bias=False, name=f"conv_{i}")(x)
+            x = nn.LayerNorm(name=f"norm_{i}")(x)
             x = gelu(x)
-        x = nn.Conv(self.width, (1, 1), name="proj", **options)(x)
-        return x.reshape(x.shape[0], -1, self.width)
+        x = conv(self.width, (1, 1), name="proj")(x)
+        return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
 
 
 class MultiHeadAttention(_Part):
@@ -198,7 +224,7 @@ class TransformerBlock(_Part):
         def residual(y, name):
             if self.layer_scale:  # arXiv 2103.17239
                 scale = nn.initializers.constant(self.layer_scale)
-                y = y * self.param(name, scale, x.shape[-1:]).astype(self.dtype)
+                y = (y * self.param(name, scale, x.shape[-1:])).astype(self.dtype)
             y = nn.Dropout(self.dropout)(y, deterministic=not train)
             # Stochastic depth (arXiv 1603.09382) drops a branch for an entire image.
             return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
@@ -260,14 +286,14 @@ class VisionTransformer(_Part, kw_only=True):
         init = zeros if self.weight_init == "pytorch" else normal
         if self.pool == "cls":
             cls_token = self.param("cls_token", init, (1, 1, self.width))
-            cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, self.width))
-            x = jnp.concatenate([cls_token, x], axis=1)
+            cls_token = jnp.broadcast_to(cls_token, (B, 1, self.width))
+            x = jnp.concatenate([cls_token.astype(self.dtype), x], axis=1)
         if self.posemb == "learned":
             pos_embed = self.param("pos_embed", init, (1, x.shape[1], self.width))
         else:
             grid = patch_grid(self, image_shape)
             pos_embed = sincos2d(grid, self.width, cls_token=self.pool == "cls")
-        return x + jnp.asarray(pos_embed, self.dtype)
+        return (x + pos_embed).astype(self.dtype)
 
 
 def sincos2d(grid, width, *, cls_token):

@@ -35,6 +35,10 @@ def found(optimized, tiny_folder, tmp_path_factory):
     crop_and_flip = {k: v for k, v in AUGMENTED.items() if "mix" not in k}
     levers = AUGMENTED | {"accumulate_steps": 4, "model.remat": True, "mesh.fsdp": 2}
     jobs.append({"name": "accumulated", "devices": 4, "steps": 20, "set": levers})
+    # Each microbatch on one device has the shape of a device's part.
+    for n, devices, parts in (("bfloat16 devices", 4, 1), ("bfloat16 microbatches", 1, 4)):
+        half = AUGMENTED | {"model.dtype": "bfloat16", "accumulate_steps": parts}
+        jobs.append({"name": n, "devices": devices, "steps": 10, "set": half})
     jobs.append({"name": "not mixed", "devices": 4, "steps": 0, "set": crop_and_flip})
     path = tmp_path_factory.mktemp("jobs") / "jobs.json"
     path.write_text(json.dumps({"config": c.to_dict(), "jobs": jobs}))
@@ -57,6 +61,12 @@ def test_accumulated_and_rematerialized_steps_train_the_same(found):
     """The last batch of an epoch has 10 of 16: a mean of the microbatches' means would differ."""
     one, several = found["1,1"]["losses"], found["accumulated"]["losses"]
     np.testing.assert_allclose(several, one, atol=1e-5)
+
+
+def test_bfloat16_gradients_are_summed_in_float32(found):
+    """Gradients that leave their products in bfloat16 are 2e-4 apart."""
+    devices, parts = (found[f"bfloat16 {n}"]["losses"] for n in ("devices", "microbatches"))
+    np.testing.assert_allclose(devices, parts, atol=1e-5)
 
 
 def test_data_parallel_step_sends_only_the_gradients(found):
