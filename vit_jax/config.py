@@ -141,6 +141,7 @@ FIELDS: dict[str, Field] = {
     "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
     "keep_every": duration("", "checkpoints that are kept permanently"),
     "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
+    "deterministic": Field(False, "bit-identical reruns on a GPU too; may be slower"),
     # The data.
     "data.name": Field("cifar10", "TFDS dataset, shapes10, or folder:PATH with a folder per class"),
     "data.dir": Field("", "TFDS directory (empty: TFDS_DATA_DIR, else ~/tensorflow_datasets)"),

@@ -28,6 +28,7 @@ from vit_jax.model import (
     num_tokens,
     train_flops_per_image,
 )
+from vit_jax.parallel import backend
 from vit_jax.parallel import mesh as mesh_lib
 
 
@@ -208,6 +209,8 @@ def make_experiment(
     is not read.
     """
     config_lib.validate(config)
+    if config.deterministic:
+        backend.require_determinism()
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     splits = splits or _read_splits(config)
     _check_data(config, splits["train"])
@@ -277,7 +280,8 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
         "augmentation": ", ".join(_changed(c, "augment.")) or "none",
         "initial weights": ", ".join(experiment.initial_weights),
         "data": f"{train.source}; {counts} images, {len(train.class_names)} classes",
-        "seed": ", ".join(map(str, seeds.seeds_of(c))),
+        "seed": ", ".join(map(str, seeds.seeds_of(c)))
+        + (", deterministic programs on a GPU" if c.deterministic else ""),
         "workdir": str(workdir),
     }
     return {name: text for name, text in lines.items() if text}

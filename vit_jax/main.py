@@ -25,6 +25,8 @@ def main(argv=None):
     from vit_jax.parallel import backend, processes
 
     backend.enable_compilation_cache()
+    if config.deterministic:
+        backend.require_determinism()
     # What all processes must share before reading data; its directory may differ between hosts.
     shared = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
     shared |= {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}

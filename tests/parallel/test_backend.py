@@ -42,3 +42,25 @@ def test_cpu_can_be_selected_on_a_machine_with_a_gpu(monkeypatch):
         backend.check_backend()
     finally:
         jax.config.update("jax_platforms", chosen)
+
+
+def test_deterministic_run_compiles_with_the_flag(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}")  # writes each program's options
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    arguments = [f"--config.data.name=folder:{tiny_folder}", "--config.batch_size=16"]
+    arguments += ["--config.model.depth=1", "--config.deterministic=true", "--dry_run"]
+    command = [sys.executable, "-m", "vit_jax.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (options,) = tmp_path.glob("*jit_train_step.debug_options")
+    assert "xla_gpu_deterministic_ops: true" in options.read_text()
+    assert "deterministic programs on a GPU" in done.stdout
+
+
+def test_determinism_cannot_be_required_after_the_backend_has_started(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    jax.devices()
+    with pytest.raises(UserError, match=r"but it has started: set .* XLA_FLAGS=--xla_gpu_determ"):
+        backend.require_determinism()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    backend.require_determinism()  # the process was started with it

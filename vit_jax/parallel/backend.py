@@ -3,9 +3,12 @@
 import os
 
 import jax
+from jax._src import xla_bridge
 
 from vit_jax.errors import UserError, expand_home
 
+# Deterministic algorithms only, chosen without timing candidates (autotuning).
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _NVIDIA_DRIVER = "/dev/nvidiactl"  # exists on a machine, or in a container, that has an NVIDIA GPU
 
 
@@ -14,6 +17,23 @@ def enable_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
+
+
+def require_determinism() -> None:
+    """Lets XLA's GPU programs be bit-identical from run to run; before JAX starts its backend.
+
+    Raises UserError if the backend has started without. It has no effect on a CPU, whose programs
+    are.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if _DETERMINISTIC in flags:
+        return
+    if xla_bridge.backends_are_initialized():
+        raise UserError(
+            "config.deterministic=true must be set before JAX starts, but it has started: set the "
+            f"environment variable XLA_FLAGS={_DETERMINISTIC}, and restart Python"
+        )
+    os.environ["XLA_FLAGS"] = " ".join([*flags, _DETERMINISTIC])
 
 
 def check_backend() -> None:

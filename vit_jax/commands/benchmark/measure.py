@@ -49,6 +49,8 @@ def main(argv=None):
     jax.config.update("jax_enable_compilation_cache", False)  # to measure the compilation
     config = config_lib.from_file(args.config)
     config_lib.override(config, overrides, "--config, --against, --rounds, --json")
+    if config.deterministic:
+        backend.require_determinism()
     backend.check_backend()
     experiment = make_experiment(config)
     sides = start_torch_sides(experiment) if args.against else {}
