@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ from vit_jax import config
 from vit_jax import model as model_lib
 from vit_jax.errors import UserError
 from vit_jax.model import (
+    LayerNorm,
     VisionTransformer,
+    attention_weights,
     check_image_shape,
     make_model,
     num_tokens,
@@ -132,6 +135,52 @@ def test_patch_order_matters_only_with_a_position_embedding():
     params["pos_embed"] = jax.random.normal(jax.random.key(1), params["pos_embed"].shape)
     a, b = (apply({"params": params}, x) for x in (IMAGES, rolled))
     assert np.abs(a - b).max() > 1e-3
+
+
+def _gradients(fn, *args):
+    """Returns the results of fn, and the derivatives of a random combination of them."""
+    y, vjp = jax.vjp(jax.jit(fn), *args)
+    return y, *vjp(jax.random.normal(jax.random.key(9), y.shape, y.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3)])
+def test_layer_norm_and_its_derivative_equal_the_plain_formula(dtype, tolerance):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = (3 + 2 * jax.random.normal(keys[0], (4, 7, 64))).astype(dtype)
+    scale, bias = (jax.random.normal(key, (64,)) for key in keys[1:])
+
+    def plain(x, scale, bias):
+        norm = nn.LayerNorm(1e-5, use_fast_variance=False, dtype=jnp.float32)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    def ours(x, scale, bias):
+        norm = LayerNorm(1e-5, jnp.float32)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    results = _gradients(plain, x, scale, bias), _gradients(ours, x, scale, bias)
+    for expected, result in zip(*results, strict=True):
+        assert expected.dtype == result.dtype
+        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
+        assert error < tolerance * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_weights_and_their_derivative_equal_the_plain_formula(dtype, tolerance):
+    q, k = (
+        2 * jax.random.normal(jax.random.key(i), (2, 3, n, 16), dtype) for i, n in ((0, 5), (1, 9))
+    )
+
+    def plain(q, k):
+        scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores).astype(dtype)
+
+    def ours(q, k):
+        return attention_weights(q, k, None)
+
+    for expected, result in zip(_gradients(plain, q, k), _gradients(ours, q, k), strict=True):
+        assert expected.dtype == result.dtype
+        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
+        assert error < tolerance * jnp.abs(expected).max()
 
 
 def test_attention_maps_are_sown_and_their_rows_sum_to_one():

@@ -40,9 +40,56 @@ def gelu(x):
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
-def layer_norm(eps, dtype, name):
-    """Builds a LayerNorm over D, computed in float32 in two passes as in torch."""
-    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+class LayerNorm(nn.Module):
+    """[..., D] -> [..., D]: nn.LayerNorm, in float32 and two passes as in torch."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalize(x, scale, bias, self.eps).astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(x, scale, bias, eps):
+    """Returns x normalized over D, times `scale`, plus `bias`: float32.
+
+    The derivative reuses the sums over D of the forward pass, and sums over the rows once.
+    """
+    return _normalize(x, scale, bias, eps)[0]
+
+
+def _normalize(x, scale, bias, eps):
+    wide = x.astype(jnp.float32)
+    total = wide.sum(-1, keepdims=True)
+    squares = jnp.square(wide - total / x.shape[-1]).sum(-1, keepdims=True)
+    # Without a barrier, XLA recomputes the sums wherever they are used.
+    sums = jax.lax.optimization_barrier((total, squares))
+    return _normal(x, sums, eps)[0] * scale + bias, (x, sums, scale)
+
+
+def _normal(x, sums, eps):
+    mean, variance = (s / x.shape[-1] for s in sums)
+    rstd = jax.lax.rsqrt(variance + eps)
+    return (x.astype(jnp.float32) - mean) * rstd, rstd
+
+
+def _normalize_vjp(eps, saved, dy):
+    x, sums, scale = saved
+    normal, rstd = _normal(x, sums, eps)
+    d = dy * scale
+    dx = d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True)
+    zeros, add = (np.float32(0), np.float32(0)), functools.partial(jax.tree.map, jnp.add)
+    # The batch may be sharded, and XLA does not split this reduction over devices.
+    sums = jax.lax.reduce((dy * normal, dy), zeros, add, range(1, dy.ndim - 1))
+    dscale, dbias = (s.sum(0) for s in sums)
+    return (dx * rstd).astype(x.dtype), dscale, dbias
+
+
+normalize.defvjp(_normalize, _normalize_vjp)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -167,6 +214,36 @@ class ConvStem(_Part):
         return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_weights(q, k, precision):
+    """[B, h, n, K], [B, h, N, K] -> [B, h, n, N]: softmax(q k'), in float32, rounded to q's dtype.
+
+    The derivative reuses the rounded weights, and its matrix products take q's dtype.
+    """
+    return _attention_weights(q, k, precision)[0]
+
+
+def _attention_weights(q, k, precision):
+    einsum = functools.partial(jnp.einsum, precision=precision)
+    scores = einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
+    # Without a barrier, XLA saves float32 scores and recomputes the weights from them.
+    weights = jax.lax.optimization_barrier(jax.nn.softmax(scores).astype(q.dtype))
+    return weights, (q, k, weights)
+
+
+def _attention_weights_vjp(precision, saved, d):
+    q, k, weights = saved
+    weights, d = weights.astype(jnp.float32), d.astype(jnp.float32)
+    # dscores do not depend on the mean of d. Without it, XLA computes them in one GPU kernel.
+    d = d - d.mean(-1, keepdims=True)
+    dscores = (weights * (d - (weights * d).sum(-1, keepdims=True))).astype(q.dtype)
+    dq = jnp.einsum("bhnm,bhmk->bhnk", dscores, k, precision=precision)
+    return dq, jnp.einsum("bhnm,bhnk->bhmk", dscores, q, precision=precision)
+
+
+attention_weights.defvjp(_attention_weights, _attention_weights_vjp)
+
+
 class MultiHeadAttention(_Part):
     """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
 
@@ -183,17 +260,16 @@ class MultiHeadAttention(_Part):
         if self.weight_init == "pytorch":  # Xavier over the fused matrix, zero bias
             qkv_init = {"kernel_init": nn.initializers.xavier_uniform()}
         qkv = Linear(3 * D, dtype=self.dtype, precision=self.precision, name="qkv", **qkv_init)(x)
-        q, k, v = qkv.reshape(B, N, 3, self.num_heads, K).transpose(2, 0, 3, 1, 4)  # [B, h, N, K]
+        qkv = jnp.unstack(qkv.reshape(B, N, 3, self.num_heads, K), axis=2)
+        q, k, v = (x.swapaxes(1, 2) for x in qkv)  # [B, h, N, K]
         q = q[:, :, :n]
         if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
-        einsum = functools.partial(jnp.einsum, precision=self.precision)
-        scores = einsum("bhnk,bhmk->bhnm", q * K**-0.5, k, preferred_element_type=jnp.float32)
-        attention = jax.nn.softmax(scores, axis=-1)
-        self.sow("intermediates", "attention", attention)
+        attention = attention_weights(q * K**-0.5, k, self.precision)
+        self.sow("intermediates", "attention", attention.astype(jnp.float32))
         attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-        x = einsum("bhnm,bhmk->bhnk", attention.astype(self.dtype), v)
+        x = jnp.einsum("bhnm,bhmk->bhnk", attention, v, precision=self.precision)
         x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
         out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
         return Linear(D, dtype=self.dtype, precision=self.precision, name="out", **out_init)(x)
@@ -229,10 +305,10 @@ class TransformerBlock(_Part):
             # Stochastic depth (arXiv 1603.09382) drops a branch for an entire image.
             return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
 
-        y = layer_norm(self.norm_eps, self.dtype, "norm1")(x)
+        y = LayerNorm(self.norm_eps, self.dtype, name="norm1")(x)
         y = MultiHeadAttention(**_options(self), name="attn")(y, train=train, n=n)
         x = x[:, :n] + residual(y, "layer_scale1")
-        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
+        y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         y = MlpBlock(**_options(self), name="mlp")(y, train=train)
         return x + residual(y, "layer_scale2")
 
@@ -248,6 +324,10 @@ class VisionTransformer(_Part, kw_only=True):
     @nn.compact
     def __call__(self, images, *, train=False):
         x = self._embed(images)
+        if train:
+            # The gradients of the embeddings sum over the batch. On a GPU, XLA would lay out all
+            # activations as [N, D, B] for that, which a 2-D view prevents.
+            x = jax.lax.optimization_barrier(x.reshape(-1, self.width)).reshape(x.shape)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         for i in range(self.depth):
             # The rate of stochastic depth is linear in depth, as in the paper.
@@ -261,7 +341,7 @@ class VisionTransformer(_Part, kw_only=True):
                 x = nn.remat(lambda block, x, n=n: block(x, train=train, n=n))(block, x)
             else:
                 x = block(x, train=train, n=n)
-        x = layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        x = LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
         if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)
             init = _linear_init(self.weight_init, self.width)

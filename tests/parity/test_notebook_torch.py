@@ -136,7 +136,7 @@ def test_layer_norm_of_nearly_constant_tokens(torch):
     """Tokens for which eps dominates, or E[x^2] - E[x]^2 would be noise."""
     x = np.random.default_rng(4).normal(size=(8, 256)).astype(np.float32)
     x = 10 + x * np.float32([[1], [0.1], [1e-2], [3e-3], [1e-3], [3e-4], [1e-4], [0]])
-    norm = model.layer_norm(notebook_config().model.norm_eps, jnp.float32, "norm")
+    norm = model.LayerNorm(notebook_config().model.norm_eps, jnp.float32)
     params = {"scale": np.ones(256, np.float32), "bias": np.zeros(256, np.float32)}
     theirs = torch.nn.LayerNorm(256)(torch.tensor(x)).detach().numpy()
     # 10 + 1e-4 x is rounded to about 1e-6, and so is its mean.
