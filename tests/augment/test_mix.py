@@ -35,6 +35,23 @@ def test_mixup_weights_are_beta_distributed(alpha):
     np.testing.assert_allclose(out, mixed, atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.8, 1.0, 2.0, 8.0])
+def test_the_error_of_interpolated_quantiles(alpha):
+    """The distribution function of a draw is its uniform number, to the step of the quantiles."""
+    group = options(mixup_alpha=alpha)
+    keys = jax.random.split(jax.random.key(11), 20_000)
+    _, lam = jax.jit(jax.vmap(lambda k: mix.draw_mix(k, group, 1, 1)))(keys)
+    uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(keys)
+    error = np.abs(stats.beta(alpha, alpha).cdf(lam) - np.float64(uniform)).max()
+    assert error < (1 / 4096 if alpha != 1 else 1e-6)
+
+
+def test_the_draw_has_no_loop():
+    group = options(mixup_alpha=0.8, cutmix_alpha=1.0)
+    program = str(jax.make_jaxpr(lambda k: mix.draw_mix(k, group, 16, 16))(jax.random.key(0)))
+    assert "random_bits" in program and "while" not in program and "scan" not in program
+
+
 def test_cutmix_labels_match_pixels():
     count = 32
     images = np.broadcast_to(np.arange(count)[:, None, None, None], (count, 16, 16, 3))

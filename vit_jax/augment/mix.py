@@ -2,8 +2,25 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import betaincinv
 
 from vit_jax.augment.geometric import in_box
+
+
+def _beta_quantiles(alpha):
+    """Returns float32[4097]: the quantiles of Beta(alpha, alpha) at equal steps from 0 to 1."""
+    return jnp.asarray(betaincinv(alpha, alpha, np.linspace(0, 1, 4097)), jnp.float32)
+
+
+def _draw_from(key, quantiles):
+    """Draws float32[] from a distribution, given its quantiles: interpolates between two of them.
+
+    jax.random.beta rejects draws, in a loop of unknown length.
+    """
+    place = jax.random.uniform(key) * (len(quantiles) - 1)
+    i = place.astype(jnp.int32)
+    return quantiles[i] + (place - i) * (quantiles[i + 1] - quantiles[i])
 
 
 def draw_mix(key, augment, height, width):
@@ -17,8 +34,9 @@ def draw_mix(key, augment, height, width):
     mixes, switch, *center = jax.random.uniform(jax.random.fold_in(key, 0), (4,))
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
     cutmix = switch < 0.5 if both else jnp.array(augment.cutmix_alpha > 0)
-    alpha = jnp.where(cutmix, augment.cutmix_alpha, augment.mixup_alpha)
-    lam = jax.random.beta(jax.random.fold_in(key, 1), alpha, alpha)
+    alphas = [a for a in (augment.mixup_alpha, augment.cutmix_alpha) if a > 0]
+    quantiles = jnp.where(cutmix, _beta_quantiles(alphas[-1]), _beta_quantiles(alphas[0]))
+    lam = _draw_from(jax.random.fold_in(key, 1), quantiles)
     size = jnp.array([height, width])
     cut = (size * jnp.sqrt(1 - lam)).astype(jnp.int32)
     low = (jnp.array(center) * size).astype(jnp.int32) - cut // 2
