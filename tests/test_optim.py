@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax import config
 from vit_jax.config import FIELDS
-from vit_jax.optim import decay_mask, make_optimizer, make_schedule
+from vit_jax.optim import decay_mask, global_norm, make_optimizer, make_schedule
 
 PARAMS = {
     "cls_token": jnp.ones((1, 1, 4)),
@@ -111,6 +111,38 @@ def test_muon_orthogonalizes_only_hidden_matrices():
     np.testing.assert_allclose(
         np.abs(updates["head"]["kernel"]), 1e-3, rtol=1e-3
     )  # Adam's first update
+
+
+def test_muon_of_stacked_matrices_equals_muon_of_each():
+    shapes = {"b": (6, 8), "a": (8, 6), "c": (6, 8), "d": (6, 6)}
+    params = {"block_0": {name: jnp.ones(shape) for name, shape in shapes.items()}}
+    o = optim_config(name="muon", weight_decay=0.1)
+    tx = make_optimizer(o, lambda _: 1e-3, muon_schedule=lambda _: 0.02)
+    each = optax.contrib.muon(0.02, weight_decay=0.1)
+    state, expected_state = tx.init(params), each.init(params)
+    for key in jax.random.split(jax.random.key(0), 3):
+        leaves = [jax.random.normal(key, shape) for shape in shapes.values()]
+        grads = {"block_0": dict(zip(shapes, leaves, strict=True))}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        expected, expected_state = jax.jit(each.update)(grads, expected_state, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, expected
+        )
+
+
+def test_global_norm_is_that_of_all_elements():
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), PARAMS)
+    np.testing.assert_allclose(global_norm(grads), optax.tree.norm(grads), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 10.0])
+def test_gradient_clipping_is_that_of_optax(size):
+    o = optim_config(name="sgd", momentum=0.0, weight_decay=0.0, grad_clip_norm=1.0)
+    tx, clip = make_optimizer(o, lambda _: 1.0), optax.clip_by_global_norm(1.0)
+    grads = jax.tree.map(lambda p: size * jax.random.normal(jax.random.key(0), p.shape), PARAMS)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
+    expected, _ = clip.update(grads, clip.init(PARAMS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-6), updates, expected)
 
 
 def test_gradient_clipping_bounds_the_global_norm():

@@ -45,6 +45,48 @@ def decay_mask(decay, params):
     )
 
 
+def global_norm(tree):
+    """Returns the Euclidean norm of all elements of a tree of arrays with at least one axis.
+
+    The squares are added by rows, and then over all rows. On a GPU, the sums by rows are part of
+    the kernels of the update; optax.tree.norm takes another kernel for each matrix.
+    """
+    rows = [jnp.square(x).sum(-1).ravel() for x in jax.tree.leaves(tree)]
+    # Without a barrier, XLA splits the sum again.
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
+
+
+def _clip_by_global_norm(max_norm):
+    """Builds optax.clip_by_global_norm from `global_norm`."""
+
+    def clip(grads, params):
+        del params
+        scale = jnp.minimum(1.0, max_norm / global_norm(grads))
+        return jax.tree.map(lambda g: g * scale, grads)
+
+    return optax.stateless(clip)
+
+
+def _stack_equal_shapes(tx):
+    """Wraps a transformation: it gets the arrays of each shape as one, with a leading axis."""
+
+    def key(x):
+        return "x".join(map(str, x.shape))
+
+    def stack(tree):
+        groups = {}
+        for x in jax.tree.leaves(tree):
+            groups.setdefault(key(x), []).append(x)
+        return {name: jnp.stack(group) for name, group in groups.items()}
+
+    def update(grads, state, params):
+        stacked, state = tx.update(stack(grads), state, stack(params))
+        groups = {name: iter(jnp.unstack(group)) for name, group in stacked.items()}
+        return jax.tree.map(lambda g: next(groups[key(g)]), grads), state
+
+    return optax.GradientTransformation(lambda params: tx.init(stack(params)), update)
+
+
 def _muon_labels(params):
     def label(path, p):
         return "muon" if path[0].key.startswith("block_") and p.ndim == 2 else "adamw"
@@ -66,8 +108,14 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
         decay = optax.add_decayed_weights(o.weight_decay, mask)
         steps = [decay, optax.sgd(schedule, o.momentum or None)]
     else:  # github.com/KellerJordan/Muon
-        muon = optax.contrib.muon(muon_schedule, weight_decay=o.weight_decay)
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        muon = optax.contrib.muon(
+            muon_schedule,
+            weight_decay=o.weight_decay,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: matrix, params),
+        )
+        muon = _stack_equal_shapes(muon)  # one product for all blocks, on a GPU one kernel
         steps = [optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
-        steps.insert(0, optax.clip_by_global_norm(o.grad_clip_norm))
+        steps.insert(0, _clip_by_global_norm(o.grad_clip_norm))
     return optax.chain(*steps)

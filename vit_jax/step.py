@@ -11,6 +11,7 @@ from optax.microbatching import AccumulationType, microbatch
 
 from vit_jax import augment
 from vit_jax.model import VisionTransformer, init_params
+from vit_jax.optim import global_norm
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -168,12 +169,14 @@ def make_train_step(
             jax.random.fold_in(key, 1),
             num_microbatches=accumulate_steps,
         )
+        # Update in place after the last use of the weights; otherwise XLA copies them first.
+        grads = jax.lax.optimization_barrier(grads)
         with jax.named_scope("metrics"):
             correct = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
             metrics = {
                 "loss": loss,
                 "accuracy": jnp.sum(jnp.where(mask, correct, 0.0)) / count,
-                "grad_norm": optax.tree.norm(grads),
+                "grad_norm": global_norm(grads),
                 "lr": jnp.asarray(schedule(state.step), jnp.float32),
             }
             bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
