@@ -35,6 +35,7 @@ def only(program):
         (np.float32, None, "tf32"),
         (np.float32, "highest", "f32"),
         (jnp.bfloat16, None, "bf16"),
+        (np.float32, jax.lax.DotAlgorithmPreset.BF16_BF16_F32, "bf16"),
     ],
 )
 def test_product(dtype, precision, unit):

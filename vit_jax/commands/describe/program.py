@@ -306,8 +306,10 @@ def _num_bytes(shape):
 def _precision(op, operand):
     """Returns the unit that a product runs on, from its operands' dtype: bf16, tf32, f32, f64."""
     dtype = _ARRAY.search(operand)[1]
+    if dtype == "f32" and "dot_bf16_bf16_f32" in op.attributes:
+        return "bf16"
     if dtype == "f32":
-        exact = re.search(r"highest|dot_f32_f32_f32|HIGHEST", op.attributes)
+        exact = re.search("highest|dot_f32_f32_f32", op.attributes)
         return "f32" if exact else "tf32"
     return "bf16" if dtype == "f16" else dtype
 
