@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from gpu_helpers import compile_function, compile_recipe
 
-from vit_jax import config
+from vit_jax import config, model
 from vit_jax.commands.describe import estimate
 from vit_jax.commands.describe.describe import step_memory
 from vit_jax.commands.describe.program import Program
@@ -78,7 +78,14 @@ def _compiler(require):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(map(str, c)))
+# With --dist loadgroup, the tests of a program run in one process, which compiles it once.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(c, marks=pytest.mark.xdist_group(str(c)), id="-".join(map(str, c)))
+        for c in CASES
+    ],
+)
 def case(request):
     return request.param
 
@@ -144,6 +151,20 @@ def test_guard_of_donation_fails_without_donation():
 def test_guard_of_memory_fails_for_a_batch_of_32768():
     large = recipe("cifar10_vit", batch_size=32_768)
     assert Step(*compile_recipe(large, "h100")).memory > 80_000
+
+
+def test_guard_of_gradients_fails_for_sums_in_bfloat16(monkeypatch):
+    def matmul(x, kernel, precision):
+        return jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
+
+    monkeypatch.setattr(model, "matmul", matmul)
+    broken = recipe("cifar10_vit", **SMALL | {"model.dtype": "bfloat16"})
+    assert "bf16" in sums_over_devices(Step(*compile_recipe(broken, "h100x8")).program)
+
+
+def test_guard_of_precision_fails_for_tf32():
+    broken = recipe("cifar10_vit", **SMALL | {"model.matmul_precision": "tf32"})
+    assert units(Step(*compile_recipe(broken, "h100")).program) == {"tf32"}
 
 
 def test_guard_of_float64_fails_for_a_float64():
