@@ -142,6 +142,14 @@ def test_kernels_and_least_time_are_those_of_the_docs(case, step):
 SMALL = {"model.depth": 1, "model.width": 64, "model.num_heads": 2, "model.mlp_dim": 128}
 
 
+def test_remat_saves_memory():
+    small = SMALL | {"model.depth": 4, "batch_size": 1024}
+    memory = Step(*compile_recipe(recipe("cifar10_vit", **small), "h100")).memory
+    small |= {"model.remat": True}
+    again = Step(*compile_recipe(recipe("cifar10_vit", **small), "h100"))
+    assert again.memory - 154 < 0.6 * (memory - 154)  # without the data
+
+
 def test_guard_of_donation_fails_without_donation():
     with jax.debug_nans(True):  # keeps the state, to run the step again
         step = Step(*compile_recipe(recipe("cifar10_vit", **SMALL), "h100"))

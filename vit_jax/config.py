@@ -99,10 +99,11 @@ def choice(default: str, *others: str, doc: str) -> Field:
 def number(default: int | float, doc: str, **bounds: float) -> Field:
     """An int or float, like `default`, within bounds: at_least, above, at_most, below.
 
-    Without an upper bound it is below 2**31: devices count in int32.
+    Without an upper bound, an int is below 2**31, because devices count in int32, and a float is
+    finite.
     """
     if not bounds.keys() & {"at_most", "below"}:
-        bounds["below"] = 2**31
+        bounds["below"] = 2**31 if isinstance(default, int) else float("inf")
     limits = {name.replace("_", " "): limit for name, limit in bounds.items()}
 
     def is_allowed(value):
