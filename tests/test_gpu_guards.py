@@ -111,15 +111,21 @@ def test_nothing_is_float64(step):
 def test_gradients_are_summed_over_devices_in_float32(case, step):
     sums = sums_over_devices(step.program)
     assert set(sums) <= {"f32", "s32"}
-    expected = 0 if case[1] == "h100" else step.experiment.num_params / case[2]
-    assert sums.get("f32", 0) == pytest.approx(expected, rel=0.05)
+    if case[1] == "h100":
+        assert not sums
+    elif case[2] == 1:
+        assert sums["f32"] == pytest.approx(step.experiment.num_params, rel=0.01)
+    else:  # a reduce-scatter results in an eighth; some devices have whole gradients
+        assert sums["f32"] > 0.8 * step.experiment.num_params / case[2]
 
 
 def test_only_the_expected_collectives(case, step):
     expected = {1: {"all-reduce"}, 8: {"all-reduce", "all-gather", "reduce-scatter"}}[case[2]]
-    found = set(step.program.transfers())
-    assert found <= expected | {"collective-permute"}
+    found = step.program.transfers()
     assert bool(found) == (case[1] != "h100")
+    # Single images for mixing, and the class token of each shard.
+    small = [found.pop(kind)[1] for kind in ("collective-permute", "all-to-all") if kind in found]
+    assert sum(small) < 50_000 and set(found) <= expected
     to_host = r" (infeed|outfeed|send|recv)\(|custom_call_target=\"[^\"]*(MoveTo|callback)"
     assert not re.search(to_host, step.program.text)
 
