@@ -9,7 +9,7 @@ from vit_jax.commands.describe.program import Program
 from vit_jax.experiment import make_experiment
 from vit_jax.parallel.targets import find_target, target_devices
 
-INSTALLED = importlib.util.find_spec("jax_cuda12_plugin") is not None
+INSTALLED = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
 REMEDY = "the compiler for GPUs is not installed: pip install 'vit-jax[gpu-check]'"
 
 
