@@ -1,6 +1,6 @@
 """Properties of the training step compiled for H100s, and steps broken on purpose.
 
-The steps are compiled without a GPU. docs/gpu.md states their kernels and least times.
+The steps have two blocks and are compiled without a GPU. docs/gpu.md states kernels and times.
 """
 
 import pathlib
@@ -21,14 +21,14 @@ from vit_jax.parallel.targets import TARGETS
 ROOT = pathlib.Path(__file__).parents[1]
 GPU = TARGETS["h100"]
 RATES = estimate.Rates(GPU.bf16, GPU.tf32, GPU.f32, GPU.bandwidth)
-# (recipe, target, fsdp): bound of the memory per device, in MB.
+# (recipe, target, fsdp): bound of the memory per device, in MB, of two blocks.
 CASES = {
-    ("cifar10_vit", "h100", 1): 800,
-    ("cifar10_vit", "h100x8", 1): 400,
-    ("cifar10_vit", "h100x8", 8): 400,
-    ("cifar10_vit_100ep", "h100", 1): 2_500,
-    ("cifar10_vit_100ep", "h100x8", 1): 800,
-    ("cifar10_vit_100ep", "h100x8", 8): 800,
+    ("cifar10_vit", "h100", 1): 400,
+    ("cifar10_vit", "h100x8", 1): 300,
+    ("cifar10_vit", "h100x8", 8): 300,
+    ("cifar10_vit_100ep", "h100", 1): 900,
+    ("cifar10_vit_100ep", "h100x8", 1): 400,
+    ("cifar10_vit_100ep", "h100x8", 8): 400,
 }
 
 
@@ -93,7 +93,7 @@ def case(request):
 @pytest.fixture(scope="module")
 def step(case):
     name, target, fsdp = case
-    return Step(*compile_recipe(recipe(name, fsdp), target))
+    return Step(*compile_recipe(recipe(name, fsdp, **{"model.depth": 2}), target))
 
 
 def test_memory_is_bounded(case, step):
@@ -115,8 +115,8 @@ def test_gradients_are_summed_over_devices_in_float32(case, step):
         assert not sums
     elif case[2] == 1:
         assert sums["f32"] == pytest.approx(step.experiment.num_params, rel=0.01)
-    else:  # a reduce-scatter results in an eighth; some devices have whole gradients
-        assert sums["f32"] > 0.8 * step.experiment.num_params / case[2]
+    else:  # a reduce-scatter results in an eighth; not every gradient needs a sum
+        assert sums["f32"] > 0.6 * step.experiment.num_params / case[2]
 
 
 def test_only_the_expected_collectives(case, step):
@@ -136,7 +136,7 @@ def test_products_have_the_precision_of_the_recipe(case, step):
 
 def test_kernels_and_least_time_are_those_of_the_docs(case, step):
     name, target, fsdp = case
-    options = f":mesh.fsdp={fsdp}" if fsdp > 1 else ""
+    options = ":model.depth=2" + (f",mesh.fsdp={fsdp}" if fsdp > 1 else "")
     text = (ROOT / "docs" / "gpu.md").read_text()
     row = re.search(rf"^\| {name}{options} \| {target} \|.*$", text, re.M)[0].split("|")
     sums = estimate.total(step.program.kernels(), RATES)
