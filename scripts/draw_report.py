@@ -28,7 +28,7 @@ FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking
 
 @contextlib.contextmanager
 def chromium():
-    """Yields a headless Chromium with a profile of its own."""
+    """Yields a headless Chromium with its own profile."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

@@ -29,13 +29,13 @@ PIECE = 55 * 2**20  # bytes
 
 
 class Pieces(io.RawIOBase):
-    """A file to write that is stored in pieces of at most `size` bytes."""
+    """A write-only stream that is stored in files of at most `size` bytes."""
 
     def __init__(self, folder, size=PIECE):
         self.folder, self.size, self.sums, self._rest = folder, size, {}, bytearray()
 
     def writable(self):
-        """As of a file."""
+        """Returns True: the stream is write-only."""
         return True
 
     def write(self, data):
@@ -60,12 +60,12 @@ class Pieces(io.RawIOBase):
 
 
 def normalized(name):
-    """Returns a distribution's name as indexes compare it."""
+    """Normalizes the name of a distribution, as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def make_wheels(folder, have):
-    """Downloads or builds the wheels that vit_jax needs, without those in `have`."""
+    """Downloads or builds the wheels that vit_jax needs, except those in `have`."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(line for line in have if "==" in line and "@" not in line))

@@ -1,4 +1,4 @@
-"""Compiles recipes for GPUs that are not there and tabulates memory and least time of a step.
+"""Compiles recipes for GPUs without having one, and tabulates memory and estimated step time.
 
     python scripts/gpu_table.py --out OUT.jsonl [--targets h100 ...] RECIPE[:FIELD=VALUE] ...
 
@@ -13,9 +13,13 @@ import time
 
 from vit_jax import config as config_lib
 from vit_jax.commands.describe import estimate
-from vit_jax.commands.describe.describe import compile_step, stand_in, step_memory
+from vit_jax.commands.describe.describe import (
+    compile_step,
+    make_target_experiment,
+    step_memory,
+    usable_memory,
+)
 from vit_jax.commands.describe.program import Program
-from vit_jax.experiment import make_experiment
 from vit_jax.parallel import targets
 
 # (height x width x channels x classes, training examples) of the recipes' data.
@@ -31,32 +35,24 @@ def measure(recipe, fields, target):
     """Returns the figures of one program."""
     config = config_lib.from_file(recipe)
     config_lib.override(config, [f"--config.{field}" for field in fields], "")
-    gpu, count = targets.find_target(target)
+    gpu, _ = targets.find_target(target)
     shape, examples = DATA[config.data.name.partition(":")[0].partition("/")[0]]
-    experiment = make_experiment(
-        config,
-        devices=targets.target_devices(gpu, count),
-        splits=stand_in(config, shape, examples),
-        fresh=False,
-    )
+    experiment = make_target_experiment(config, target, shape, examples)
     start = time.perf_counter()
     compiled = compile_step(experiment)
     seconds = time.perf_counter() - start
     program = Program(compiled.as_text())
-    rates = estimate.Rates(gpu.bf16, gpu.tf32, gpu.f32, gpu.bandwidth)
-    sums = estimate.total(program.kernels(), rates)
-    parts = {}
-    for kernel in program.kernels():
-        name = estimate.part(kernel)
-        parts[name] = parts.get(name, 0) + kernel.times * rates.seconds(kernel) * 1e3
+    rates = estimate.rates_of(gpu)
+    sums = estimate.total(program.kernels, rates)
+    parts = estimate.by_part(program.kernels, rates)
     return {
         "batch": config.batch_size,
         "memory_mb": sum(step_memory(compiled)) / 1e6,
-        "usable_mb": 0.75 * gpu.memory * 1e3,
+        "usable_mb": usable_memory(gpu) / 1e6,
         "kernels": int(sums["kernels"]),
         "gb": sums["bytes"] / 1e9,
         "milliseconds": sums["seconds"] * 1e3,
-        "parts_ms": parts,
+        "parts_ms": {name: part["seconds"] * 1e3 for name, part in parts.items()},
         "unknown_loops": sum(count is None for _, count in program.loops()),
         "collectives": program.transfers(),
         "compile_seconds": seconds,
@@ -82,7 +78,7 @@ def main():
             done[program, target] = row
             with open(args.out, "a") as file:
                 print(json.dumps(row), file=file)
-    print("| program | target | batch | MB per device | kernels | GB moved | least ms | images/s |")
+    print("| program | target | batch | MB per device | kernels | GB moved | ms | images/s |")
     print("|---|---|---|---|---|---|---|---|")
     for program in args.programs:
         for target in args.targets:

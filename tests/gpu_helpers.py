@@ -1,12 +1,11 @@
-"""Compiles functions and steps for GPUs that are not there."""
+"""Compiles functions and steps for GPUs without having one."""
 
 import importlib.util
 
 import jax
 
-from vit_jax.commands.describe.describe import compile_step, stand_in
+from vit_jax.commands.describe.describe import compile_step, make_target_experiment
 from vit_jax.commands.describe.program import Program
-from vit_jax.experiment import make_experiment
 from vit_jax.parallel.targets import find_target, target_devices
 
 INSTALLED = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
@@ -23,7 +22,5 @@ def compile_function(function, *arguments, target="h100", **options):
 
 def compile_recipe(config, target, *, shape="32x32x3x10", examples=50_000):
     """Returns (Experiment, compiled step) of a config for a target, without data."""
-    devices = target_devices(*find_target(target))
-    splits = stand_in(config, shape, examples)
-    experiment = make_experiment(config, devices=devices, splits=splits, fresh=False)
+    experiment = make_target_experiment(config, target, shape, examples)
     return experiment, compile_step(experiment)

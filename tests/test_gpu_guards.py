@@ -19,8 +19,7 @@ from vit_jax.commands.describe.program import Program
 from vit_jax.parallel.targets import TARGETS
 
 ROOT = pathlib.Path(__file__).parents[1]
-GPU = TARGETS["h100"]
-RATES = estimate.Rates(GPU.bf16, GPU.tf32, GPU.f32, GPU.bandwidth)
+RATES = estimate.rates_of(TARGETS["h100"])
 # (recipe, target, fsdp): bound of the memory per device, in MB, of two blocks.
 CASES = {
     ("cifar10_vit", "h100", 1): 400,
@@ -58,7 +57,7 @@ def dtypes(program):
 def sums_over_devices(program):
     """{dtype: elements} of the arrays that devices add up, without counts and scalars."""
     sizes = {}
-    for k in program.kernels():
+    for k in program.kernels:
         if k.kind in ("all-reduce", "reduce-scatter"):
             for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]+)\]", k.result_shape):
                 n = 1
@@ -70,7 +69,7 @@ def sums_over_devices(program):
 
 def units(program):
     """{precision} of the products and convolutions."""
-    return {unit for k in program.kernels() for unit in k.flops}
+    return {unit for k in program.kernels for unit in k.flops}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -139,7 +138,7 @@ def test_kernels_and_least_time_are_those_of_the_docs(case, step):
     options = ":model.depth=2" + (f",mesh.fsdp={fsdp}" if fsdp > 1 else "")
     text = (ROOT / "docs" / "gpu.md").read_text()
     row = re.search(rf"^\| {name}{options} \| {target} \|.*$", text, re.M)[0].split("|")
-    sums = estimate.total(step.program.kernels(), RATES)
+    sums = estimate.total(step.program.kernels, RATES)
     assert sums["kernels"] == pytest.approx(float(row[5].replace(",", "")), rel=0.03)
     assert sums["seconds"] * 1e3 == pytest.approx(float(row[7]), rel=0.03)
     assert all(count for _, count in step.program.loops())  # of known length

@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
-# Printed differences between PyTorch and JAX, as in tests/parity.
+# Upper bounds of the printed differences between PyTorch and JAX, as in tests/parity.
 BOUNDS = {
     "patch embedding": 3e-6,
     "block": 1e-5,

@@ -97,10 +97,9 @@ def choice(default: str, *others: str, doc: str) -> Field:
 
 
 def number(default: int | float, doc: str, **bounds: float) -> Field:
-    """An int or float, like `default`, within bounds: at_least, above, at_most, below.
+    """Defines a number of the default's type within bounds: at_least, above, at_most, below.
 
-    Without an upper bound, an int is below 2**31, because devices count in int32, and a float is
-    finite.
+    Without an upper bound, integers must fit in int32 and floats must be finite.
     """
     if not bounds.keys() & {"at_most", "below"}:
         bounds["below"] = 2**31 if isinstance(default, int) else float("inf")

@@ -66,8 +66,8 @@ def make_parser():
     text += "the compiled program; reads the data, writes no workdir"
     parser.add_argument("--dry_run", action="store_true", help=text)
     group = parser.add_argument_group("with --dry_run")
-    text = "compile for GPUs that need not be there, such as h100 or a100-80gbx8; needs the extra "
-    text += "gpu-check"
+    text = "compile for GPUs that this machine need not have, such as h100 or a100-80gbx8; needs "
+    text += "the extra gpu-check"
     group.add_argument("--target", metavar="GPU", help=text)
     text = "find the largest batch that fits in the target's memory, and how to save memory"
     group.add_argument("--fit", action="store_true", help=text)

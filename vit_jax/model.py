@@ -216,9 +216,9 @@ class ConvStem(_Part):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def attention_weights(q, k, precision):
-    """[B, h, n, K], [B, h, N, K] -> [B, h, n, N]: softmax(q k'), in float32, rounded to q's dtype.
+    """[B, h, n, K], [B, h, N, K] -> [B, h, n, N]: softmax(q k'), computed in float32.
 
-    The derivative reuses the rounded weights, and its matrix products take q's dtype.
+    The result has the dtype of q. The derivative reuses it and computes in the same dtype.
     """
     return _attention_weights(q, k, precision)[0]
 
@@ -234,7 +234,7 @@ def _attention_weights(q, k, precision):
 def _attention_weights_vjp(precision, saved, d):
     q, k, weights = saved
     weights, d = weights.astype(jnp.float32), d.astype(jnp.float32)
-    # dscores do not depend on the mean of d. Without it, XLA computes them in one GPU kernel.
+    # dscores do not depend on the mean of d. Subtracting it lets XLA use one GPU kernel.
     d = d - d.mean(-1, keepdims=True)
     dscores = (weights * (d - (weights * d).sum(-1, keepdims=True))).astype(q.dtype)
     dq = jnp.einsum("bhnm,bhmk->bhnk", dscores, k, precision=precision)

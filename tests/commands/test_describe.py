@@ -93,7 +93,7 @@ SMALL = ("depth=1", "width=64", "num_heads=2", "mlp_dim=128")
 SMALL = ("--config", "cifar10_vit", *(f"--config.model.{field}" for field in SMALL))
 
 
-def test_a_run_on_gpus_that_are_not_there(require, capsys):
+def test_target_describes_a_run_on_other_gpus(require, capsys):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
     arguments = ["--dry_run", *SMALL, "--target", "rtx4090x4", "--shape", "32x32x3x10"]
     main.main([*arguments, "--examples", "4000", "--fit", "--kernels", "--rates", "launch=1"])

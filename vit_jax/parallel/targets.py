@@ -1,4 +1,4 @@
-"""GPUs that a step can be compiled for without one, and the peak rates of known devices.
+"""GPUs that a step can be compiled for without having one, and peak rates of known devices.
 
 `target_devices("h100x8")` returns devices of a topology: `make_experiment(devices=...)` and
 `describe.compile_step` compile for them. Nothing can be computed on them.

@@ -1,4 +1,4 @@
-"""Describes a run and its compiled step, on this machine's devices or on GPUs that are not there.
+"""Describes a run and its compiled step, on this machine's devices or on GPUs it does not have.
 
 vit-jax describe --config cifar10_vit --target h100x8 --shape 32x32x3x10 --examples 50000
 """
@@ -37,19 +37,15 @@ def step_memory(compiled):
 
 def print_description(config, args):
     """Prints what the arguments of `train --dry_run` ask for."""
-    gpu, devices = None, None
+    gpu, rates = None, None
     if args.target:
-        gpu, count = targets.find_target(args.target)
-        devices = targets.target_devices(gpu, count)
+        gpu, _ = targets.find_target(args.target)
+        rates = estimate.replace_rates(estimate.rates_of(gpu), args.rates)
     elif args.kernels or args.fit or args.rates:
         raise UserError("--kernels, --fit, and --rates need a --target, such as --target h100")
-    rates = gpu and estimate.replace_rates(
-        estimate.Rates(gpu.bf16, gpu.tf32, gpu.f32, gpu.bandwidth), args.rates
-    )
 
     def make(config):
-        splits = stand_in(config, args.shape, args.examples) if args.shape else None
-        return make_experiment(config, devices=devices, splits=splits, fresh=not args.target)
+        return make_target_experiment(config, args.target, args.shape, args.examples)
 
     experiment = make(config)
     start = time.perf_counter()
@@ -70,7 +66,17 @@ def print_description(config, args):
     if jax.process_index() == 0:
         print(*description_lines({k: v for k, v in description.items() if v}), sep="\n")
         if args.kernels:
-            print("", *estimate.kernel_lines(program.kernels(), rates), sep="\n")
+            print("", *estimate.kernel_lines(program.kernels, rates), sep="\n")
+
+
+def make_target_experiment(config, target, shape, examples):
+    """Builds the Experiment of a config for the GPUs of `target` and for images of `shape`.
+
+    Without a target, it is for the devices of this machine; without a shape, it reads the data.
+    """
+    devices = targets.target_devices(*targets.find_target(target)) if target else None
+    splits = stand_in(config, shape, examples) if shape else None
+    return make_experiment(config, devices=devices, splits=splits, fresh=not target)
 
 
 def stand_in(config, shape, examples):
@@ -95,7 +101,7 @@ def stand_in(config, shape, examples):
 def _compute(experiment, program):
     config, plan = experiment.config, experiment.plan
     flops = experiment.flops_per_image * config.batch_size * config.num_seeds
-    compiled = sum(k.times * sum(k.flops.values()) for k in program.kernels())
+    compiled = sum(k.times * sum(k.flops.values()) for k in program.kernels)
     return (
         f"{flops / 1e9:,.2f} GFLOP per step, {flops * plan.total_steps / 1e15:,.3f} PFLOP in "
         f"total; in the compiled products {compiled / 1e9:,.2f} GFLOP per step and device"
@@ -115,14 +121,15 @@ def _memory(experiment, compiled, gpu):
     )
     if not gpu:
         return text
-    verdict = "fits" if stored + temporary <= _usable(gpu) else "does NOT fit"
+    usable = usable_memory(gpu)
+    verdict = "fits" if stored + temporary <= usable else "does NOT fit"
     return (
-        f"{text}; {verdict} in {_usable(gpu) / 1e9:,.1f} GB, what JAX takes of {gpu.memory:g} GB "
+        f"{text}; {verdict} in {usable / 1e9:,.1f} GB, what JAX takes of {gpu.memory:g} GB "
         "(XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default)"
     )
 
 
-def _usable(gpu):
+def usable_memory(gpu):
     """Returns the bytes of a GPU's memory that JAX allocates."""
     return gpu.memory * 1e9 * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
 
@@ -136,7 +143,7 @@ def _communication(program):
 
 
 def _estimate(experiment, program, rates):
-    sums, config = estimate.total(program.kernels(), rates), experiment.config
+    sums, config = estimate.total(program.kernels, rates), experiment.config
     unknown = sum(count is None for _, count in program.loops())
     loops = f"; {unknown} loops of unknown length counted once" if unknown else ""
     return (
@@ -160,7 +167,7 @@ def _fit(experiment, make, num_bytes, gpu):
             print(f"compiling with {name}={value} ...", file=sys.stderr, flush=True)
         return sum(step_memory(compile_step(make(changed))))
 
-    step, usable = math.lcm(num_devices, config.accumulate_steps), _usable(gpu)
+    step, usable = math.lcm(num_devices, config.accumulate_steps), usable_memory(gpu)
     sizes = {config.batch_size: num_bytes}
     largest = largest_batch(peak, sizes, step, plan.num_examples // step * step, usable)
     text = f"{largest:,}, with {sizes[largest] / 1e9:,.2f} GB per device" if largest else "none"
@@ -180,7 +187,9 @@ def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
 
     Compiles at most six more sizes, added to {batch: bytes}, each predicted by a line through two.
     """
-    guess = min(4 * max(sizes), most) // step * step
+    (batch, num_bytes) = max(sizes.items())
+    guess = 4 * batch if num_bytes <= usable else batch // 4
+    guess = max(min(guess, most) // step * step, step)
     for _ in range(6):
         sizes[guess] = sizes.get(guess) or peak(batch_size=guess)
         fits = max((b for b, n in sizes.items() if n <= usable), default=0)
@@ -188,6 +197,6 @@ def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
         if above - max(fits, 1) <= max(step, tolerance * fits):
             break
         (b0, n0), (b1, n1) = sorted(sizes.items(), key=lambda s: abs(s[1] - usable))[:2]
-        line = b0 + (usable - n0) * (b1 - b0) / (n1 - n0)
+        line = b0 + (usable - n0) * (b1 - b0) / (n1 - n0 or 1)
         guess = int(min(max(line, fits + step), above - step)) // step * step
     return fits

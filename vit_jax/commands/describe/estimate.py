@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from vit_jax.commands.describe.program import COLLECTIVES, Kernel
 from vit_jax.errors import UserError
+from vit_jax.parallel.targets import Gpu
 
 # The part of a step that an operation belongs to, by the first pattern found in its path.
 _PARTS = {
@@ -56,6 +57,11 @@ class Rates:
         return max(self.arithmetic(kernel.flops), traffic, self.launch * 1e-6)
 
 
+def rates_of(gpu: Gpu) -> Rates:
+    """Returns the peak rates of a GPU."""
+    return Rates(gpu.bf16, gpu.tf32, gpu.f32, gpu.bandwidth)
+
+
 def replace_rates(rates: Rates, settings: Iterable[str]) -> Rates:
     """Returns rates with NAME=VALUE settings applied, such as 'bandwidth=3000'."""
     names = [field.name for field in dataclasses.fields(Rates)]
@@ -92,17 +98,20 @@ def total(kernels: Iterable[Kernel], rates: Rates) -> dict[str, float]:
     return sums
 
 
-def kernel_lines(kernels: list[Kernel], rates: Rates, longest: int = 15) -> Iterator[str]:
-    """Yields a table by part, and the longest kernels with their shapes and source lines."""
+def by_part(kernels: Iterable[Kernel], rates: Rates) -> dict[str, dict[str, float]]:
+    """Returns {part: sums as in `total`}, the longest first."""
     parts: dict[str, list[Kernel]] = collections.defaultdict(list)
     for k in kernels:
         parts[part(k)].append(k)
+    sums = {name: total(ks, rates) for name, ks in parts.items()}
+    return dict(sorted(sums.items(), key=lambda item: -item[1]["seconds"]))
+
+
+def kernel_lines(kernels: list[Kernel], rates: Rates, longest: int = 15) -> Iterator[str]:
+    """Yields a table by part, and the longest kernels with their shapes and source lines."""
     everything = total(kernels, rates)["seconds"]
-    rows = sorted(
-        ((total(ks, rates), name) for name, ks in parts.items()), key=lambda r: -r[0]["seconds"]
-    )
     yield f"{'part':22} {'ms':>8} {'share':>6} {'kernels':>8} {'GB':>8} {'GFLOP':>9}"
-    for sums, name in rows:
+    for name, sums in by_part(kernels, rates).items():
         yield (
             f"{name:22} {sums['seconds'] * 1e3:8.3f} {sums['seconds'] / everything:6.1%} "
             f"{sums['kernels']:8.0f} {sums['bytes'] / 1e9:8.3f} {sums['flops'] / 1e9:9.2f}"

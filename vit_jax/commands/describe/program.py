@@ -7,6 +7,7 @@ modeled.
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -123,6 +124,7 @@ class Program:
             if instruction.opcode == "while":
                 yield instruction, _trip_count(instruction)
 
+    @functools.cached_property
     def kernels(self) -> list[Kernel]:
         """Returns the kernels of one call. Iterations of a loop count; 1 if unknown."""
         return list(self._kernels(self.entry, 1))
@@ -134,7 +136,7 @@ class Program:
         reduce-scatter with its part.
         """
         result: dict[str, tuple[int, int, list[str]]] = {}
-        for k in self.kernels():
+        for k in self.kernels:
             if k.kind in COLLECTIVES:
                 messages, total, dtypes = result.get(k.kind, (0, 0, []))
                 found = {dtype for dtype, _, _ in _ARRAY.findall(k.result_shape)}
