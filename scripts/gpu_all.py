@@ -38,6 +38,7 @@ PLAIN = ("crop=none", "flip=none", "policy=none", "erasing_prob=0", "mixup_alpha
 PLAIN = tuple(f"--config.augment.{x}" for x in (*PLAIN, "cutmix_alpha=0"))
 TESTS = ("tests/test_step.py", "tests/test_model.py", "tests/test_optim.py", "tests/augment")
 TESTS += ("tests/parity/test_notebook_golden.py", "tests/parity/test_notebook_torch.py")
+TESTS += ("tests/test_fused_attention.py",)
 RECIPES = ("20ep", "100ep", "300ep")
 TINY = ("width=32", "depth=1", "mlp_dim=128", "patch_size=8", "num_heads=4")
 
@@ -69,6 +70,7 @@ def batch(size):
 
 
 AGAINST = ("--against", "torch")
+PROFILE = ("--config.steps=30", "--profile_steps", "20-25", "--config.data.test_split=test[:1000]")
 # name -> (minutes at 150 TFLOP/s, arguments of `python -m`), most important first.
 ITEMS = {
     "tests": (3, ("pytest", "-q", *TESTS)),
@@ -76,8 +78,8 @@ ITEMS = {
     "notebook": (1, train("cifar10_vit")),
     "bench_64": (2, bench("cifar10_vit", *AGAINST)),
     "bench_1024_bf16": (2, bench("cifar10_vit", *AGAINST, *batch(1024))),
-    "profile_64": (1, script("profile_step")),
-    "profile_1024_bf16": (1, script("profile_step", *batch(1024))),
+    "profile_64": (1, train("cifar10_vit", *PROFILE)),
+    "profile_1024_bf16": (1, train("cifar10_vit", *PROFILE, *batch(1024))),
     "20ep": (2, train("cifar10_vit_20ep", "--config.num_seeds=3")),
     "100ep": (6, train("cifar10_vit_100ep", "--config.num_seeds=3")),
     "300ep": (17, train("cifar10_vit_300ep", "--config.num_seeds=3")),
@@ -113,6 +115,11 @@ def kind(name):
     return command if module == "vit_jax" else module
 
 
+def is_profile(name):
+    """Returns whether an item trains only to profile some steps."""
+    return "--profile_steps" in ITEMS[name][1]
+
+
 def torch_problem(rehearse):
     """Returns why PyTorch cannot train here, or None. A rehearsal needs no GPU."""
     code = "import torch" if rehearse else "import torch; torch.zeros(1, device='cuda')"
@@ -132,6 +139,8 @@ def command_of(name, folder, rehearse, *, against_torch):
     elif rehearse:
         arguments += [f"--config.model.{x}" for x in TINY]
         arguments += rehearsal(kind(name), rehearse)
+        if is_profile(name):
+            arguments += ["--profile_steps", f"1-{rehearse}"]
     return [PYTHON, "-m", *arguments]
 
 
@@ -237,6 +246,13 @@ def notebook_lines(folder):
         yield f"| test accuracy, % | {NOTEBOOK_TEST} | {100 * accuracy:.2f} |"
 
 
+def profile_lines(folder):
+    """Yields a table of the longest operations of a profile, by milliseconds per step."""
+    yield from ("| operation | ms | times |", "|---|---|---|")
+    for row in json.loads((folder / "profile" / "operations.json").read_text())[:40]:
+        yield f"| {row['operation']} | {row['milliseconds']:.3f} | {row['times']:g} |"
+
+
 def benchmark_row(name, folder):
     """Returns a row of the performance table."""
     lines = (folder / "log.txt").read_text().splitlines()
@@ -259,7 +275,7 @@ def report(out, chosen, done):
     yield from ("## docs/results.md", "")
     yield "| command | test accuracy, % | train loss | minutes | images/s | where |"
     yield "|---|---|---|---|---|---|"
-    for name in (n for n in chosen if kind(n) == "train"):
+    for name in (n for n in chosen if kind(n) == "train" and not is_profile(n)):
         yield result_row(out / name) if name in done else f"| {name} | not yet measured | | | | |"
     if "notebook" in chosen:
         yield from ("", *notebook_lines(out / "notebook"))
@@ -268,6 +284,8 @@ def report(out, chosen, done):
     yield "|---|---|---|---|---|---|---|"
     for name in (n for n in done if kind(n) == "benchmark"):
         yield benchmark_row(name, out / name)
+    for name in filter(is_profile, done):
+        yield from ("", f"### {name}", "", *profile_lines(out / name))
     for name in (n for n in done if kind(n) not in ("train", "benchmark")):
         yield from ("", f"### {name}", "", (out / name / "log.txt").read_text().strip())
 

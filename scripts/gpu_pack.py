@@ -69,7 +69,7 @@ def make_wheels(folder, have):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(line for line in have if "==" in line and "@" not in line))
-    needed = [ROOT, "pytest", "pytest-xdist", "hypothesis"]
+    needed = [f"{ROOT}[sweep]", "pytest", "pytest-xdist", "hypothesis"]
     subprocess.run([*pip, "-w", folder, "-c", constraints, *needed], check=True)
     constraints.unlink()
     present = {normalized(line.partition("==")[0]) for line in have}

@@ -1,6 +1,6 @@
 """Compiles recipes for GPUs without having one, and tabulates memory and estimated step time.
 
-    python scripts/gpu_table.py --out OUT.jsonl [--targets h100 ...] RECIPE[:FIELD=VALUE] ...
+    python scripts/gpu_table.py --out OUT.jsonl RECIPE[:FIELD=VALUE] ... [--targets h100 ...]
 
 Appends one JSON object per program to OUT.jsonl, skips those that are there, and prints the table
 of docs/gpu.md. It needs the extra gpu-check and no data.

@@ -125,6 +125,7 @@ def test_invalid_overrides_are_rejected(name, text, says):
         ({"augment.erasing_prob": float("nan")}, "at least 0 and at most 1"),
         ({"augment.erasing_scale": (0.1, 2.0)}, "between 0 and 1"),
         ({"augment.crop_padding": -1}, "at least 1"),
+        ({"stop_after": "3 epochs"}, "config.stop_after needs a config.data.val_split"),
         ({"steps": 10**30}, "config.steps must be at least 0 and below 2147483648; got 1000"),
         ({"eval_batch_size": 10**400}, "config.eval_batch_size must be at least 1 and below"),
         ({"augment.randaugment_magnitude": 11.0}, "at most 10"),

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import vit_jax
 from vit_jax import augment, main
 from vit_jax import config as config_lib
 from vit_jax.data.tfds import TFRecordFile
-from vit_jax.errors import UserError, run_command
+from vit_jax.errors import Stopped, UserError, run_command
 from vit_jax.experiment import Experiment, make_experiment
 from vit_jax.train import train
 from vit_jax.workdir import restore_for_inference
@@ -184,6 +185,37 @@ def test_validation_runs_once_on_the_final_weights(tiny_config, tmp_path, monkey
     (tmp_path / "result.json").unlink()
     assert train(c, tmp_path)["val_accuracy"] == 3
     assert validated == ["val"] * 3
+
+
+def test_run_ends_without_a_better_validation_accuracy(tiny_config, tmp_path, monkeypatch, capsys):
+    c, accuracies = tiny_config, []
+    c.data.train_split, c.data.val_split, c.data.test_split = "train[:60]", "train[60:]", ""
+    c.epochs, c.tensorboard, c.stop_after = 9, False, "2 epochs"
+
+    def evaluate(self, params, split):
+        accuracy = accuracies.pop(0)
+        if accuracy == "stop":
+            signal.raise_signal(signal.SIGTERM)
+            accuracy = 0.6
+        return {"accuracy": accuracy, "loss": 1.0}
+
+    monkeypatch.setattr(Experiment, "evaluate", evaluate)
+    accuracies[:] = 0.5, 0.6, 0.6, 0.5
+    result = train(c, tmp_path / "run")
+    assert (result["steps"], result["epochs"], result["val_accuracy"]) == (16, 4, 0.5)
+    assert "No better validation accuracy in 2 epochs" in capsys.readouterr().out
+    assert {"8", "16"} <= {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert train(c, tmp_path / "run") == result
+    (tmp_path / "run" / "result.json").unlink()  # killed after the last save
+    accuracies[:] = [0.5]
+    assert train(c, tmp_path / "run") == result
+
+    accuracies[:] = 0.5, 0.6, "stop", 0.5
+    with pytest.raises(Stopped):
+        train(c, tmp_path / "stopped")
+    assert train(c, tmp_path / "stopped")["steps"] == 16
+    a, b = (restore_for_inference(tmp_path / d / "checkpoints")[0] for d in ("run", "stopped"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, a, b)) and not accuracies
 
 
 def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):

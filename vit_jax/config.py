@@ -138,6 +138,7 @@ FIELDS: dict[str, Field] = {
     "wandb": Field("", "Weights & Biases project to log to (empty: none)"),
     "log_every": duration("50 steps", "training metrics"),
     "eval_every": duration("1 epoch", "evaluation on data.val_split"),
+    "stop_after": duration("", "end a run that long after its best validation accuracy"),
     "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
     "keep_every": duration("", "checkpoints that are kept permanently"),
     "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
@@ -176,6 +177,9 @@ FIELDS: dict[str, Field] = {
     "model.dtype": choice("float32", "bfloat16", doc="dtype of activations; weights are float32"),
     "model.matmul_precision": choice(
         "float32", "tf32", doc="precision of the float32 matrix products on a GPU"
+    ),
+    "model.attention": choice(
+        *("xla", "cudnn"), doc="cudnn: fused in training, for long sequences in bfloat16 on a GPU"
     ),
     # Augmentation.
     "augment.crop": choice(
@@ -257,11 +261,12 @@ def validate(config: ConfigDict) -> None:
         if not field.is_allowed(value):
             hint = nearest(str(value), field.choices)
             raise UserError(f"config.{name} must be {field.allowed}; got {value!r}{hint}")
-    for problem in _problems(config, config.augment, config.model):
+    problems = itertools.chain(_problems(config, config.augment), _model_problems(config.model))
+    for problem in problems:
         raise UserError(problem)
 
 
-def _problems(c, a, m):
+def _problems(c, a):
     """Yields a line for each rule between fields that a config breaks."""
     if c.batch_size < c.accumulate_steps:
         yield (
@@ -270,6 +275,8 @@ def _problems(c, a, m):
         )
     if not c.data.train_split or not (c.data.val_split or c.data.test_split):
         yield "config.data needs a train_split, and a test_split or a val_split"
+    if c.stop_after and not c.data.val_split:
+        yield "config.stop_after needs a config.data.val_split"
     if len(c.data.mean) != len(c.data.std):
         yield f"config.data.mean={c.data.mean} and std={c.data.std} must have one value per channel"
     if c.data.streaming and c.num_seeds > 1:
@@ -286,9 +293,19 @@ def _problems(c, a, m):
             "config.augment mixes pairs of images, but config.batch_size is 1: raise it, or set "
             "mixup_alpha and cutmix_alpha to 0"
         )
+
+
+def _model_problems(m):
     width, num_heads = (model_shape(m)[name] for name in ("width", "num_heads"))
     if width % num_heads:
         yield f"config.model.num_heads={num_heads} does not divide config.model.width={width}"
+    head = width // num_heads
+    if m.attention == "cudnn" and (m.dtype != "bfloat16" or m.dropout or head % 8 or head > 128):
+        yield (
+            "config.model.attention=cudnn needs model.dtype=bfloat16, model.dropout=0, and "
+            "width / num_heads a multiple of 8 up to 128; got "
+            f"{m.dtype}, {m.dropout:g}, and {head}"
+        )
     if m.posemb == "sincos2d" and (width % 4 or width < 8):
         yield (
             "config.model.posemb=sincos2d needs a width that is a multiple of 4 and at least 8; "

@@ -64,6 +64,7 @@ class Plan:
         self.mix_steps = max(self.total_steps - self.in_steps(config.augment.mix_off_last), 0)
         self.log = Every(self.in_steps(config.log_every))
         self.evaluate = Every(self.in_steps(config.eval_every), last=self.total_steps)
+        self.stop_after = self.in_steps(config.stop_after)  # 0: never
         self.save = Every(self.in_steps(config.save_every), last=self.total_steps)
         self.keep = Every(self.in_steps(config.keep_every))
 

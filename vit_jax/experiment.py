@@ -212,6 +212,8 @@ def make_experiment(
     if config.deterministic:
         backend.require_determinism()
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    if config.model.attention == "cudnn":
+        backend.require_fused_attention(mesh.devices.flat[0])
     splits = splits or _read_splits(config)
     _check_data(config, splits["train"])
     return Experiment(config, mesh, splits, fresh)
@@ -266,7 +268,7 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
         "model": f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} "
         f"heads, MLP {m.mlp_dim}, pool {m.pool}, {num_tokens(m, train.image_shape)} tokens of "
         f"{H}x{W}x{C} images{resized}, init {m.weight_init}, compute {m.dtype.name}, "
-        f"matmul precision {m.matmul_precision}",
+        f"matmul precision {m.matmul_precision}, attention {m.attention}",
         "size": f"{experiment.num_params:,} parameters; "
         f"{experiment.flops_per_image / 1e9:.2f} GFLOP per image, forward and backward",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, "

@@ -62,10 +62,14 @@ def make_parser():
         "exit",
     )
     parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
+    text = "write a trace of these steps, such as 20-25, to WORKDIR/profile"
+    parser.add_argument("--profile_steps", metavar="FIRST-LAST", help=text)
     text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
     text += "the compiled program; reads the data, writes no workdir"
     parser.add_argument("--dry_run", action="store_true", help=text)
     group = parser.add_argument_group("with --dry_run")
+    text = "list every module: shapes, parameters, and forward FLOP for one image"
+    group.add_argument("--layers", action="store_true", help=text)
     text = "compile for GPUs that this machine need not have, such as h100 or a100-80gbx8; needs "
     text += "the extra gpu-check"
     group.add_argument("--target", metavar="GPU", help=text)
@@ -100,8 +104,14 @@ def parse(argv):
     args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --workdir, --dry_run")
-    if not args.dry_run and (args.target or args.kernels or args.fit or args.shape):
-        raise UserError("--target, --kernels, --fit, and --shape describe a run: add --dry_run")
+    if not args.dry_run and any((args.target, args.kernels, args.fit, args.shape, args.layers)):
+        raise UserError(
+            "--target, --kernels, --fit, --shape, and --layers describe a run: add --dry_run"
+        )
+    if args.profile_steps:
+        if not re.fullmatch(r"\d{1,10}-\d{1,10}", args.profile_steps):
+            raise UserError(f"--profile_steps {args.profile_steps}: use FIRST-LAST, such as 20-25")
+        args.profile_steps = tuple(map(int, args.profile_steps.split("-")))
     args.workdir = args.workdir or pathlib.Path("workdirs") / args.config.stem
     return config, args
 
@@ -126,7 +136,8 @@ def _run(config, args, argv):
         return
     from vit_jax.train import train
 
-    train(config, args.workdir, command=shlex.join(["python", "-m", "vit_jax.main", *argv]))
+    command = shlex.join(["python", "-m", "vit_jax.main", *argv])
+    train(config, args.workdir, command=command, profile_steps=args.profile_steps)
 
 
 def _describe(config, args):

@@ -160,6 +160,7 @@ class _Part(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     matmul_precision: str = "float32"
+    attention: str = "xla"
     gelu: str = "exact"
     pre_logits: int = 0
     image_size: int = 0
@@ -249,7 +250,8 @@ class MultiHeadAttention(_Part):
 
     Queries come from the first n tokens (all by default), keys and values from all N. `qkv/kernel`
     is [D, 3 D], ordered q, k, v and by head within each: torch's MultiheadAttention, transposed.
-    The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`.
+    The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`. With
+    `attention="cudnn"`, training steps use cuDNN's fused kernel, which does not store them.
     """
 
     @nn.compact
@@ -266,11 +268,15 @@ class MultiHeadAttention(_Part):
         if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
-        attention = attention_weights(q * K**-0.5, k, self.precision)
-        self.sow("intermediates", "attention", attention.astype(jnp.float32))
-        attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
-        x = jnp.einsum("bhnm,bhmk->bhnk", attention, v, precision=self.precision)
-        x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
+        if self.attention == "cudnn" and train and n is None:
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+            x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, D)
+        else:
+            attention = attention_weights(q * K**-0.5, k, self.precision)
+            self.sow("intermediates", "attention", attention.astype(jnp.float32))
+            attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
+            x = jnp.einsum("bhnm,bhmk->bhnk", attention, v, precision=self.precision)
+            x = x.transpose(0, 2, 1, 3).reshape(B, -1, D)
         out_init = _linear_init(self.weight_init, D) | {"bias_init": nn.initializers.zeros}
         return Linear(D, dtype=self.dtype, precision=self.precision, name="out", **out_init)(x)
 
@@ -408,12 +414,18 @@ def patch_grid(model, image_shape):
 
 
 def check_image_shape(model, image_shape):
-    """Raises UserError if images of (H, W, C) do not divide into the model's patches."""
+    """Raises UserError if the model cannot take images of (H, W, C)."""
     H, W, _ = resolution(model, image_shape)
     if H % model.patch_size or W % model.patch_size:
         raise UserError(
             f"images of {H}x{W} pixels do not divide into patches of {model.patch_size}: "
             "set config.model.patch_size to a divisor, or config.model.image_size to a multiple"
+        )
+    N = num_tokens(model, image_shape)
+    if model.attention == "cudnn" and N % 2:
+        raise UserError(
+            f"config.model.attention=cudnn needs an even number of tokens, not {N}: use "
+            "config.model.pool=gap, without a class token, or model.attention=xla"
         )
 
 

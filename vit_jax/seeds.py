@@ -144,6 +144,10 @@ class RunWorkdir:
         each = self._split(val_accuracy)
         return any(workdir.checkpoints.is_best(accuracy) for workdir, accuracy in each)
 
+    def steps_since_best(self, step: int) -> int:
+        """Returns the steps since any seed's best validation accuracy, or 0 before the first."""
+        return step - max(workdir.checkpoints.best_step or step for workdir in self._each)
+
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         for workdir, own in self._split(scalars):
             workdir.write(step, own)

@@ -15,15 +15,29 @@ from vit_jax.parallel import targets
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
-from vit_jax.workdir import BadStep, TrainLog, epoch_means, import_wandb, saved_steps
+from vit_jax.workdir import (
+    BadStep,
+    TrainLog,
+    epoch_means,
+    import_wandb,
+    saved_steps,
+    trace_steps,
+)
 
 
-def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    path: str | pathlib.Path,
+    *,
+    command: str = "",
+    profile_steps: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """Trains by a config in the workdir at `path`, and returns the content of result.json.
 
     Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before the
     first write, and for a failed write or a non-finite step; Stopped after a signal, with the state
-    saved. With several processes, only process 0 prints.
+    saved. With several processes, only process 0 prints. With `profile_steps` = (first, last),
+    traces these steps; see `workdir.profile`.
     """
     if config.wandb:
         import_wandb()
@@ -43,7 +57,8 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders found are not checkpoints
             experiment = make_experiment(config)
-        result = workdir.read_result() if start == experiment.plan.total_steps else None
+        result = workdir.read_result()
+        result = result if result and result["steps"] == start else None
         # They differ if the workdir is on each host's own disk.
         check_same({f"the newest checkpoint in {path}": start, "a result there": bool(result)})
         if start:
@@ -51,6 +66,9 @@ def train(config: ConfigDict, path: str | pathlib.Path, *, command: str = "") ->
         if result:
             _say(f"Already complete. {_summary(result)}")
             return result
+        if profile_steps:
+            trace = trace_steps(experiment, path / "profile", start, profile_steps)
+            experiment.train_step = trace
         workdir.open(start, command=command, keep=experiment.plan.keep)
         return _train(experiment, workdir, start)
 
@@ -87,9 +105,12 @@ def _train(experiment, workdir, start):
 
 
 def _loop(experiment, workdir, log, state, stop):
-    """Trains to the last step or a signal; returns (state, last validation metrics or None)."""
+    """Trains until the run ends or a signal; returns (state, last validation metrics or None)."""
     plan, validated = experiment.plan, None
     for step, inputs in experiment.batches(after=log.step):
+        if log.out_of_patience:
+            log.say(f"No better validation accuracy in {experiment.config.stop_after}")
+            break
         state, metrics = experiment.train_step(state, *inputs)
         log.push(step, metrics)
         stopping = stop.reached(step)  # in every process and at every step, since it is collective
@@ -99,7 +120,8 @@ def _loop(experiment, workdir, log, state, stop):
             with log.paused():
                 validated = experiment.evaluate(state.eval_params, "val")
                 log.validation(step, validated)
-        if plan.save(step) or plan.keep(step) or log.has_new_best or stopping:
+        ending = stopping or log.out_of_patience
+        if plan.save(step) or plan.keep(step) or log.has_new_best or ending:
             with log.paused():
                 workdir.save(step, state, experiment.documents, log)
         if stopping:
@@ -148,7 +170,7 @@ def _bad_step_error(experiment, workdir, bad_step):
 def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
     plan = experiment.plan
-    values = {"train_loss": epoch_means(state, plan.epoch(plan.total_steps)[1])["loss"]}
+    values = {"train_loss": epoch_means(state, plan.epoch(log.step)[1])["loss"]}
     metrics = {"val": validated}  # of the last step, unless the run resumed there
     for name in ("val", "test"):
         if name in experiment.splits:
@@ -158,10 +180,10 @@ def _results(experiment, workdir, log, state, validated):
             values |= {f"{name}_{k}": found[k] for k in ("accuracy", "loss")}
     if "test" in experiment.splits:
         scalars = {f"test/{k}": values[f"test_{k}"] for k in ("loss", "accuracy")}
-        workdir.write(plan.total_steps, scalars)
+        workdir.write(log.step, scalars)
     shared = {
-        "steps": plan.total_steps,
-        "epochs": plan.total_steps / plan.steps_per_epoch,
+        "steps": log.step,
+        "epochs": log.step / plan.steps_per_epoch,
         "seconds": log.seconds,
         "images_per_second": log.images / log.seconds if log.seconds else None,
         "num_params": experiment.num_params,

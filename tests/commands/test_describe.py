@@ -13,6 +13,7 @@ from vit_jax import main
 from vit_jax.commands.describe import describe
 from vit_jax.commands.describe.program import Program
 from vit_jax.errors import UserError
+from vit_jax.experiment import make_experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -91,6 +92,15 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path,
 
 SMALL = ("depth=1", "width=64", "num_heads=2", "mlp_dim=128")
 SMALL = ("--config", "cifar10_vit", *(f"--config.model.{field}" for field in SMALL))
+
+
+def test_layers_list_every_module(tiny_config):
+    experiment = make_experiment(tiny_config)
+    text = describe.layers(experiment)
+    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
+    assert "Linear" in rows["block_0/mlp/fc1"] and "float32[1,5,32]" in rows["block_0/mlp/fc1"]
+    assert "kernel: float32[16,32]" in text
+    assert f"Total Parameters: {experiment.num_params:,}" in text
 
 
 def test_target_describes_a_run_on_other_gpus(require, capsys):

@@ -1,6 +1,7 @@
 """JAX's backend: the persistent compilation cache, and GPUs that JAX does not use."""
 
 import os
+import re
 
 import jax
 from jax._src import xla_bridge
@@ -34,6 +35,16 @@ def require_determinism() -> None:
             f"environment variable XLA_FLAGS={_DETERMINISTIC}, and restart Python"
         )
     os.environ["XLA_FLAGS"] = " ".join([*flags, _DETERMINISTIC])
+
+
+def require_fused_attention(device: jax.Device) -> None:
+    """Raises UserError if a device cannot run cuDNN's fused attention."""
+    capability = getattr(device, "compute_capability", "")
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < 8:
+        raise UserError(
+            "config.model.attention=cudnn needs NVIDIA GPUs of compute capability 8.0 or higher "
+            f"(Ampere), not {device.device_kind}: use model.attention=xla"
+        )
 
 
 def check_backend() -> None:

@@ -4,4 +4,5 @@ from vit_jax.workdir.checkpoints import newest_intact_step, restore_for_inferenc
 from vit_jax.workdir.files import write_errors, write_json, write_text
 from vit_jax.workdir.folder import Workdir, environment
 from vit_jax.workdir.metrics import import_wandb, read_lines
+from vit_jax.workdir.profile import trace_steps
 from vit_jax.workdir.progress import BadStep, TrainLog, epoch_means, format_duration

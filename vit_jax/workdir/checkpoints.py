@@ -71,6 +71,11 @@ class Checkpoints:
         steps = [checkpoint.step for checkpoint in checkpoints]
         return [s in steps[-2:] or s == self._best["step"] or self._keep(s) for s in steps]
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best validation accuracy that is saved, or None."""
+        return self._best["step"]
+
     def is_best(self, val_accuracy: float) -> bool:
         """Returns whether an accuracy exceeds every saved step's; the first of a tie is best."""
         return val_accuracy > self._best["val_accuracy"]

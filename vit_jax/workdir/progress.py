@@ -31,7 +31,7 @@ class TrainLog:
 
     def __init__(
         self,
-        workdir: Any,  # has write(step, scalars) and is_best(val_accuracy)
+        workdir: Any,  # has write, is_best, and steps_since_best
         plan: Plan,
         *,
         step: int,  # the last one trained
@@ -62,6 +62,13 @@ class TrainLog:
     def progress(self) -> dict[str, Any]:
         """The log's state in a checkpoint, as JSON."""
         return {"timed_images": self.images, "timed_seconds": self.seconds}
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run ends after `step`: no better validation accuracy in `stop_after`."""
+        if self.has_new_best or not self._plan.evaluate(self.step):
+            return False
+        return 0 < self._plan.stop_after <= self._workdir.steps_since_best(self.step)
 
     def push(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes a step's metrics, on the devices, and reads the previous step's."""

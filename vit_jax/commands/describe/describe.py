@@ -6,6 +6,7 @@ vit-jax describe --config cifar10_vit --target h100x8 --shape 32x32x3x10 --examp
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import types
@@ -65,8 +66,22 @@ def print_description(config, args):
         description |= _fit(experiment, make, sum(step_memory(compiled)), gpu)
     if jax.process_index() == 0:
         print(*description_lines({k: v for k, v in description.items() if v}), sep="\n")
+        if args.layers:
+            print(layers(experiment))
         if args.kernels:
             print("", *estimate.kernel_lines(program.kernels, rates), sep="\n")
+
+
+def layers(experiment):
+    """Returns a table of the model's modules, with their shapes, parameters, and forward FLOP."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+    return experiment.model.tabulate(
+        jax.random.key(0),
+        np.zeros((1, *experiment.train.image_shape), np.float32),
+        depth=3,
+        compute_flops=True,
+        console_kwargs={"width": columns, "force_terminal": False, "force_jupyter": False},
+    )
 
 
 def make_target_experiment(config, target, shape, examples):

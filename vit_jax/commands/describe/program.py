@@ -248,6 +248,9 @@ class Program:
             work = math.prod(_sizes(op.shape)) * math.prod(
                 lhs[int(a)] for a in axes.split(",") if a
             )
+        elif target.startswith("__cudnn$fmha"):  # of queries and keys, both [B, N, h, K]
+            products = 5 if "Backward" in target else 2
+            work = products * math.prod(_sizes(shapes[0])) * _sizes(shapes[1])[1]
         elif op.opcode == "convolution" or target.startswith("__cudnn$conv"):
             work = _convolution_work(op, target, shapes)
         else:

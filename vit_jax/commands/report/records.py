@@ -31,6 +31,7 @@ class Record:
     run: dict  # run.json
     lines: list[dict[str, float]]  # metrics.jsonl
     result: dict[str, float] | None  # result.json; None if the run has not finished
+    operations: list[dict]  # profile/operations.json; [] without a profile
 
     def series(self, name):
         """Returns (steps, values) of a metric."""
@@ -81,7 +82,8 @@ def _read_record(workdir, config):
             lines = [values for _, values in read_lines(path)]
         for values in lines:
             _check_numbers(values, path)
-    return Record(workdir, config, _read_object(workdir / "run.json"), lines, result)
+    operations = _read_operations(workdir / "profile" / "operations.json")
+    return Record(workdir, config, _read_object(workdir / "run.json"), lines, result, operations)
 
 
 def _read_object(path):
@@ -90,6 +92,18 @@ def _read_object(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
+
+
+def _read_operations(path):
+    if not path.exists():
+        return []
+    with _read_errors(path):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of objects")
+    for row in rows:
+        _check_numbers({name: row.get(name) for name in ("milliseconds", "times")}, path)
+    return rows
 
 
 @contextlib.contextmanager

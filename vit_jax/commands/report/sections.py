@@ -18,6 +18,7 @@ from vit_jax.workdir import format_duration
 
 _MAX_CLASSES_SHOWN = 20
 _NUM_MISTAKES = 12
+_NUM_OPERATIONS = 10
 _NUM_ATTENTION_IMAGES = 4
 # Columns of the results: field of result.json, scale, digits, unit.
 _COLUMNS = {
@@ -260,6 +261,25 @@ def _patch_filters(kernel):
         filters = filters.mean(axis=-1, keepdims=True)
     largest = np.abs(filters).max(axis=(1, 2, 3), keepdims=True)
     return np.uint8(127.5 + 127.5 * filters / np.maximum(largest, 1e-12))
+
+
+def profile(records):
+    """Returns the longest operations of a profiled run, or "" without a profile."""
+    operations = records[0].operations
+    if not operations:
+        return ""
+    rows = [
+        (str(row.get("operation")), f"{row['milliseconds']:.3f}", f"{row['times']:g}")
+        for row in operations[:_NUM_OPERATIONS]
+    ]
+    total = sum(row["milliseconds"] for row in operations)
+    note = (
+        f"Time of operations per step, of {total:,.1f} ms in all. Blocks are summed, and "
+        "concurrent operations all count in full. TensorBoard opens the folder profile, and "
+        "Perfetto its .trace.json.gz."
+    )
+    head = ("operation", "ms", "times")
+    return page.section("Profile", page.note(note), page.table("Longest operations", head, rows))
 
 
 def provenance(records):

@@ -1,0 +1,53 @@
+"""The profile of a run: its trace, read back by xprof, and the time of its operations."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def profiled(make_tiny_config, tmp_path_factory):
+    """(config, workdir, result) of a run of six steps with a trace of the third and the fourth."""
+    c = make_tiny_config()
+    c.steps, c.tensorboard = 6, False
+    workdir = tmp_path_factory.mktemp("profiled")
+    return c, workdir, train(c, workdir, profile_steps=(3, 4))
+
+
+def test_xprof_reads_the_steps_of_the_trace(profiled):
+    from xprof.convert.raw_to_tool_data import xspace_to_tool_data
+
+    paths = list(map(str, (profiled[1] / "profile").rglob("*.xplane.pb")))
+    text, _ = xspace_to_tool_data(paths, "trace_viewer", {})
+    events = json.loads(text)["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if "step_num" in e.get("args", {})}
+    assert set(map(int, steps)) == {3, 4}
+    assert list((profiled[1] / "profile").rglob("*.trace.json.gz"))  # for Perfetto
+
+
+def test_operations_have_the_names_of_the_model(profiled):
+    c, workdir, _ = profiled
+    rows = json.loads((workdir / "profile" / "operations.json").read_text())
+    milliseconds = [row["milliseconds"] for row in rows]
+    assert milliseconds == sorted(milliseconds, reverse=True) and milliseconds[0] > 0
+    times = {row["operation"]: row["times"] for row in rows}
+    assert times["jvp/block/mlp/fc1/dot_general"] == c.model.depth
+    assert times["transpose(jvp)/head/dot_general"] == 1
+
+
+def test_profile_changes_no_result(profiled, tmp_path):
+    c, _, result = profiled
+    other = train(c, tmp_path)
+    assert np.array_equal(other["test_loss"], result["test_loss"])
+
+
+@pytest.mark.parametrize("steps", [(0, 2), (4, 3), (5, 7)])
+def test_steps_outside_the_run_are_refused(profiled, tmp_path, steps):
+    c = profiled[0].copy_and_resolve_references()
+    with pytest.raises(UserError, match=r"--profile_steps .*: this run trains the steps 1 to 6"):
+        train(c, tmp_path / "run", profile_steps=steps)
+    assert not (tmp_path / "run" / "run.json").exists()
