@@ -28,5 +28,12 @@ def test_export_writes_the_runs_weights_and_never_overwrites(tiny_run, tmp_path,
     saved = json.loads((folder / "config.json").read_text())
     assert saved["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert same_bits(vit_jax.load_weights(folder).params, vit_jax.load(tiny_run).params)
+    card = (folder / "README.md").read_text()
+    result = json.loads((tiny_run / "result.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"# {tiny_run.name}\n" in card and "| step | 12 |" in card
+    assert f"| test accuracy | {result['test_accuracy']:.2%} (95% interval " in card
+    assert "| command | python -m vit_jax.main --config" in card
+    assert "model.width = 16\n" in card and "model.qk_norm" not in card
     with pytest.raises(UserError, match=f"{folder} exists: give another name, or delete it"):
         export.main(argv)

@@ -6,6 +6,7 @@ and only the golden file is checked; with VIT_JAX_REQUIRE_TORCH=1, as in CI, the
 
 import importlib.util
 import os
+import sys
 
 import jax
 import numpy as np
@@ -24,7 +25,23 @@ def torch(require):
 
 
 @pytest.fixture(scope="session")
-def transformers(torch, require):
+def torchvision(torch, require):
+    """The torchvision module, which transformers imports if it is installed."""
+    there = importlib.util.find_spec("torchvision") is not None
+    require("torch", there, "torchvision is not installed: pip install 'vit-jax[parity]'")
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:  # its compiled operators are for another PyTorch; a ViT uses none
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}() -> ()")
+        for name in [name for name in sys.modules if name.startswith("torchvision")]:
+            del sys.modules[name]
+        return importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def transformers(torch, torchvision, require):
     """The transformers module; tests/weights checks its layout without it."""
     there = importlib.util.find_spec("transformers") is not None
     require("torch", there, "transformers is not installed: pip install 'vit-jax[parity]'")

@@ -57,6 +57,30 @@ def test_hugging_face_folder(torch, hugging, tmp_path, gelu):
     np.testing.assert_allclose(logits_of(got), hugging_logits(torch, theirs), atol=1e-5)
 
 
+@pytest.mark.parametrize("pre_logits", [None, 16])
+def test_torchvision_logits(torch, torchvision, tmp_path, pre_logits):
+    torch.manual_seed(0)
+    theirs = torchvision.models.VisionTransformer(
+        image_size=16,
+        patch_size=4,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=24,
+        mlp_dim=40,
+        num_classes=5,
+        representation_size=pre_logits,
+    ).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_(0, 0.4)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    got = vit_jax.load_weights(tmp_path / "vit.pth", num_heads=3)
+    assert (got.kind, got.num_classes, got.grid) == (layouts.TORCHVISION, 5, (4, 4))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IMAGES).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(logits_of(got), expected, atol=1e-5)
+
+
 def test_hugging_face_files_and_both_generations_of_names(torch, hugging, tmp_path):
     theirs = hugging()
     theirs.save_pretrained(tmp_path / "folder")

@@ -10,6 +10,7 @@ from small_models import random_model, same_bits, save_tensors
 
 import vit_jax
 from vit_jax.errors import UserError
+from vit_jax.model import sincos2d
 from vit_jax.weights import layouts
 
 
@@ -81,12 +82,78 @@ def test_google_logits_equal_flax_modules(tmp_path, cls, pre_logits):
     assert same_bits(again, flatten_dict(theirs["params"], sep="/"))
 
 
+class MlpBlock(GoogleMlp):
+    """The name that flax gives this module is its class's."""
+
+
+class LinenBlock(nn.Module):
+    """Google's and big_vision's block, with the names that flax chooses."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(3)(y, y)
+        return x + MlpBlock()(nn.LayerNorm()(x))
+
+
+class LinenEncoder(nn.Module):
+    positions: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.positions:
+            x = GooglePositions(name="posembed_input")(x)
+        for i in range(2):
+            x = LinenBlock(name=f"encoderblock_{i}")(x)
+        return nn.LayerNorm(name="encoder_norm")(x)
+
+
+class LinenViT(nn.Module):
+    """Google's model (with a class token), or big_vision's with pool_type="gap"."""
+
+    positions: str  # google, learned, or sincos2d
+
+    @nn.compact
+    def __call__(self, images):
+        google = self.positions == "google"
+        x = nn.Conv(24, (4, 4), (4, 4), padding="VALID", name="embedding")(images)
+        x = x.reshape(len(x), -1, 24)
+        if google:
+            token = self.param("cls", nn.initializers.zeros, (1, 1, 24))
+            x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
+        elif self.positions == "learned":
+            x = x + self.param("pos_embedding", nn.initializers.zeros, (1, *x.shape[1:]))
+        else:
+            x = x + sincos2d((3, 3), 24, cls_token=False)
+        x = LinenEncoder(google, name="Transformer")(x)
+        return nn.Dense(5, name="head")(x[:, 0] if google else x.mean(1))
+
+
+@pytest.mark.parametrize("positions", ["google", "learned", "sincos2d"])
+def test_linen_and_big_vision_logits_equal_flax_modules(tmp_path, positions):
+    images = np.random.default_rng(1).normal(size=(4, 12, 12, 3)).astype(np.float32)
+    reference = LinenViT(positions)
+    shapes = jax.eval_shape(lambda: reference.init(jax.random.key(0), images))
+    rng = np.random.default_rng(2)
+    theirs = jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), shapes)
+    google = positions == "google"
+    tensors = flatten_dict(theirs["params"] if google else theirs, sep="/")
+    got = vit_jax.load_weights(save_tensors(tmp_path / "vit.npz", tensors))
+    assert got.kind == (layouts.GOOGLE_LINEN if google else layouts.BIG_VISION)
+    assert got.grid == (None if positions == "sincos2d" else (3, 3))
+    logits = got.make_model().apply({"params": got.params}, images)
+    np.testing.assert_allclose(logits, reference.apply(theirs, images), atol=1e-5)
+
+
 FIELDS = {
     layouts.GOOGLE: [{}, {"pre_logits": 8}, {"pool": "gap"}],
     layouts.TIMM: [{}, {"pre_logits": 8}, {"pool": "gap"}, {"layer_scale": 0.1}],
     layouts.HUGGINGFACE: [{}],
     layouts.HUGGINGFACE_5: [{}],
     layouts.NOTEBOOK: [{"mlp_dim": 96}],
+    layouts.GOOGLE_LINEN: [{}],
+    layouts.BIG_VISION: [{"pool": "gap"}, {"pool": "gap", "posemb": "sincos2d"}],
+    layouts.TORCHVISION: [{}, {"pre_logits": 8}],
 }
 
 

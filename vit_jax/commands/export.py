@@ -4,18 +4,60 @@
     vit.safetensors  our own names, any variant; its metadata defines the model
     vit.npz          the names of Google's vision_transformer
     vit.jax          a self-contained inference function: uint8 images to probabilities
-    vit_folder       a Hugging Face folder: ViTForImageClassification.from_pretrained
+    vit_folder       a Hugging Face folder: ViTForImageClassification.from_pretrained, and ready for
+                     `hf upload`, with a model card made from the run
 
 --format timm writes a .safetensors or .pt with timm's names instead.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 
-from vit_jax.errors import UserError
+from vit_jax import config as config_lib
+from vit_jax.errors import UserError, expand_home
+from vit_jax.inference.scores import wilson
 from vit_jax.inference.trained import load
 from vit_jax.weights.save import FORMATS, save_weights
+from vit_jax.workdir import read_document
+
+_CARD = """\
+---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: image-classification
+tags: [vit_jax, vision-transformer]
+---
+
+# {name}
+
+A Vision Transformer, trained by vit_jax on {data}.
+
+| | |
+|---|---|
+{rows}
+
+The license is that of vit_jax; the data have their own.
+
+## Recipe
+
+The fields that differ from the defaults:
+
+```text
+{fields}
+```
+
+## Use
+
+```python
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("OWNER/{name}")
+model = ViTForImageClassification.from_pretrained("OWNER/{name}")
+logits = model(**processor(images, return_tensors="pt")).logits
+```
+"""
 
 SUFFIXES = {  # formats by suffix, the default first
     ".pt": ("notebook", "timm"),
@@ -38,6 +80,33 @@ def parse_format(path, form):
     return form or SUFFIXES[suffix][0]
 
 
+def model_card(trained, workdir):
+    """Returns the model card of a run as Markdown: data, results, command, and recipe."""
+    c, folder = trained.config, workdir / "checkpoints" / str(trained.step)
+    splits = read_document(folder, "data")["splits"]
+    counts = [f"{s['num_examples']:,} {name} images" for name, s in splits.items()]
+    rows = {"step": f"{trained.step:,}", "classes": ", ".join(trained.class_names)}
+    result, run = (_read_json(workdir / f"{name}.json") for name in ("result", "run"))
+    for name, split in splits.items():
+        accuracy, count = result.get(f"{name}_accuracy"), split["num_examples"]
+        if accuracy is not None and result["steps"] == trained.step:
+            low, high = wilson(round(accuracy * count), count)
+            rows[f"{name} accuracy"] = f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
+    rows |= {name: run[name] for name in ("command", "commit", "date") if run.get(name)}
+    fields, defaults = config_lib.flat(c), config_lib.flat(config_lib.defaults())
+    rows["weights"] = "exponential moving average" if c.optim.ema_decay else "of the last step"
+    return _CARD.format(
+        name=workdir.resolve().name,
+        data=f"{c.data.name} ({', '.join(counts)})",
+        rows="\n".join(f"| {name} | {text} |".replace("\n", " ") for name, text in rows.items()),
+        fields="\n".join(f"{k} = {v!r}" for k, v in fields.items() if v != defaults[k]),
+    )
+
+
+def _read_json(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
@@ -53,5 +122,6 @@ def main(argv=None):
     form = parse_format(args.to, args.format)
     trained = load(args.workdir, args.step)
     print(f"Writing {args.to} ...", file=sys.stderr)
-    save_weights(trained, args.to, form)
+    card = model_card(trained, expand_home(args.workdir)) if form == "huggingface" else ""
+    save_weights(trained, args.to, form, readme=card)
     print(f"{args.to}: step {trained.step} of {args.workdir}, as {form}")

@@ -20,6 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.weights import files
 
 NOTEBOOK, GOOGLE, TIMM = "notebook", "google", "timm"
+GOOGLE_LINEN, BIG_VISION, TORCHVISION = "google linen", "big_vision", "torchvision"
 HUGGINGFACE, HUGGINGFACE_5 = "huggingface", "huggingface 5"
 
 # Our modules and single arrays, in the order of the files. Those in _BLOCK repeat in each block_N.
@@ -129,6 +130,49 @@ LAYOUTS = {
         optional=("pre_logits",),
     ),
 }
+# As google-research/vision_transformer names the parameters of its model in memory.
+_LINEN_BLOCK = {
+    "norm1": "LayerNorm_0/*",
+    "attn/qkv": "MultiHeadDotProductAttention_0/{query,key,value}/*",
+    "attn/out": "MultiHeadDotProductAttention_0/out/*",
+    "norm2": "LayerNorm_1/*",
+    "mlp/fc1": "MlpBlock_0/Dense_0/*",
+    "mlp/fc2": "MlpBlock_0/Dense_1/*",
+}
+LAYOUTS[GOOGLE_LINEN] = LAYOUTS[GOOGLE]._replace(names=LAYOUTS[GOOGLE].names | _LINEN_BLOCK)
+# github.com/google-research/big_vision, models/vit.py, with pool_type="gap": its .npz files.
+LAYOUTS[BIG_VISION] = LAYOUTS[GOOGLE]._replace(
+    names={
+        **_LINEN_BLOCK,
+        "pos_embed": "params/pos_embedding",  # none if they are sincos2d
+        "patch_embed": "params/embedding/*",
+        "norm": "params/Transformer/encoder_norm/*",
+        "pre_logits": "params/pre_logits/*",
+        "head": "params/head/*",
+    },
+    block="params/Transformer/encoderblock_{}/",
+    optional=("pos_embed", "pre_logits"),
+)
+# github.com/pytorch/vision, torchvision/models/vision_transformer.py.
+LAYOUTS[TORCHVISION] = Layout(
+    {
+        "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+        "patch_embed": "conv_proj.*",
+        "norm1": "ln_1.*",
+        "attn/qkv": "self_attention.in_proj_*",
+        "attn/out": "self_attention.out_proj.*",
+        "norm2": "ln_2.*",
+        "mlp/fc1": "mlp.0.*",
+        "mlp/fc2": "mlp.3.*",
+        "norm": "encoder.ln.*",
+        "pre_logits": "heads.pre_logits.*",
+        "head": "heads.head.*",
+    },
+    block="encoder.layers.encoder_layer_{}.",
+    norm_eps=1e-6,
+    optional=("pre_logits",),
+)
 # The same model as transformers 5 names its tensors in memory.
 LAYOUTS[HUGGINGFACE_5] = LAYOUTS[HUGGINGFACE]._replace(
     names={
@@ -254,7 +298,7 @@ def _infer(kind, given):
     D = mode([size for path, size in sizes.items() if len(given[path]) == 1] or [1])
     kernel, qkv = given["patch_embed/kernel"], given["block_0/attn/qkv/kernel"]
     C = kernel[2] if len(kernel) == 4 else 3
-    patches = sizes["pos_embed"] // D - ("cls_token" in given)
+    patches = sizes.get("pos_embed", 0) // D - ("cls_token" in given)
     fields = {
         **config.defaults().model,
         "width": D,
@@ -262,6 +306,7 @@ def _infer(kind, given):
         "num_heads": math.gcd(qkv[1], D) if len(qkv) == 3 else 0,  # flax: [D, h, D / h]
         "mlp_dim": sizes["block_0/mlp/fc1/bias"],
         "pool": "cls" if "cls_token" in given else "gap",
+        "posemb": "learned" if "pos_embed" in given else "sincos2d",
         "pre_logits": sizes.get("pre_logits/bias", 0),
         "layer_scale": float("block_0/layer_scale1" in given),
     }

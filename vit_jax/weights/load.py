@@ -9,12 +9,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vit_jax import config, model, workdir
 from vit_jax.errors import UserError, expand_home
-from vit_jax.weights import files, layouts
+from vit_jax.weights import files, hub, layouts
 
 OURS = "vit_jax"  # the `kind` of a run's weights, and the metadata key in our .safetensors
 # The fields of config.model that define a model: all but those for training.
 _TRAINING = ("size", "weight_init", "dropout", "drop_path", "remat")
-_TRAINING += ("dtype", "matmul_precision")
+_TRAINING += ("dtype", "matmul_precision", "attention")
 FIELDS = tuple(name for name in config.defaults().model if name not in _TRAINING)
 # Width -> heads of the published models: Ti, S, B, L, and H.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -49,15 +49,16 @@ def load_weights(path, *, num_heads=None):
         logits = weights.make_model().apply({"params": weights.params}, images)
 
     Args:
-      path: Google's .npz; a .safetensors, .pt, .pth, or .bin with the names of Hugging Face, timm,
-        or the notebook; a Hugging Face folder; a .safetensors of ours; a workdir, or one of its
-        checkpoints. "~" is expanded.
+      path: Google's or big_vision's .npz; a .safetensors, .pt, .pth, or .bin with the names of
+        Hugging Face, timm, torchvision, or the notebook; a Hugging Face folder; a .safetensors of
+        ours; a workdir, or one of its checkpoints. "~" is expanded. "hf:OWNER/NAME" and
+        "hf:OWNER/NAME@REVISION" are models on the Hugging Face hub; see `weights.hub`.
       num_heads: the model's, for sources that do not record it: timm, the notebook, a Hugging Face
         file without its config.json. Defaults to the published models' number for the width.
     Returns Weights.
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """
-    path = expand_home(path)
+    path = hub.download(path) if str(path).startswith("hf:") else expand_home(path)
     if (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
     if path.is_dir():
@@ -80,8 +81,9 @@ def _load_layout(path, arrays, num_heads):
     kind = layouts.find_layout(arrays)
     if kind is None:
         raise UserError(
-            f"{path} contains no ViT with the names of Google, Hugging Face, timm, the notebook, "
-            f"or vit_jax: its names are {layouts.listed(list(arrays))}"
+            f"{path} contains no ViT with the names of Google, big_vision, Hugging Face, timm, "
+            "torchvision, the notebook, or vit_jax: its names are "
+            f"{layouts.listed(list(arrays))}"
         )
     params, fields = layouts.to_params(arrays, kind, path)
     recorded = _read_configs(path) if kind.startswith(layouts.HUGGINGFACE) else {}
@@ -98,7 +100,7 @@ def _load_layout(path, arrays, num_heads):
     fields["gelu"] = recorded.get("gelu", layout.gelu)
     names = recorded.get("class_names", [])
     num_classes = len(params["head"]["bias"]) if "head" in params else 0
-    patches = params["pos_embed"].shape[1] - ("cls_token" in params)
+    patches = params["pos_embed"].shape[1] - ("cls_token" in params) if "pos_embed" in params else 0
     return Weights(
         params=params,
         model={name: fields[name] for name in FIELDS},
@@ -163,7 +165,7 @@ def _grid(patches, patch_size, image_size):
     """Returns (rows, columns) of a recorded (height, width), else of a square; None: unknown."""
     side = math.isqrt(patches)
     grid = tuple(n // patch_size for n in image_size) if image_size else (side, side)
-    return grid if math.prod(grid) == patches else None
+    return grid if math.prod(grid) == patches > 0 else None
 
 
 def _load_run(path):

@@ -20,10 +20,11 @@ from vit_jax.weights.load import FIELDS, OURS
 FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
 
 
-def save_weights(trained, path, form):
+def save_weights(trained, path, form, *, readme=""):
     """Writes a TrainedModel to a path, in one of FORMATS.
 
     The path's suffix selects .npz, .safetensors, or torch for tensors with another library's names.
+    A Hugging Face folder gets `readme` as README.md, which the hub shows.
     Raises UserError, before anything is written, if the format cannot represent the model or the
     path exists.
     """
@@ -45,6 +46,7 @@ def save_weights(trained, path, form):
         content = {"model.safetensors": _encode(_tensors(trained, form), ".safetensors")}
         for name, fields in _huggingface_configs(trained).items():
             content[name] = (json.dumps(fields, indent=2) + "\n").encode()
+        content |= {"README.md": readme.encode()} if readme else {}
     else:
         content = _encode(_tensors(trained, form), path.suffix)
     _write_atomically(path, content)
