@@ -14,6 +14,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import command, command_after, files, finish, lines, start
 
@@ -216,6 +217,35 @@ def test_run_ends_without_a_better_validation_accuracy(tiny_config, tmp_path, mo
     assert train(c, tmp_path / "stopped")["steps"] == 16
     a, b = (restore_for_inference(tmp_path / d / "checkpoints")[0] for d in ("run", "stopped"))
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b)) and not accuracies
+
+
+def copy_as_a_bucket(source, target):
+    """Copies the files alone: no empty folders, no times, no permissions."""
+    for path in filter(pathlib.Path.is_file, source.rglob("*")):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+
+
+def test_copied_workdir_resumes(finished, tmp_path, monkeypatch):
+    c, workdir, result, _ = finished
+    evaluate = Experiment.evaluate
+
+    def stop(self, params, split):  # at the end of the first epoch
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, params, split)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Experiment, "evaluate", stop)
+        train(c, tmp_path / "here")
+    copy_as_a_bucket(tmp_path / "here", tmp_path / "bucket")
+    shutil.rmtree(tmp_path / "here")
+    copy_as_a_bucket(tmp_path / "bucket", tmp_path / "there" / "run")
+    assert train(c, tmp_path / "there" / "run")["test_loss"] == result["test_loss"]
+    copy_as_a_bucket(tmp_path / "there" / "run", tmp_path / "home")
+    params = ocp.StandardCheckpointer().restore(tmp_path / "home" / "checkpoints/12/params")
+    expected = ocp.StandardCheckpointer().restore(workdir / "checkpoints/12/params")
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
 
 
 def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):

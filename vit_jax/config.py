@@ -144,7 +144,9 @@ FIELDS: dict[str, Field] = {
     "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
     "deterministic": Field(False, "bit-identical reruns on a GPU too; may be slower"),
     # The data.
-    "data.name": Field("cifar10", "TFDS dataset, shapes10, or folder:PATH with a folder per class"),
+    "data.name": Field(
+        "cifar10", "TFDS dataset, shapes10, folder:PATH with a folder per class, or hf:OWNER/NAME"
+    ),
     "data.dir": Field("", "TFDS directory (empty: TFDS_DATA_DIR, else ~/tensorflow_datasets)"),
     "data.train_split": Field("train", "split to train on, in TFDS syntax"),
     "data.val_split": Field("", "split to validate on (empty: none)"),

@@ -1,6 +1,7 @@
 """The entry point of this package: opens a split of a dataset by name."""
 
 from vit_jax.data.folder import open_folder
+from vit_jax.data.hf import open_hf
 from vit_jax.data.resident import Dataset, load_resident
 from vit_jax.data.source import user_errors
 from vit_jax.data.stream import Stream
@@ -18,8 +19,9 @@ def open_split(
     """Opens a split, preparing the dataset first if it is not on disk.
 
     Args:
-      name: a TFDS name ("cifar10", "cifar10:3.0.2"), "shapes10", or "folder:/path" with
-        `/path/CLASS/*.png` (the split "train") or `/path/train/CLASS/*.png`, `/path/test/...`
+      name: a TFDS name ("cifar10", "cifar10:3.0.2"); "shapes10"; "folder:/path" with
+        `/path/CLASS/*.png` (the split "train") or `/path/train/CLASS/*.png`, `/path/test/...`; or
+        "hf:uoft-cs/cifar10" or "hf:/path", see `hf.open_hf`
       split: TFDS syntax: "train", "train[:45000]", "train[90%:]", "train+test".
       data_dir: the TFDS directory; else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       image_size: the side, in pixels, of the square that every image is cropped and resized to.
@@ -35,6 +37,8 @@ def open_split(
 
     if name.startswith("folder:"):
         source = open_folder(expand_home(name.removeprefix("folder:")).resolve())
+    elif name.startswith("hf:"):
+        source = open_hf(name.removeprefix("hf:"))
     else:
         source = open_tfds(name, data_dir)
     counts = source.num_examples

@@ -145,7 +145,12 @@ def _prepared_builder(name, data_dir):
         if info_file.exists():
             return builder
     places = " or ".join(map(str, folders))
-    with user_errors(f"{builder.info.full_name} is not in {places} and preparing it failed", _WAYS):
+    ways = _WAYS
+    if builder.name == "cifar10":
+        ways = (
+            "use its copy on the Hugging Face hub, --config.data.name=hf:uoft-cs/cifar10; " + ways
+        )
+    with user_errors(f"{builder.info.full_name} is not in {places} and preparing it failed", ways):
         try:
             _prepare_missing(builder, name, folder)
         except Exception:
