@@ -96,7 +96,7 @@ install() {
     echo incomplete >"$venv.state"
     "$python" -m venv --clear "$venv" ||
         fail "'$python -m venv' failed: on Debian and Ubuntu, apt install python3-venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" >&2
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -e "$root[$extras]" >&2
     echo "$hash" >"$venv.state"
     if [ "$cuda" != none ] && ! env -u JAX_PLATFORMS "$venv/bin/python" -c "$see_gpu" >/dev/null 2>&1; then
         echo "WARNING: JAX sees no GPU with its CUDA $cuda wheels; to see why, run $venv/bin/python -c '$see_gpu'" >&2

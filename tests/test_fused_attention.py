@@ -94,11 +94,13 @@ def compile_step(require, tiny_config):
     return lambda target: compiled(cudnn_config(tiny_config), target)
 
 
+@pytest.mark.gpu_check
 def test_gpu_before_ampere_is_refused(compile_step):
     with pytest.raises(UserError, match="not Tesla T4"):
         compile_step("t4")
 
 
+@pytest.mark.gpu_check
 @pytest.mark.parametrize("target", ["h100", "h100x8"])
 def test_program_has_one_kernel_a_block_and_direction(compile_step, target):
     experiment, compiled = compile_step(target)

@@ -72,6 +72,9 @@ def units(program):
     return {unit for k in program.kernels for unit in k.flops}
 
 
+pytestmark = pytest.mark.gpu_check
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiler(require):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)

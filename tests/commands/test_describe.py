@@ -103,6 +103,7 @@ def test_layers_list_every_module(tiny_config):
     assert f"Total Parameters: {experiment.num_params:,}" in text
 
 
+@pytest.mark.gpu_check
 def test_target_describes_a_run_on_other_gpus(require, capsys):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
     arguments = ["--dry_run", *SMALL, "--target", "rtx4090x4", "--shape", "32x32x3x10"]
@@ -130,6 +131,7 @@ def test_target_describes_a_run_on_other_gpus(require, capsys):
     assert total == pytest.approx(sum(parts.values()), abs=0.02)
 
 
+@pytest.mark.gpu_check
 def test_what_an_older_gpu_lacks_is_said(require, capsys):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
     main.main(["--dry_run", *SMALL, "--target", "t4", "--shape", "32x32x3x10"])

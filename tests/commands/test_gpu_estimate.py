@@ -16,6 +16,9 @@ from vit_jax.errors import UserError
 RATES = estimate.Rates(bf16=1000, tf32=500, f32=50, bandwidth=1000, launch=2)
 
 
+pytestmark = pytest.mark.gpu_check
+
+
 @pytest.fixture(autouse=True)
 def _compiler(require):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)

@@ -150,10 +150,15 @@ def test_metrics_with_invalid_lines_or_bytes(tiny_run, tmp_path, damage):
         ),
         ("metrics.jsonl", f'{{"step": 1, "a": 1{"0" * 400}}}', "metrics.jsonl must be a number"),
         ("config.json", "{", "config.json is corrupted"),
+        ("corruptions.json", "{}", "corruptions.json is corrupted"),
+        ("corruptions.json", '{"errors": {"jpeg": ["a"]}}', "jpeg 0 in .* must be a number"),
+        ("profile/operations.json", "{}", "operations.json is corrupted"),
+        ("profile/operations.json", '[{"milliseconds": 1}]', "times in .* must be a number"),
     ],
 )
 def test_files_with_wrong_types_are_errors(tiny_run, tmp_path, file, content, says):
     shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "profile").mkdir()
     (tmp_path / "run" / file).write_text(content)
     with pytest.raises(UserError, match=says) as error:
         build.write_report(tmp_path / "run")

@@ -89,7 +89,7 @@ def hub(tmp_path):
 
     def load(name, **environment):
         env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        env |= {"HF_ENDPOINT": address, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env |= {"HF_ENDPOINT": address, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-c", LOAD, name, str(tmp_path / "head.npy")]
         return subprocess.run(
             command, env=env | environment, capture_output=True, text=True, cwd=ROOT

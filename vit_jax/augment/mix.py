@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import betaincinv
 
 from vit_jax.augment.geometric import in_box
 
 
 def _beta_quantiles(alpha):
     """Returns float32[4097]: the quantiles of Beta(alpha, alpha) at equal steps from 0 to 1."""
+    from scipy.special import betaincinv  # slow to import: only for recipes that mix
+
     return jnp.asarray(betaincinv(alpha, alpha, np.linspace(0, 1, 4097)), jnp.float32)
 
 

@@ -5,10 +5,13 @@ import json
 
 import numpy as np
 
+from vit_jax.errors import expand_home
 from vit_jax.inference.classify import classify_examples, load_examples
+from vit_jax.inference.corruptions import corruption_errors
 from vit_jax.inference.scores import score
 from vit_jax.inference.trained import load
 from vit_jax.parallel import backend
+from vit_jax.workdir import write_errors, write_json
 
 
 def main(argv=None):
@@ -21,6 +24,11 @@ def main(argv=None):
     parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--corruptions",
+        action="store_true",
+        help="also evaluate on corrupted images; writes WORKDIR/corruptions.json for the report",
+    )
     args = parser.parse_args(argv)
     backend.enable_compilation_cache()
     backend.check_backend()
@@ -28,10 +36,25 @@ def main(argv=None):
     examples, split = load_examples(trained, args.data, args.split)
     logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
+    if args.corruptions:
+        errors = corruption_errors(trained, examples)
+        result["corruption_errors"] = errors
+        saved = {"split": split, "source": examples.source, "step": trained.step, "errors": errors}
+        path = expand_home(args.workdir) / "corruptions.json"
+        with write_errors(path):
+            write_json(path, saved)
     if args.json:
         print(json.dumps({"split": split, "step": trained.step, **result}))
     else:
         print(f"{split} of {examples.source}, step {trained.step}", *_table(result), sep="\n")
+
+
+def _corruption_table(errors):
+    """Yields a line per corruption: the mean error, and the errors at severities 1 to 5."""
+    if errors:
+        yield f"\n{'error on corrupted images':25}   mean  at severities 1 to 5"
+        for kind, each in errors.items():
+            yield f"{kind:25} {np.mean(each):6.2%}  {' '.join(f'{e:6.2%}' for e in each)}"
 
 
 def _table(result):
@@ -41,6 +64,7 @@ def _table(result):
         f"accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
         f"loss {result['loss']:.4f}, ECE {result['ece']:.2%}, {result['count']:,} images"
     )
+    yield from _corruption_table(result.get("corruption_errors", {}))
     confusion = np.array(result["confusion"])
     np.fill_diagonal(confusion, 0)
     width = max(len("class"), *(len(c["class"]) for c in result["classes"]))

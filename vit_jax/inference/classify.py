@@ -1,6 +1,7 @@
 """Classification of images and of splits: uint8 pixels in, logits and attention maps out."""
 
 import pathlib
+import sys
 
 import cv2
 import jax
@@ -65,7 +66,7 @@ def load_examples(trained, name=None, split=None):
     Args:
       trained: a TrainedModel. If its run streamed its data, the split is a Stream.
       name: an image folder or a TFDS name, its images cropped to the model's size. None: the data
-        that the run was trained on.
+        that the run was trained on. Classes that are only numbered are the model's, in order.
       split: a TFDS split. None: the run's test split, or its validation split if it has no test
         split. For a folder: `test` if it exists, else `train`.
     Raises UserError for data that does not exist or has a class that the model lacks.
@@ -91,7 +92,9 @@ def load_examples(trained, name=None, split=None):
         streaming=config.data.streaming,
     )
     unknown = sorted(set(examples.class_names) - set(trained.class_names))
-    if unknown:
+    if unknown and _only_numbered(trained, examples):
+        print(f"the classes of {name} have no names: they are taken by number", file=sys.stderr)
+    elif unknown:
         raise UserError(
             f"{name} has classes that the model lacks ({', '.join(unknown[:5])}); "
             f"it has {', '.join(trained.class_names[:20])}"
@@ -123,5 +126,16 @@ def classify_examples(trained, examples):
         logits, labels = (np.concatenate(part)[: examples.num_examples] for part in parts)
     else:
         logits, labels = classify(examples.images), examples.labels
-    to_model = np.array([trained.class_names.index(name) for name in examples.class_names])
-    return logits, to_model[labels]
+    return logits, class_numbers(trained, examples)[labels]
+
+
+def class_numbers(trained, examples):
+    """Returns int[n], the model's number of each class of a split from `load_examples`."""
+    if _only_numbered(trained, examples):
+        return np.arange(len(trained.class_names))
+    return np.array([trained.class_names.index(name) for name in examples.class_names])
+
+
+def _only_numbered(trained, examples):
+    """Returns whether the classes are named "0", "1", ..., as in TFDS's cifar10_1."""
+    return tuple(examples.class_names) == tuple(map(str, range(len(trained.class_names))))

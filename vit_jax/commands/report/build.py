@@ -34,6 +34,7 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
             sections.results(groups),
             sections.curves(groups),
             _about_model(records[0].workdir, step, data, split),
+            sections.robustness(records),
             sections.profile(records),
             sections.provenance(records),
         ]

@@ -61,6 +61,24 @@ def curves(series, *, ylabel):
     return figure
 
 
+def severities(errors):
+    """Draws {kind: errors at severities 1, 2, ...} as lines that begin at the clean images'."""
+    figure = Figure(figsize=(_WIDTH, 3.0))
+    axes = figure.add_subplot()
+    kinds = [kind for kind in errors if kind != "clean"]
+    for i, kind in enumerate(kinds):
+        values = [*errors.get("clean", [])[:1], *errors[kind]]
+        first = len(errors[kind]) + 1 - len(values)
+        line = {"color": _COLORS[i % len(_COLORS)], "linestyle": "-" if i < len(_COLORS) else "--"}
+        axes.plot(range(first, first + len(values)), values, label=kind, marker="o", ms=3, **line)
+    axes.set_xlabel("severity")
+    axes.set_ylabel("error")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+    return figure
+
+
 def confusion(matrix, names):
     """Draws an int[true, predicted] confusion matrix, colored by share of the true class."""
     n = len(names)

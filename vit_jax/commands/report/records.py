@@ -32,6 +32,7 @@ class Record:
     lines: list[dict[str, float]]  # metrics.jsonl
     result: dict[str, float] | None  # result.json; None if the run has not finished
     operations: list[dict]  # profile/operations.json; [] without a profile
+    corruptions: dict | None  # corruptions.json, written by evaluate --corruptions
 
     def series(self, name):
         """Returns (steps, values) of a metric."""
@@ -82,8 +83,15 @@ def _read_record(workdir, config):
             lines = [values for _, values in read_lines(path)]
         for values in lines:
             _check_numbers(values, path)
-    operations = _read_operations(workdir / "profile" / "operations.json")
-    return Record(workdir, config, _read_object(workdir / "run.json"), lines, result, operations)
+    return Record(
+        workdir,
+        config,
+        _read_object(workdir / "run.json"),
+        lines,
+        result,
+        _read_operations(workdir / "profile" / "operations.json"),
+        _read_corruptions(workdir / "corruptions.json"),
+    )
 
 
 def _read_object(path):
@@ -92,6 +100,18 @@ def _read_object(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
+
+
+def _read_corruptions(path):
+    if not path.exists():
+        return None
+    values = _read_object(path)
+    with _read_errors(path):
+        if not all(isinstance(each, list) for each in dict(values["errors"]).values()):
+            raise ValueError("not lists of errors")
+    for kind, each in values["errors"].items():
+        _check_numbers({f"{kind} {i}": error for i, error in enumerate(each)}, path)
+    return values
 
 
 def _read_operations(path):
@@ -112,7 +132,7 @@ def _read_errors(path):
         yield
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
+    except (ValueError, TypeError, LookupError, RecursionError) as e:
         raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
 
 

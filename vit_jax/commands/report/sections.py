@@ -263,6 +263,20 @@ def _patch_filters(kernel):
     return np.uint8(127.5 + 127.5 * filters / np.maximum(largest, 1e-12))
 
 
+def robustness(records):
+    """Returns the error on corrupted images by severity, or "" without corruptions.json."""
+    saved = records[0].corruptions
+    if not saved:
+        return ""
+    note = (
+        f"Error on {saved.get('split')} of {saved.get('source')}, step {saved.get('step')}, with "
+        "corruptions drawn here, of the kinds and severities of Hendrycks and Dietterich "
+        "(arXiv 1903.12261). Severity 0 is the images as they are."
+    )
+    plot = page.plot(figures.severities(saved["errors"]))
+    return page.section("Robustness", page.note(note), page.figure("Corruptions", plot))
+
+
 def profile(records):
     """Returns the longest operations of a profiled run, or "" without a profile."""
     operations = records[0].operations
