@@ -80,37 +80,19 @@ def _compiler(require):
     require("gpu_check", gpu_helpers.INSTALLED, gpu_helpers.REMEDY)
 
 
-# With --dist loadgroup, the tests of a program run in one process, which compiles it once.
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(c, marks=pytest.mark.xdist_group(str(c)), id="-".join(map(str, c)))
-        for c in CASES
-    ],
-)
-def case(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def step(case):
-    name, target, fsdp = case
-    return Step(*compile_recipe(recipe(name, fsdp, **{"model.depth": 2}), target))
-
-
-def test_memory_is_bounded(case, step):
+def memory_is_bounded(case, step):
     assert step.memory < CASES[case]
 
 
-def test_state_is_updated_in_place(step):
+def state_is_updated_in_place(case, step):
     assert step.undonated() == 0
 
 
-def test_nothing_is_float64(step):
+def nothing_is_float64(case, step):
     assert "f64" not in dtypes(step.program)
 
 
-def test_gradients_are_summed_over_devices_in_float32(case, step):
+def gradients_are_summed_over_devices_in_float32(case, step):
     sums = sums_over_devices(step.program)
     assert set(sums) <= {"f32", "s32"}
     if case[1] == "h100":
@@ -121,7 +103,7 @@ def test_gradients_are_summed_over_devices_in_float32(case, step):
         assert sums["f32"] > 0.6 * step.experiment.num_params / case[2]
 
 
-def test_only_the_expected_collectives(case, step):
+def only_the_expected_collectives(case, step):
     expected = {1: {"all-reduce"}, 8: {"all-reduce", "all-gather", "reduce-scatter"}}[case[2]]
     found = step.program.transfers()
     assert bool(found) == (case[1] != "h100")
@@ -132,11 +114,11 @@ def test_only_the_expected_collectives(case, step):
     assert not re.search(to_host, step.program.text)
 
 
-def test_products_have_the_precision_of_the_recipe(case, step):
+def products_have_the_precision_of_the_recipe(case, step):
     assert units(step.program) == ({"f32"} if case[0] == "cifar10_vit" else {"bf16", "tf32"})
 
 
-def test_kernels_and_least_time_are_those_of_the_docs(case, step):
+def kernels_and_least_time_are_those_of_the_docs(case, step):
     name, target, fsdp = case
     options = ":model.depth=2" + (f",mesh.fsdp={fsdp}" if fsdp > 1 else "")
     text = (ROOT / "docs" / "gpu.md").read_text()
@@ -145,6 +127,26 @@ def test_kernels_and_least_time_are_those_of_the_docs(case, step):
     assert sums["kernels"] == pytest.approx(float(row[5].replace(",", "")), rel=0.03)
     assert sums["seconds"] * 1e3 == pytest.approx(float(row[7]), rel=0.03)
     assert all(count for _, count in step.program.loops())  # of known length
+
+
+GUARDS = (
+    memory_is_bounded,
+    state_is_updated_in_place,
+    nothing_is_float64,
+    gradients_are_summed_over_devices_in_float32,
+    only_the_expected_collectives,
+    products_have_the_precision_of_the_recipe,
+    kernels_and_least_time_are_those_of_the_docs,
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_program(case):
+    """One test, because compiling takes most of its time."""
+    name, target, fsdp = case
+    step = Step(*compile_recipe(recipe(name, fsdp, **{"model.depth": 2}), target))
+    for guard in GUARDS:
+        guard(case, step)
 
 
 SMALL = {"model.depth": 1, "model.width": 64, "model.num_heads": 2, "model.mlp_dim": 128}

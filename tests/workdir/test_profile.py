@@ -1,7 +1,9 @@
 """The profile of a run: its trace, read back by xprof, and the time of its operations."""
 
+import importlib.util
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +20,17 @@ def profiled(make_tiny_config, tmp_path_factory):
     return c, workdir, train(c, workdir, profile_steps=(3, 4))
 
 
-def test_xprof_reads_the_steps_of_the_trace(profiled):
+def test_trace_has_the_steps(profiled):
+    (path,) = (profiled[1] / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    events = [e for plane in planes for line in plane.lines for e in line.events]
+    assert {int(dict(e.stats)["step_num"]) for e in events if e.name == "train"} == {3, 4}
+    assert list((profiled[1] / "profile").rglob("*.trace.json.gz"))  # for Perfetto
+
+
+def test_xprof_reads_the_steps_of_the_trace(profiled, require):
+    there = importlib.util.find_spec("xprof") is not None
+    require("xprof", there, "xprof is not installed: pip install xprof")
     from xprof.convert.raw_to_tool_data import xspace_to_tool_data
 
     paths = list(map(str, (profiled[1] / "profile").rglob("*.xplane.pb")))
@@ -26,7 +38,6 @@ def test_xprof_reads_the_steps_of_the_trace(profiled):
     events = json.loads(text)["traceEvents"]
     steps = {e["args"]["step_num"] for e in events if "step_num" in e.get("args", {})}
     assert set(map(int, steps)) == {3, 4}
-    assert list((profiled[1] / "profile").rglob("*.trace.json.gz"))  # for Perfetto
 
 
 def test_operations_have_the_names_of_the_model(profiled):
