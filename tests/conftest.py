@@ -30,11 +30,6 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="runs that tests/faults kills")
 
 
-def pytest_xdist_auto_num_workers():
-    """One worker more than cores: tests wait for the processes that they start."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 # The files that take longest, in this order: pytest-xdist starts files in the order of the tests.
 LONG = [
     *("test_docs_run.py", "test_tutorial.py", "test_training.py", "test_kills.py", "test_train.py"),

@@ -15,7 +15,7 @@ def test_format_and_suffix_must_agree():
     assert export.parse_format("vit.pt", "timm") == "timm"
     assert export.parse_format("folder", None) == "huggingface"
     with pytest.raises(UserError, match=r"ends in \.pt, \.safetensors, \.npz, \.jax"):
-        export.parse_format("vit.onnx", None)
+        export.parse_format("vit.h5", None)
     with pytest.raises(UserError, match=r"--format google is written to \.npz"):
         export.parse_format("vit.pt", "google")
 

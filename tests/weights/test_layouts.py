@@ -159,13 +159,13 @@ FIELDS = {
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_round_trips_are_bit_exact(layout):
-    for fields in FIELDS[layout]:
-        for depth in (1, 11):
-            _, params = random_model(depth=depth, **fields)
-            theirs = layouts.from_params(params, layout, num_heads=3)
-            back, _ = layouts.to_params(theirs, layout, "a file")
-            assert same_bits(back, params)
-            assert same_bits(layouts.from_params(back, layout, num_heads=3), theirs)
+    for i, fields in enumerate(FIELDS[layout]):
+        depth = 1 if i else 11  # block_10 follows block_9
+        _, params = random_model(depth=depth, **fields)
+        theirs = layouts.from_params(params, layout, num_heads=3)
+        back, _ = layouts.to_params(theirs, layout, "a file")
+        assert same_bits(back, params)
+        assert same_bits(layouts.from_params(back, layout, num_heads=3), theirs)
 
 
 def test_names_and_axes_match_the_published_sources():

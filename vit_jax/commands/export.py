@@ -4,6 +4,7 @@
     vit.safetensors  our own names, any variant; its metadata defines the model
     vit.npz          the names of Google's vision_transformer
     vit.jax          a self-contained inference function: uint8 images to probabilities
+    vit.onnx         the same for onnxruntime
     vit_folder       a Hugging Face folder: ViTForImageClassification.from_pretrained, and ready for
                      `hf upload`, with a model card made from the run
 
@@ -64,6 +65,7 @@ SUFFIXES = {  # formats by suffix, the default first
     ".safetensors": ("safetensors", "timm"),
     ".npz": ("google",),
     ".jax": ("jax",),
+    ".onnx": ("onnx",),
     "": ("huggingface",),
 }
 

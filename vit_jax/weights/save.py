@@ -1,7 +1,9 @@
 """Trained weights written in other libraries' formats."""
 
+import contextlib
 import io
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -17,7 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.weights import files, layouts
 from vit_jax.weights.load import FIELDS, OURS
 
-FORMATS = ("notebook", "safetensors", "google", "jax", "huggingface", "timm")
+FORMATS = ("notebook", "safetensors", "google", "jax", "onnx", "huggingface", "timm")
 
 
 def save_weights(trained, path, form, *, readme=""):
@@ -33,6 +35,8 @@ def save_weights(trained, path, form, *, readme=""):
         raise UserError(f"{path} exists: give another name, or delete it")
     if form == "jax":
         content = _serialize(trained)
+    elif form == "onnx":
+        content = _onnx(trained)
     elif form == "safetensors":
         described = {  # load_weights rebuilds the model from it
             "model": {name: getattr(trained.model, name) for name in FIELDS},
@@ -58,18 +62,56 @@ def _serialize(trained):
     It returns probabilities for any b, on CPU, CUDA, and TPU, and contains the weights and the
     preprocessing. Calling it needs only jax and flatbuffers.
     """
-    vit, params, config = trained
-    params = jax.tree.map(jnp.asarray, params)
-
-    def predict(images):
-        x = augment.normalize(images, config.data.mean, config.data.std)
-        return jax.nn.softmax(vit.apply({"params": params}, x))
-
+    predict = _make_predict(trained, trained.model)
     shape = (*jax.export.symbolic_shape("b"), *trained.image_shape)
     exported = jax.export.export(jax.jit(predict), platforms=["cpu", "cuda", "tpu"])(
         jax.ShapeDtypeStruct(shape, jnp.uint8)
     )
     return bytes(exported.serialize())
+
+
+def _make_predict(trained, vit):
+    """Returns predict(uint8[b, H, W, C]) -> float32[b, classes] probabilities."""
+    params, pixels = jax.tree.map(jnp.asarray, trained.params), trained.config.data
+
+    def predict(images):
+        x = augment.normalize(images, pixels.mean, pixels.std)
+        return jax.nn.softmax(vit.apply({"params": params}, x))
+
+    return predict
+
+
+def _onnx(trained):
+    """Returns the bytes of an ONNX model, uint8[b, H, W, C] -> float32[b, classes] probabilities.
+
+    It computes in float32, and is compared with the model on random images by onnxruntime.
+    """
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as e:
+        raise UserError("ONNX needs jax2onnx and onnxruntime: pip install 'vit-jax[onnx]'") from e
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about constants
+    predict = _make_predict(trained, trained.model.clone(dtype=jnp.dtype("float32")))
+    inputs = [jax.ShapeDtypeStruct(("b", *trained.image_shape), jnp.uint8)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            proto = jax2onnx.to_onnx(
+                predict, inputs, input_names=["images"], output_names=["probabilities"]
+            )
+    except Exception as e:  # of any type
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"jax2onnx cannot convert this model: {reason}") from e
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    for b in (1, 3):
+        shape = (b, *trained.image_shape)
+        images = np.random.default_rng(b).integers(0, 256, shape, dtype=np.uint8)
+        (got,) = session.run(None, {"images": images})
+        error = np.abs(got - predict(images)).max()
+        if not error < 1e-5:
+            raise UserError(f"the ONNX model differs by {error:.1e} from this one")
+    return content
 
 
 def _tensors(trained, kind):
