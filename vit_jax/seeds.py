@@ -183,9 +183,14 @@ class RunWorkdir:
     def read_result(self) -> dict[str, Any] | None:
         """Returns the content of the run's result.json, or None."""
         path = self.path / "result.json"
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as e:
+            result = json.loads(path.read_text())
+            if "steps" not in result:
+                raise ValueError("it has no steps")
+            return result
+        except (ValueError, TypeError) as e:
             raise UserError(f"{path} is not a result ({e}): delete it, then rerun") from e
 
     def wait(self) -> None:

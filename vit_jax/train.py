@@ -67,8 +67,8 @@ def train(
             _say(f"Already complete. {_summary(result)}")
             return result
         if profile_steps:
-            trace = trace_steps(experiment, path / "profile", start, profile_steps)
-            experiment.train_step = trace
+            folder = path / "profile"
+            experiment.train_step = trace_steps(experiment, folder, start, profile_steps)
         workdir.open(start, command=command, keep=experiment.plan.keep)
         return _train(experiment, workdir, start)
 
