@@ -1,8 +1,8 @@
-"""Error on corrupted images: seven corruptions at five severities, drawn here.
+"""Error on corrupted images: seven corruptions at five severities.
 
-Kinds and severities are those of Hendrycks and Dietterich (arXiv 1903.12261): of CIFAR-10-C for
-images of at most 64 pixels per side, else of ImageNet-C. The images are not theirs: the noise is
-drawn again, and each severity is applied to the split that is evaluated.
+Severities are those of Hendrycks and Dietterich (arXiv 1903.12261): of CIFAR-10-C for images of at
+most 64 pixels per side, otherwise of ImageNet-C. The corrupted images are computed from the split
+that is evaluated, so errors are not comparable to those on the published images.
 """
 
 import io

@@ -269,9 +269,9 @@ def robustness(records):
     if not saved:
         return ""
     note = (
-        f"Error on {saved.get('split')} of {saved.get('source')}, step {saved.get('step')}, with "
-        "corruptions drawn here, of the kinds and severities of Hendrycks and Dietterich "
-        "(arXiv 1903.12261). Severity 0 is the images as they are."
+        f"Error on {saved.get('split')} of {saved.get('source')}, step {saved.get('step')}. "
+        "vit_jax draws the corruptions, with the severities of Hendrycks and Dietterich "
+        "(arXiv 1903.12261). Severity 0 is the original images."
     )
     plot = page.plot(figures.severities(saved["errors"]))
     return page.section("Robustness", page.note(note), page.figure("Corruptions", plot))
