@@ -97,9 +97,10 @@ def choice(default: str, *others: str, doc: str) -> Field:
 
 
 def number(default: int | float, doc: str, **bounds: float) -> Field:
-    """Defines a number of the default's type within bounds: at_least, above, at_most, below.
+    """Defines a numeric field of the default's type.
 
-    Without an upper bound, integers must fit in int32 and floats must be finite.
+    The bounds are `at_least` and `at_most` (inclusive), `above` and `below` (exclusive). Without an
+    upper bound, integers must fit in int32 and floats must be finite.
     """
     if not bounds.keys() & {"at_most", "below"}:
         bounds["below"] = 2**31 if isinstance(default, int) else float("inf")

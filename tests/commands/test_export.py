@@ -1,6 +1,7 @@
 """The export command: formats, suffixes, and its output."""
 
 import json
+import shutil
 
 import pytest
 from small_models import same_bits
@@ -37,3 +38,12 @@ def test_export_writes_the_runs_weights_and_never_overwrites(tiny_run, tmp_path,
     assert "model.width = 16\n" in card and "model.qk_norm" not in card
     with pytest.raises(UserError, match=f"{folder} exists: give another name, or delete it"):
         export.main(argv)
+
+
+@pytest.mark.parametrize("file", ["run.json", "result.json"])
+def test_corrupted_record_is_reported_before_anything_is_written(tiny_run, tmp_path, file):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / file).write_text("[]")
+    with pytest.raises(UserError, match=f"{file} must contain a JSON object, not list"):
+        export.main(["--workdir", str(run), "--to", str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()

@@ -83,11 +83,11 @@ def test_google_logits_equal_flax_modules(tmp_path, cls, pre_logits):
 
 
 class MlpBlock(GoogleMlp):
-    """The name that flax gives this module is its class's."""
+    """flax names a module after its class."""
 
 
 class LinenBlock(nn.Module):
-    """Google's and big_vision's block, with the names that flax chooses."""
+    """Google's and big_vision's block, with flax's automatic names."""
 
     @nn.compact
     def __call__(self, x):

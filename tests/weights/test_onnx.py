@@ -1,4 +1,4 @@
-"""The ONNX model of a run, in onnxruntime. It needs the extra onnx."""
+"""ONNX export, compared in ONNX Runtime. These tests need the extra onnx."""
 
 import importlib.util
 

@@ -37,7 +37,7 @@ def main(argv=None):
     logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
     if args.corruptions:
-        errors = corruption_errors(trained, examples)
+        errors = {"clean": [1 - result["accuracy"]]} | corruption_errors(trained, examples)
         result["corruption_errors"] = errors
         saved = {"split": split, "source": examples.source, "step": trained.step, "errors": errors}
         path = expand_home(args.workdir) / "corruptions.json"

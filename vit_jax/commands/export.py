@@ -12,11 +12,11 @@
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 from vit_jax import config as config_lib
+from vit_jax.commands.report.records import read_object, read_result
 from vit_jax.errors import UserError, expand_home
 from vit_jax.inference.scores import wilson
 from vit_jax.inference.trained import load
@@ -88,10 +88,11 @@ def model_card(trained, workdir):
     splits = read_document(folder, "data")["splits"]
     counts = [f"{s['num_examples']:,} {name} images" for name, s in splits.items()]
     rows = {"step": f"{trained.step:,}", "classes": ", ".join(trained.class_names)}
-    result, run = (_read_json(workdir / f"{name}.json") for name in ("result", "run"))
+    result, path = read_result(workdir / "result.json") or {}, workdir / "run.json"
+    run = read_object(path) if path.exists() else {}
     for name, split in splits.items():
         accuracy, count = result.get(f"{name}_accuracy"), split["num_examples"]
-        if accuracy is not None and result["steps"] == trained.step:
+        if accuracy is not None and result.get("steps") == trained.step:
             low, high = wilson(round(accuracy * count), count)
             rows[f"{name} accuracy"] = f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
     rows |= {name: run[name] for name in ("command", "commit", "date") if run.get(name)}
@@ -103,10 +104,6 @@ def model_card(trained, workdir):
         rows="\n".join(f"| {name} | {text} |".replace("\n", " ") for name, text in rows.items()),
         fields="\n".join(f"{k} = {v!r}" for k, v in fields.items() if v != defaults[k]),
     )
-
-
-def _read_json(path):
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main(argv=None):

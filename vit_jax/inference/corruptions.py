@@ -64,7 +64,7 @@ _PER_IMAGE = {"pixelate": _pixelate, "jpeg": _jpeg}
 
 
 def corruption_errors(trained, examples):
-    """Returns {"clean": [error], kind: errors at severities 1 to 5} of a TrainedModel.
+    """Returns {kind: errors at severities 1 to 5} of a TrainedModel.
 
     `examples` are from `classify.load_examples`. Raises UserError if they are streamed.
     """
@@ -77,8 +77,7 @@ def corruption_errors(trained, examples):
         return float(np.mean(classify(images).argmax(axis=1) != labels))
 
     large = max(trained.image_shape[:2]) > 64
-    errors = {"clean": [error(examples.images)]}
-    for kind, severities in SEVERITIES.items():
-        values = severities[large]
-        errors[kind] = [error(corrupt(examples.images, kind, value)) for value in values]
-    return errors
+    return {
+        kind: [error(corrupt(examples.images, kind, value)) for value in severities[large]]
+        for kind, severities in SEVERITIES.items()
+    }

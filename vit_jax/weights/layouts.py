@@ -130,7 +130,7 @@ LAYOUTS = {
         optional=("pre_logits",),
     ),
 }
-# As google-research/vision_transformer names the parameters of its model in memory.
+# google-research/vision_transformer in memory: flax's automatic names, unlike in its .npz files.
 _LINEN_BLOCK = {
     "norm1": "LayerNorm_0/*",
     "attn/qkv": "MultiHeadDotProductAttention_0/{query,key,value}/*",

@@ -17,8 +17,8 @@ from vit_jax.workdir import read_lines
 # Fields in which the seeds and repetitions of one experiment may differ.
 NOT_EXPERIMENTAL = ("seed", "num_seeds", "tensorboard", "wandb", "data.dir")
 NOT_EXPERIMENTAL += ("mesh.data", "mesh.fsdp")
-# The fields of result.json that the report shows. All are numbers, and a run may lack any.
-_RESULT_FIELDS = ("test_accuracy", "test_loss", "val_accuracy", "train_loss")
+# The fields of result.json that are read. All are numbers, and a run may lack any.
+_RESULT_FIELDS = ("steps", "test_accuracy", "test_loss", "val_accuracy", "train_loss")
 _RESULT_FIELDS += ("num_params", "images_per_second", "seconds")
 
 
@@ -69,15 +69,11 @@ def _read_config(workdir):
     if not path.exists():
         raise UserError(f"{workdir} contains no run ({path} is missing): train with this --workdir")
     with _read_errors(path):
-        return config_lib.from_dict(_read_object(path))
+        return config_lib.from_dict(read_object(path))
 
 
 def _read_record(workdir, config):
-    result, lines = None, []
-    if (path := workdir / "result.json").exists():
-        values = _read_object(path)
-        result = {k: values[k] for k in _RESULT_FIELDS if values.get(k) is not None}
-        _check_numbers(result, path)
+    lines = []
     if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
             lines = [values for _, values in read_lines(path)]
@@ -86,15 +82,26 @@ def _read_record(workdir, config):
     return Record(
         workdir,
         config,
-        _read_object(workdir / "run.json"),
+        read_object(workdir / "run.json"),
         lines,
-        result,
+        read_result(workdir / "result.json"),
         _read_operations(workdir / "profile" / "operations.json"),
         _read_corruptions(workdir / "corruptions.json"),
     )
 
 
-def _read_object(path):
+def read_result(path):
+    """Returns the numbers of a result.json, or None if it does not exist."""
+    if not path.exists():
+        return None
+    values = read_object(path)
+    result = {k: values[k] for k in _RESULT_FIELDS if values.get(k) is not None}
+    _check_numbers(result, path)
+    return result
+
+
+def read_object(path):
+    """Returns the JSON object in a file. Raises UserError for any other content."""
     with _read_errors(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
@@ -105,11 +112,12 @@ def _read_object(path):
 def _read_corruptions(path):
     if not path.exists():
         return None
-    values = _read_object(path)
+    values = read_object(path)
+    errors = values.get("errors")
     with _read_errors(path):
-        if not all(isinstance(each, list) for each in dict(values["errors"]).values()):
-            raise ValueError("not lists of errors")
-    for kind, each in values["errors"].items():
+        if not isinstance(errors, dict) or not all(isinstance(e, list) for e in errors.values()):
+            raise ValueError("no lists of errors")
+    for kind, each in errors.items():
         _check_numbers({f"{kind} {i}": error for i, error in enumerate(each)}, path)
     return values
 
@@ -132,7 +140,7 @@ def _read_errors(path):
         yield
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, TypeError, LookupError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is corrupted ({e}): restore it from a copy") from e
 
 
