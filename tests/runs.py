@@ -1,20 +1,44 @@
-"""Runs as processes of their own, and what runs leave on disk."""
+"""Runs in this process and in their own, and what runs leave on disk."""
 
+import copy
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import unittest.mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax import config as config_lib
+from vit_jax import train as train_lib
+from vit_jax.experiment import make_experiment
 from vit_jax.workdir import saved_steps
 from vit_jax.workdir.files import find_corruption
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@functools.cache
+def _make_experiment(fields, fresh):
+    return make_experiment(config_lib.from_dict(json.loads(fields)), fresh=fresh)
+
+
+def _shared_experiment(config, *, fresh=True):
+    fields = json.dumps(config.to_dict(), sort_keys=True)
+    return copy.copy(_make_experiment(fields, fresh and bool(config.init_from)))
+
+
+def train_shared(config, workdir, **options):
+    """vit_jax.train.train, but runs with equal configs share the programs of the first one.
+
+    Not for a test that changes the data, or what a program contains, between two runs.
+    """
+    with unittest.mock.patch.object(train_lib, "make_experiment", _shared_experiment):
+        return train_lib.train(config, workdir, **options)
 
 
 def command(c, workdir):

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import lines
+from runs import lines, train_shared
 
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import seeds
 from vit_jax.experiment import make_experiment
 from vit_jax.parallel.mesh import make_mesh
-from vit_jax.train import train
 
 
 def config_of(num_seeds):
@@ -61,7 +60,7 @@ def finished(make_tiny_config, tiny_run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("seeds") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        return c, workdir, train(c, workdir)
+        return c, workdir, train_shared(c, workdir)
 
 
 def test_each_seed_has_its_own_workdir(finished):
@@ -83,7 +82,7 @@ def test_result_has_mean_and_standard_deviation(finished, capsys):
         assert result[f"{name}_std"] == pytest.approx(np.std(each, ddof=1))
     assert result["train_loss_std"] > 0 and result["seed"] == [5, 6]
     assert json.loads((workdir / "result.json").read_text()) == result
-    assert train(c, workdir) == result
+    assert train_shared(c, workdir) == result
     assert "(mean of 2 seeds, standard deviation" in capsys.readouterr().out
 
 
@@ -93,7 +92,7 @@ def test_run_killed_between_the_saves_of_two_seeds_repeats_the_step(finished, tm
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "seed_6" / "checkpoints" / "2")
     (tmp_path / "run" / "result.json").unlink()
-    again = train(c, tmp_path / "run")  # from the initial weights of c.init_from
+    again = train_shared(c, tmp_path / "run")  # from the initial weights of c.init_from
     assert "Resuming" not in capsys.readouterr().out
     for name in ("train_loss_of_each_seed", "test_loss_of_each_seed"):
         assert again[name] == result[name]
@@ -102,12 +101,12 @@ def test_run_killed_between_the_saves_of_two_seeds_repeats_the_step(finished, tm
 
 def test_several_seeds_resume_from_the_newest_common_step(finished, tmp_path, capsys):
     c = config_lib.from_dict(finished[0].to_dict())
-    c.steps, c.save_every = 3, "1 step"
-    whole = train(c, tmp_path / "run")
+    c.init_from, c.steps, c.save_every = "", 3, "1 step"
+    whole = train_shared(c, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "seed_6" / "checkpoints" / "3")
     (tmp_path / "run" / "result.json").unlink()
     before = lines(tmp_path / "run" / "seed_5")
-    again = train(c, tmp_path / "run")
+    again = train_shared(c, tmp_path / "run")
     assert "Resuming from step 2 of 3" in capsys.readouterr().out
     assert again["test_loss_of_each_seed"] == whole["test_loss_of_each_seed"]
     assert lines(tmp_path / "run" / "seed_5") == before

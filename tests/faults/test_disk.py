@@ -10,7 +10,7 @@ import sys
 
 import orbax.checkpoint as ocp
 import pytest
-from runs import assert_same, command, content, files, finish, start
+from runs import assert_same, command, content, files, finish, start, train_shared
 
 import vit_jax
 from vit_jax.errors import UserError
@@ -40,7 +40,7 @@ def saving(c):
 @pytest.fixture(scope="module")
 def original(make_tiny_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("original") / "run"
-    train(saving(make_tiny_config()), workdir)
+    train_shared(saving(make_tiny_config()), workdir)
     return workdir
 
 
@@ -74,7 +74,7 @@ class TestCorruption:
             if path.is_file():
                 path.write_bytes(path.read_bytes()[:10])
         corrupted = files(checkpoints / "6")
-        train(saves, workdir)
+        train_shared(saves, workdir)
         printed = capsys.readouterr().out
         assert "checkpoints/6: params/" in printed and "is not what was saved; moved to" in printed
         assert "Resuming from step 4 of 6" in printed
@@ -92,7 +92,7 @@ class TestCorruption:
         before = files(workdir)
         message = r"every checkpoint is corrupted .*SHA256SUMS is missing"
         with pytest.raises(UserError, match=message):
-            train(saves, workdir)
+            train_shared(saves, workdir)
         assert files(workdir) == before
 
     @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ class TestCorruption:
             return function(file, *args, **options)
 
         monkeypatch.setattr(owner, call, stale)
-        for resume in (lambda: train(saves, workdir), lambda: vit_jax.load(workdir)):
+        for resume in (lambda: train_shared(saves, workdir), lambda: vit_jax.load(workdir)):
             with pytest.raises(UserError, match=rf"cannot read .*/6/{name} \(Stale file handle\)"):
                 resume()
         works = True
@@ -167,8 +167,8 @@ def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     step = saved_steps(copy / "checkpoints")[-1]
     assert f"step {step} is the last one saved" in line
     assert find_corruption(copy / "checkpoints" / str(step)) is None
-    train(saves, tmp_path / "whole")
-    train(saves, copy)
+    train_shared(saves, tmp_path / "whole")
+    train_shared(saves, copy)
     assert_same(content(copy), content(tmp_path / "whole"))
 
 
@@ -182,7 +182,7 @@ def test_deleted_workdir_is_reported(saves, tmp_path, monkeypatch):
 
     monkeypatch.setattr(JsonLines, "write", remove)
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No such file"):
-        train(saves, tmp_path / "run")
+        train_shared(saves, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -209,7 +209,7 @@ def test_workdir_allows_one_run_at_a_time(saves, tmp_path):
         assert other.stdout.readline() == "locked\n"
         before = files(tmp_path / "w")
         with pytest.raises(UserError, match=f"is in use by process {other.pid} on "):
-            train(saves, tmp_path / "w")
+            train_shared(saves, tmp_path / "w")
         assert files(tmp_path / "w") == before
     finally:
         other.kill()

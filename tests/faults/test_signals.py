@@ -6,8 +6,7 @@ import socket
 import time
 
 import pytest
-from process_helpers import QUICK_XLA
-from runs import assert_same, command, command_after, content, finish, start
+from runs import assert_same, command, command_after, content, finish, start, train_shared
 
 from vit_jax.train import train
 from vit_jax.workdir import saved_steps
@@ -69,12 +68,12 @@ JsonLines.write = write_and_stop"""
 def test_stopped_run_ends_like_the_uninterrupted_run(long, tmp_path):
     """Stopped in the middle of an epoch, at a step that the recipe does not save."""
     long.epochs = 2  # of 6 steps
-    train(long, tmp_path / "whole")
+    train_shared(long, tmp_path / "whole")
     # The process signals itself during the third step.
     code, output = finish(start(command_after(SIGNAL_AT_STEP_2, long, tmp_path / "stopped")))
     assert code == 143, output
     assert saved_steps(tmp_path / "stopped" / "checkpoints") in ([3], [4])
-    train(long, tmp_path / "stopped")
+    train_shared(long, tmp_path / "stopped")
     a, b = content(tmp_path / "stopped"), content(tmp_path / "whole")
     last = [{k: v for k, v in arrays.items() if k[0] == 12} for _, arrays in (a, b)]
     assert_same((a[0]["lines"], last[0]), (b[0]["lines"], last[1]))
@@ -129,7 +128,6 @@ def test_two_processes_save_the_same_step(long, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         coordinator = {"COORDINATOR": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
-    coordinator["XLA_FLAGS"] = QUICK_XLA
     processes = [start(command(long, tmp_path), PROCESS_ID=str(i), **coordinator) for i in range(2)]
     try:
         wait_for_steps(processes, tmp_path)

@@ -9,9 +9,7 @@ import time
 import numpy as np
 import pytest
 from process_helpers import finish, start
-from runs import command, command_after
-
-from vit_jax.train import train
+from runs import command, command_after, train_shared
 
 # Shortens the time to detect a lost process.
 SOONER = "from vit_jax.parallel import processes as p; p._HEARTBEAT_SECONDS = 5"
@@ -25,7 +23,7 @@ def losses(workdir):
 @pytest.mark.parametrize(("fsdp", "streaming"), [(1, False), (4, True)])
 def test_two_processes_train_like_one(small, tmp_path, fsdp, streaming):
     """Two processes of two devices each; streamed, each decodes only its share."""
-    train(small, tmp_path / "one")
+    train_shared(small, tmp_path / "one")
     small.mesh.fsdp, small.data.streaming = fsdp, streaming
     processes = start([command(small, tmp_path / "two")] * 2, devices=2)
     for code, _, stderr in (ended := finish(processes)):
@@ -46,7 +44,7 @@ def test_two_processes_train_like_one(small, tmp_path, fsdp, streaming):
 def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
     small.steps, small.save_every = 40, "10 steps"
     small.optim.peak_lr = 1e-4
-    train(small, tmp_path / "never")
+    train_shared(small, tmp_path / "never")
     small.mesh.fsdp = 4
     processes = start([command_after(SOONER, small, tmp_path / "one")] * 2, devices=2)
     deadline = time.monotonic() + 100
@@ -63,7 +61,7 @@ def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
     small.mesh.fsdp = 2
     processes = start([command(small, tmp_path / "four")] * 4)
     small.mesh.fsdp = 1
-    train(small, tmp_path / "one")
+    train_shared(small, tmp_path / "one")
     ended = finish(processes)
     assert [code for code, _, _ in ended] == [0] * 4, ended[0][2]
     assert "Resuming from step" in ended[0][1] and "devices: 4 x cpu" in ended[0][1]
