@@ -7,7 +7,7 @@ import tempfile
 
 # Before jax starts: the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimizations take longer than the small programs of most tests: see `optimized`.
+# Optimizing takes longer than the small programs of most tests: see `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/vit_jax_tests_xla"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -23,7 +23,10 @@ import fetch_guard  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import quick_compile  # noqa: E402
 from PIL import Image  # noqa: E402
+
+quick_compile.install()
 
 
 def pytest_addoption(parser):

@@ -6,9 +6,6 @@ import subprocess
 
 from runs import ROOT
 
-# Compiles faster, with XLA's older code for fusions; a version that has none ignores the option.
-QUICK_XLA = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
 
 def free_port():
     with socket.socket() as s:
@@ -25,7 +22,7 @@ def start(commands, *, devices=1, port=None, **environment):
             "COORDINATOR": f"127.0.0.1:{port}",
             "NUM_PROCESSES": str(len(commands)),
             "PROCESS_ID": str(i),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_XLA}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         own |= {k: v[i] for k, v in environment.items()}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -59,7 +59,10 @@ def install():
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Installs the guard once `jax` has been imported: most child processes never do."""
+    """Calls functions once `jax` has been imported: most child processes never do."""
+
+    def __init__(self, functions):
+        self.functions = functions
 
     def find_spec(self, name, path=None, target=None):
         if name != "jax":
@@ -69,14 +72,15 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if spec is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_install(module):
+            def execute_and_call(module):
                 execute(module)
-                install()
+                for function in self.functions:
+                    function()
 
-            spec.loader.exec_module = execute_and_install
+            spec.loader.exec_module = execute_and_call
         return spec
 
 
-def install_when_jax_is_imported():
-    """Starts to enforce the guard in this process as soon as it imports jax."""
-    sys.meta_path.insert(0, _WhenImported())
+def when_jax_is_imported(*functions):
+    """Calls functions, such as `install`, as soon as this process has imported jax."""
+    sys.meta_path.insert(0, _WhenImported(functions))

@@ -3,7 +3,8 @@
 import os
 
 import fetch_guard
+import quick_compile
 
-fetch_guard.install_when_jax_is_imported()
+fetch_guard.when_jax_is_imported(fetch_guard.install, quick_compile.install)
 if os.environ.get("FAULTS_UNDER"):
     import kill_at  # noqa: F401
