@@ -1,5 +1,7 @@
 """Small models with random weights, for the tests of weights and exports."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -15,9 +17,13 @@ def random_model(num_classes=5, image_shape=(12, 12, 3), **fields):
     """(model, random float32 parameters) of a small ViT."""
     fields = {**config.defaults().model, **SIZES, **fields}
     vit = make_model(fields, num_classes=num_classes)
-    shapes = jax.eval_shape(lambda key: init_params(vit, key, image_shape), jax.random.key(0))
-    rng = np.random.default_rng(0)
+    rng, shapes = np.random.default_rng(0), _param_shapes(vit, image_shape)
     return vit, jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+
+
+@functools.cache
+def _param_shapes(vit, image_shape):
+    return jax.eval_shape(lambda key: init_params(vit, key, image_shape), jax.random.key(0))
 
 
 def same_bits(a, b):

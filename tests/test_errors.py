@@ -5,11 +5,23 @@ import pwd
 import signal
 import sys
 
+import jax
 import pytest
 
 from vit_jax import config, data, main, weights
 from vit_jax.data.source import user_cache
 from vit_jax.errors import Stopped, UserError, run_command
+from vit_jax.parallel.backend import enable_compilation_cache
+
+
+def enable_cache():
+    """Enables the compilation cache as in a process that has none, and disables it again."""
+    configured = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        enable_compilation_cache()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", configured)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +33,7 @@ from vit_jax.errors import Stopped, UserError, run_command
         lambda: data.open_split("shapes10", "train"),
         lambda: user_cache("tfds"),
         lambda: main.parse(["--config", "~/recipe.py"]),
+        enable_cache,
     ],
 )
 def test_missing_home_directory_is_an_error(expand, monkeypatch):

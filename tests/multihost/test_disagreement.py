@@ -22,10 +22,11 @@ def refusals(processes, timeout=90):
     return [[x for x in stderr.splitlines() if x.startswith("error: ")] for _, _, stderr in ended]
 
 
-def test_hosts_with_different_configs(small, tmp_path):
+def test_hosts_with_different_configs_and_numbers_of_processes(small, tmp_path):
     """Foreign connections to the coordinator's port, idle or not, do not disturb the processes."""
     port, first, strangers = free_port(), command(small, tmp_path / "w"), []
-    processes = start([first, [*first, "--config.seed=1"]], port=port)
+    commands = [first, [*first, "--config.seed=1"]]
+    processes = start(commands, port=port, NUM_PROCESSES=["2", "3"])
     deadline = time.monotonic() + 30
     while len(strangers) < 4 and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -36,6 +37,7 @@ def test_hosts_with_different_configs(small, tmp_path):
     for lines in refusals(processes):
         (line,) = lines
         assert "process 1" in line and "config.seed: 1, not 0" in line
+        assert "NUM_PROCESSES: '3', not '2'" in line
     assert not (tmp_path / "w").exists()
     for stranger in strangers:
         stranger.close()
@@ -79,13 +81,6 @@ def test_hosts_with_different_data(small, tiny_folder, tmp_path):
     for lines in refusals(processes):
         (line,) = lines
         assert "process 1" in line and "the data of the train split" in line
-
-
-def test_different_numbers_of_processes(small, tmp_path):
-    processes = start([command(small, tmp_path / "w")] * 2, NUM_PROCESSES=["2", "3"])
-    for lines in refusals(processes):
-        (line,) = lines
-        assert "process 1" in line and "NUM_PROCESSES: '3', not '2'" in line
 
 
 def test_different_numbers_of_devices(small, tmp_path):

@@ -4,10 +4,7 @@ tests/parity compares the torch methods of resizing positions.
 """
 
 import json
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,14 +14,13 @@ from small_models import GOOGLE, random_model, same_bits
 
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax.errors import UserError
+from vit_jax import main
+from vit_jax.errors import UserError, run_command
 from vit_jax.experiment import describe, make_experiment
 from vit_jax.model import check_image_shape, init_params, make_model, num_tokens
 from vit_jax.train import train
 from vit_jax.weights import layouts, start_from
 from vit_jax.weights.finetune import resize_positions
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -228,15 +224,16 @@ def test_random_initial_weights_are_not_described(tiny_config, tmp_path):
         ("words.safetensors", b"these are no weights", "words.safetensors"),
     ],
 )
-def test_train_command_rejects_bad_weights(tiny_folder, tmp_path, name, content, message):
+def test_train_command_rejects_bad_weights(tiny_folder, tmp_path, name, content, message, capsys):
     if content:
         (tmp_path / name).write_bytes(content)
-    command = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
-    command += ["--workdir", tmp_path / "w", f"--config.data.name=folder:{tiny_folder}"]
-    command += [f"--config.init_from={tmp_path / name}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and message in line
+    arguments = ["--config", "cifar10_vit", "--workdir", str(tmp_path / "w")]
+    arguments += [f"--config.data.name=folder:{tiny_folder}"]
+    arguments += [f"--config.init_from={tmp_path / name}"]
+    with pytest.raises(SystemExit) as end:
+        run_command(main.main, arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and message in line
     assert not (tmp_path / "w").exists()
 
 
