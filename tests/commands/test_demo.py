@@ -28,6 +28,13 @@ def serve(run, host):
     return demo.make_app(trained, host, demo.greet(trained, run)).test_client()
 
 
+@pytest.fixture
+def serve_page(tiny_run, monkeypatch):
+    """serve(host) of the page alone: nothing is compiled to classify images."""
+    monkeypatch.setattr(demo, "make_classify", lambda *_, **__: lambda images: None)
+    return lambda host: serve(tiny_run, host)
+
+
 @pytest.fixture(scope="module")
 def client(tiny_run):
     return serve(tiny_run, "localhost")
@@ -137,8 +144,8 @@ def test_requests_from_other_sites_are_rejected(client):
     ("host", "url"),
     [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("Box", "box")],
 )
-def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
-    client = serve(tiny_run, host)
+def test_the_demo_accepts_the_host_it_listens_on(serve_page, host, url):
+    client = serve_page(host)
     assert demo.url_host(host) == url
     for name in (url, f"{url}:8000", "localhost:8000"):
         assert client.get("/", headers={"Host": name}).status_code == 200, name
@@ -147,6 +154,6 @@ def test_the_demo_accepts_the_host_it_listens_on(tiny_run, host, url):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_listening_on_all_addresses_accepts_any_host(tiny_run, host):
-    client = serve(tiny_run, host)
+def test_listening_on_all_addresses_accepts_any_host(serve_page, host):
+    client = serve_page(host)
     assert client.get("/", headers={"Host": "box.example"}).status_code == 200

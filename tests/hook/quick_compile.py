@@ -10,6 +10,8 @@ def install():
     from jax._src import compiler
 
     get_compile_options = compiler.get_compile_options
+    if get_compile_options.__module__ == __name__:  # sitecustomize has installed it
+        return
 
     def quick(*args, **kwargs):
         options = get_compile_options(*args, **kwargs)

@@ -80,13 +80,6 @@ def test_another_architecture_is_rejected_with_advice(small_google_file, fields,
 
 
 @pytest.fixture
-def pretrained(tiny_config, tmp_path):
-    """A trained run of the tiny recipe."""
-    train(tiny_config, tmp_path / "pretrained")
-    return tmp_path / "pretrained"
-
-
-@pytest.fixture
 def google_file(tiny_config, tmp_path):
     """Random weights of the tiny model in Google's format: 7 classes, a grid of 3x3 patches."""
     tiny_config.model.gelu, tiny_config.model.norm_eps = "tanh", 1e-6
@@ -104,23 +97,23 @@ def initial_params(experiment):
     return jax.device_get(experiment.init().params)
 
 
-def test_same_classes_keep_the_head(tiny_config, pretrained):
-    tiny_config.init_from = str(pretrained)
+def test_same_classes_keep_the_head(tiny_config, tiny_run):
+    tiny_config.init_from = str(tiny_run)
     experiment = make_experiment(tiny_config)
-    assert same_bits(initial_params(experiment), vit_jax.load(pretrained).params)
-    assert experiment.initial_weights == (f"{pretrained} (vit_jax)",)
+    assert same_bits(initial_params(experiment), vit_jax.load(tiny_run).params)
+    assert experiment.initial_weights == (f"{tiny_run} (vit_jax)",)
     assert experiment.evaluate(experiment.init().params, "test")["accuracy"] > 0.9
 
 
-def test_other_classes_of_the_same_number_replace_the_head(tiny_config, pretrained, tiny_folder):
+def test_other_classes_of_the_same_number_replace_the_head(tiny_config, tiny_run, tiny_folder):
     renamed = tiny_folder.parent / "renamed"
     shutil.copytree(tiny_folder, renamed, dirs_exist_ok=True)
     for split in ("train", "test"):
         if (renamed / split / "red").exists():
             (renamed / split / "red").rename(renamed / split / "crimson")
-    tiny_config.data.name, tiny_config.init_from = f"folder:{renamed}", str(pretrained)
+    tiny_config.data.name, tiny_config.init_from = f"folder:{renamed}", str(tiny_run)
     params = initial_params(make_experiment(tiny_config))
-    old = vit_jax.load(pretrained).params
+    old = vit_jax.load(tiny_run).params
     assert not params["head"]["kernel"].any() and same_bits(params["block_1"], old["block_1"])
 
 
@@ -133,6 +126,8 @@ def test_run_from_a_google_file(tiny_config, google_file, tmp_path, capsys):
     assert f"initial weights: {google_file} (google), a new head, zeros, for 3 classes" in printed
     assert "positions of 3x3 patches resized to 4x4 (zoom)" in printed
     assert "17 tokens of 8x8x3 images resized to 16x16" in printed
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["init_from"] == str(google_file)
     params = vit_jax.load(tmp_path / "run").params
 
     # Killed after step 3, it resumes bit for bit and no longer needs the file.
@@ -203,13 +198,6 @@ def test_model_of_another_resolution_resizes_images(tiny_config):
     np.testing.assert_array_equal(vit.apply({"params": params}, images), expected)
     with pytest.raises(UserError, match="images of 18x18 pixels"):
         check_image_shape(vit.clone(image_size=18), (8, 8, 3))
-
-
-def test_config_of_a_run_records_init_from(tiny_config, google_file, tmp_path):
-    tiny_config.init_from, tiny_config.steps = str(google_file), 1
-    train(tiny_config, tmp_path / "run")
-    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert recorded["init_from"] == str(google_file)
 
 
 def test_random_initial_weights_are_not_described(tiny_config, tmp_path):

@@ -6,9 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from runs import train_shared
 
 from vit_jax.errors import UserError
-from vit_jax.train import train
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def profiled(make_tiny_config, tmp_path_factory):
     c = make_tiny_config()
     c.steps, c.tensorboard = 6, False
     workdir = tmp_path_factory.mktemp("profiled")
-    return c, workdir, train(c, workdir, profile_steps=(3, 4))
+    return c, workdir, train_shared(c, workdir, profile_steps=(3, 4))
 
 
 def test_trace_has_the_steps(profiled):
@@ -52,7 +52,7 @@ def test_operations_have_the_names_of_the_model(profiled):
 
 def test_profile_changes_no_result(profiled, tmp_path):
     c, _, result = profiled
-    other = train(c, tmp_path)
+    other = train_shared(c, tmp_path)
     assert np.array_equal(other["test_loss"], result["test_loss"])
 
 
@@ -60,5 +60,5 @@ def test_profile_changes_no_result(profiled, tmp_path):
 def test_steps_outside_the_run_are_refused(profiled, tmp_path, steps):
     c = profiled[0].copy_and_resolve_references()
     with pytest.raises(UserError, match=r"--profile_steps .*: this run trains the steps 1 to 6"):
-        train(c, tmp_path / "run", profile_steps=steps)
+        train_shared(c, tmp_path / "run", profile_steps=steps)
     assert not (tmp_path / "run" / "run.json").exists()
