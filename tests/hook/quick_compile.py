@@ -1,4 +1,4 @@
-"""Makes XLA compile the CPU programs of most tests in half the time.
+"""Makes XLA compile the CPU programs of most tests in a third of the time.
 
 Where JAX disables LLVM's optimizations, fusions are compiled by XLA's older emitters, which differ
 from the newer ones by rounding alone.
