@@ -24,7 +24,6 @@ from vit_jax.model import (
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("optimized")
 
 SMALL = dict(num_classes=5, patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=32)
 CONV = {"stem": "conv", "pool": "gap"}
@@ -105,6 +104,7 @@ def test_every_product_has_the_precision_of_the_model(stem, matmul_precision, ex
         assert set(re.findall("HIGHEST|HIGH|DEFAULT", product)) == {expected}, product
 
 
+@pytest.mark.usefixtures("optimized")  # until the end of the module
 def test_bfloat16_logits_are_close_to_float32():
     model = VisionTransformer(**SMALL)
     params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
