@@ -62,6 +62,7 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
     [
         dict(),
         dict(pool="gap"),
+        dict(pool="map"),
         dict(posemb="sincos2d"),
         dict(posemb="sincos2d", pool="gap"),
         dict(stem="conv"),
@@ -113,7 +114,9 @@ def test_bfloat16_logits_are_close_to_float32():
     assert 1e-6 < np.abs(a - b).max() < 0.05  # they differ, but only by rounding
 
 
-@pytest.mark.parametrize("variant", [dict(layer_scale=0.1, qk_norm=True, pre_logits=8), CONV])
+@pytest.mark.parametrize(
+    "variant", [dict(layer_scale=0.1, qk_norm=True, pre_logits=8), CONV | {"pool": "map"}]
+)
 def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
     """A gradient that was rounded to bfloat16 on its way is equal to itself in bfloat16."""
     model = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"), **variant)

@@ -164,7 +164,9 @@ FIELDS: dict[str, Field] = {
     "model.num_heads": number(0, "attention heads", at_least=0),
     "model.mlp_dim": number(0, "width of the MLP's hidden layer", at_least=0),
     "model.patch_size": number(4, "side of a patch, in pixels", at_least=1),
-    "model.pool": choice("cls", "gap", doc="class token or global average pooling"),
+    "model.pool": choice(
+        *("cls", "gap", "map"), doc="class token, global average, or attention with an MLP"
+    ),
     "model.posemb": choice("learned", "sincos2d", doc="position embeddings"),
     "model.stem": choice("patch", "conv", doc="patch embedding"),
     "model.weight_init": choice("trunc_normal", "pytorch", doc="initialization"),

@@ -248,14 +248,15 @@ attention_weights.defvjp(_attention_weights, _attention_weights_vjp)
 class MultiHeadAttention(_Part):
     """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
 
-    Queries come from the first n tokens (all by default), keys and values from all N. `qkv/kernel`
-    is [D, 3 D], ordered q, k, v and by head within each: torch's MultiheadAttention, transposed.
+    Queries come from the first n tokens (all by default), keys and values from those after the
+    first `skip`. `qkv/kernel` is [D, 3 D], ordered q, k, v and by head within each: torch's
+    MultiheadAttention, transposed.
     The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`. With
     `attention="cudnn"`, training steps use cuDNN's fused kernel, which does not store them.
     """
 
     @nn.compact
-    def __call__(self, x, *, train, n=None):
+    def __call__(self, x, *, train, n=None, skip=0):
         B, N, D = x.shape
         K = D // self.num_heads
         qkv_init = _linear_init(self.weight_init, D)
@@ -264,7 +265,7 @@ class MultiHeadAttention(_Part):
         qkv = Linear(3 * D, dtype=self.dtype, precision=self.precision, name="qkv", **qkv_init)(x)
         qkv = jnp.unstack(qkv.reshape(B, N, 3, self.num_heads, K), axis=2)
         q, k, v = (x.swapaxes(1, 2) for x in qkv)  # [B, h, N, K]
-        q = q[:, :, :n]
+        q, k, v = q[:, :, :n], k[:, :, skip:], v[:, :, skip:]
         if self.qk_norm:  # arXiv 2302.05442: prevents the growth of attention logits
             q = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="q_norm")(q)
             k = nn.LayerNorm(self.norm_eps, use_bias=False, dtype=self.dtype, name="k_norm")(k)
@@ -319,6 +320,24 @@ class TransformerBlock(_Part):
         return x + residual(y, "layer_scale2")
 
 
+class AttentionPooling(_Part):
+    """[B, N, D] -> [B, D]: one learned query attends to all tokens, then an MLP block.
+
+    Source: "multihead attention pooling" in Zhai et al. (arXiv 2106.04560), without position or
+    residual connection around the attention.
+    """
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        B, _, D = x.shape
+        query = self.param("query", nn.initializers.xavier_uniform(), (1, 1, D))
+        query = jnp.broadcast_to(query, (B, 1, D)).astype(self.dtype)
+        x = jnp.concatenate([query, x], axis=1)
+        x = MultiHeadAttention(**_options(self), name="attn")(x, train=train, n=1, skip=1)
+        y = LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
+        return (x + MlpBlock(**_options(self), name="mlp")(y, train=train))[:, 0]
+
+
 class VisionTransformer(_Part, kw_only=True):
     """float[B, H, W, C] normalized images -> float32[B, num_classes] logits.
 
@@ -348,7 +367,10 @@ class VisionTransformer(_Part, kw_only=True):
             else:
                 x = block(x, train=train, n=n)
         x = LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
-        x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
+        if self.pool == "map":
+            x = AttentionPooling(**_options(self), name="pooling")(x, train=train)
+        else:
+            x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)
         if self.pre_logits:  # the first ViTs' pre-training head (arXiv 2010.11929 section 3.1)
             init = _linear_init(self.weight_init, self.width)
             x = Linear(self.pre_logits, precision=self.precision, name="pre_logits", **init)(x)
@@ -453,6 +475,8 @@ def train_flops_per_image(model, image_shape):
         6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim)
         for n in [N] * (model.depth - 1) + [last]
     )
+    if model.pool == "map":  # keys and values of all tokens, the rest for one query
+        blocks += 4 * N * D * D + 4 * N * D + 4 * D * (D + model.mlp_dim)
     pixels, patches = H * W, H * W // P**2
     embed = 2 * pixels * C * D
     if model.stem == "conv":

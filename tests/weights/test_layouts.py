@@ -108,31 +108,51 @@ class LinenEncoder(nn.Module):
         return nn.LayerNorm(name="encoder_norm")(x)
 
 
+class MAPHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        probe = self.param("probe", nn.initializers.zeros, (1, 1, 24))
+        x = nn.MultiHeadDotProductAttention(3)(jnp.tile(probe, (len(x), 1, 1)), x)
+        return (x + MlpBlock()(nn.LayerNorm()(x)))[:, 0]
+
+
 class LinenViT(nn.Module):
-    """Google's model (with a class token), or big_vision's with pool_type="gap"."""
+    """Google's model (with a class token), or big_vision's with one of its pool types."""
 
     positions: str  # google, learned, or sincos2d
+    pool: str  # tok, gap, or map
 
     @nn.compact
     def __call__(self, images):
         google = self.positions == "google"
         x = nn.Conv(24, (4, 4), (4, 4), padding="VALID", name="embedding")(images)
         x = x.reshape(len(x), -1, 24)
-        if google:
+        if self.positions == "learned":
+            x = x + self.param("pos_embedding", nn.initializers.zeros, (1, *x.shape[1:]))
+        elif not google:
+            x = x + sincos2d((3, 3), 24, cls_token=False)
+        if self.pool == "tok":
             token = self.param("cls", nn.initializers.zeros, (1, 1, 24))
             x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
-        elif self.positions == "learned":
-            x = x + self.param("pos_embedding", nn.initializers.zeros, (1, *x.shape[1:]))
-        else:
-            x = x + sincos2d((3, 3), 24, cls_token=False)
         x = LinenEncoder(google, name="Transformer")(x)
-        return nn.Dense(5, name="head")(x[:, 0] if google else x.mean(1))
+        pool = {"tok": lambda x: x[:, 0], "gap": lambda x: x.mean(1), "map": lambda x: MAPHead()(x)}
+        return nn.Dense(5, name="head")(pool[self.pool](x))
 
 
-@pytest.mark.parametrize("positions", ["google", "learned", "sincos2d"])
-def test_linen_and_big_vision_logits_equal_flax_modules(tmp_path, positions):
+@pytest.mark.parametrize(
+    ("positions", "pool"),
+    [
+        ("google", "tok"),
+        ("learned", "tok"),
+        ("sincos2d", "tok"),
+        ("learned", "gap"),
+        ("sincos2d", "gap"),
+        ("learned", "map"),
+    ],
+)
+def test_linen_and_big_vision_logits_equal_flax_modules(tmp_path, positions, pool):
     images = np.random.default_rng(1).normal(size=(4, 12, 12, 3)).astype(np.float32)
-    reference = LinenViT(positions)
+    reference = LinenViT(positions, pool)
     shapes = jax.eval_shape(lambda: reference.init(jax.random.key(0), images))
     rng = np.random.default_rng(2)
     theirs = jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), shapes)
@@ -152,7 +172,12 @@ FIELDS = {
     layouts.HUGGINGFACE_5: [{}],
     layouts.NOTEBOOK: [{"mlp_dim": 96}],
     layouts.GOOGLE_LINEN: [{}],
-    layouts.BIG_VISION: [{"pool": "gap"}, {"pool": "gap", "posemb": "sincos2d"}],
+    layouts.BIG_VISION: [
+        {"pool": "gap"},
+        {"pool": "gap", "posemb": "sincos2d"},
+        {"posemb": "sincos2d"},
+        {"pool": "map", "pre_logits": 8},
+    ],
     layouts.TORCHVISION: [{}, {"pre_logits": 8}],
 }
 
@@ -166,6 +191,16 @@ def test_round_trips_are_bit_exact(layout):
         back, _ = layouts.to_params(theirs, layout, "a file")
         assert same_bits(back, params)
         assert same_bits(layouts.from_params(back, layout, num_heads=3), theirs)
+
+
+def test_a_class_token_without_a_position_has_a_position_of_zero():
+    _, params = random_model()
+    with pytest.raises(UserError, match="its class token has a position embedding"):
+        layouts.from_params(params, layouts.BIG_VISION, num_heads=3)
+    params["pos_embed"][:, 0] = 0
+    theirs = layouts.from_params(params, layouts.BIG_VISION, num_heads=3)
+    assert theirs["params/pos_embedding"].shape == (1, 9, 24)
+    assert same_bits(layouts.to_params(theirs, layouts.BIG_VISION, "a file")[0], params)
 
 
 def test_names_and_axes_match_the_published_sources():

@@ -27,7 +27,8 @@ HUGGINGFACE, HUGGINGFACE_5 = "huggingface", "huggingface 5"
 _EMBEDDING = ("cls_token", "pos_embed", "patch_embed")
 _ATTENTION = ("norm1", "attn/qkv", "attn/out", "layer_scale1")
 _BLOCK = (*_ATTENTION, "norm2", "mlp/fc1", "mlp/fc2", "layer_scale2")
-_HEAD = ("norm", "pre_logits", "head")
+_POOLING = ("query", "attn/qkv", "attn/out", "norm", "mlp/fc1", "mlp/fc2")
+_HEAD = ("norm", *(f"pooling/{name}" for name in _POOLING), "pre_logits", "head")
 
 
 class Layout(NamedTuple):
@@ -42,6 +43,7 @@ class Layout(NamedTuple):
     flax: bool = False  # leaves and axes as in flax, attention split by heads; else as in torch
     optional: tuple[str, ...] = ()  # parts of our paths; all tensors of a part or none are present
     num_heads: int | None = None
+    cls_position: bool = True  # of the class token, in pos_embed; False: none, ours is zero
 
 
 _TORCH_NAMES = {
@@ -139,19 +141,25 @@ _LINEN_BLOCK = {
     "mlp/fc1": "MlpBlock_0/Dense_0/*",
     "mlp/fc2": "MlpBlock_0/Dense_1/*",
 }
+_MAP_HEAD = {**_LINEN_BLOCK, "norm": "LayerNorm_0/*"}
+_MAP_HEAD = {name: _MAP_HEAD[name] for name in _POOLING if name in _MAP_HEAD}
 LAYOUTS[GOOGLE_LINEN] = LAYOUTS[GOOGLE]._replace(names=LAYOUTS[GOOGLE].names | _LINEN_BLOCK)
-# github.com/google-research/big_vision, models/vit.py, with pool_type="gap": its .npz files.
+# github.com/google-research/big_vision, models/vit.py: its .npz files.
 LAYOUTS[BIG_VISION] = LAYOUTS[GOOGLE]._replace(
     names={
         **_LINEN_BLOCK,
+        "cls_token": "params/cls",
         "pos_embed": "params/pos_embedding",  # none if they are sincos2d
         "patch_embed": "params/embedding/*",
         "norm": "params/Transformer/encoder_norm/*",
+        "pooling/query": "params/MAPHead_0/probe",
+        **{f"pooling/{ours}": f"params/MAPHead_0/{name}" for ours, name in _MAP_HEAD.items()},
         "pre_logits": "params/pre_logits/*",
         "head": "params/head/*",
     },
     block="params/Transformer/encoderblock_{}/",
-    optional=("pos_embed", "pre_logits"),
+    optional=("cls_token", "pos_embed", "pooling", "pre_logits"),
+    cls_position=False,
 )
 # github.com/pytorch/vision, torchvision/models/vision_transformer.py.
 LAYOUTS[TORCHVISION] = Layout(
@@ -212,6 +220,8 @@ def _views(flat, rows, layout, num_heads):
                 array = array.reshape(*array.shape[:-1], num_heads, -1)
             elif layout.flax and "attn/out/kernel" in path:
                 array = array.reshape(num_heads, -1, array.shape[-1])
+            elif path == "pos_embed" and "cls_token" in rows and not layout.cls_position:
+                array = array[:, 1:]
             elif not layout.flax and path.endswith("kernel"):  # [out, in] or [out, in, P, P]
                 array = array.transpose((1, 0) if array.ndim == 2 else (3, 2, 0, 1))
             views[name] = array
@@ -253,8 +263,9 @@ def to_params(tensors, kind, where):
     layout, rows = _table(kind, tensors)
     rows = _match(layout, rows, given, problem)
     axes = slice(None, None, 1 if layout.flax else -1)  # torch's are ours in reverse
-    fields, expected = _infer(kind, {path: given[names[0]][axes] for path, names in rows.items()})
-    flat = {path: np.empty(expected[path], np.float32) for path in rows}
+    ours = {path: given[names[0]][axes] for path, names in rows.items()}
+    fields, expected = _infer(kind, ours, layout.cls_position)
+    flat = {path: np.zeros(expected[path], np.float32) for path in rows}
     views = _views(flat, rows, layout, fields["num_heads"] or 1)
     check(given, shapes(views), problem)
     for name, view in views.items():
@@ -274,6 +285,9 @@ def from_params(params, kind, *, num_heads=None):
     paths = _match(layout, {path: [path] for path in rows}, flat, problem)
     _, expected = _infer(kind, shapes(flat))
     check(shapes(flat), {path: expected[path] for path in paths}, problem)
+    unwritten = not layout.cls_position and {"cls_token", "pos_embed"} <= flat.keys()
+    if unwritten and np.any(flat["pos_embed"][:, 0]):
+        raise UserError(f"{problem}: its class token has a position embedding")
     flat = {path: np.asarray(array, np.float32) for path, array in flat.items()}
     views = _views(flat, {path: rows[path] for path in paths}, layout, num_heads)
     return {name: np.array(view, order="C") for name, view in views.items()}
@@ -289,23 +303,24 @@ def _match(layout, rows, given, problem):
     return rows
 
 
-def _infer(kind, given):
+def _infer(kind, given, cls_position=True):
     """Infers the model with these shapes of our arrays, of which some may be wrong.
 
+    Without `cls_position`, `pos_embed` has no row for the class token.
     Returns (fields of config.model, {path: shape of the model's array}).
     """
     sizes = {path: max(1, math.prod(shape)) for path, shape in given.items()}
     D = mode([size for path, size in sizes.items() if len(given[path]) == 1] or [1])
     kernel, qkv = given["patch_embed/kernel"], given["block_0/attn/qkv/kernel"]
     C = kernel[2] if len(kernel) == 4 else 3
-    patches = sizes.get("pos_embed", 0) // D - ("cls_token" in given)
+    patches = sizes.get("pos_embed", 0) // D - (cls_position and "cls_token" in given)
     fields = {
         **config.defaults().model,
         "width": D,
         "depth": sum(path.endswith("/norm1/bias") for path in given),
         "num_heads": math.gcd(qkv[1], D) if len(qkv) == 3 else 0,  # flax: [D, h, D / h]
         "mlp_dim": sizes["block_0/mlp/fc1/bias"],
-        "pool": "cls" if "cls_token" in given else "gap",
+        "pool": "cls" if "cls_token" in given else "map" if "pooling/query" in given else "gap",
         "posemb": "learned" if "pos_embed" in given else "sincos2d",
         "pre_logits": sizes.get("pre_logits/bias", 0),
         "layer_scale": float("block_0/layer_scale1" in given),
