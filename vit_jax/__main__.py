@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("vit_jax.main", "train a Vision Transformer from a recipe"),
     "evaluate": ("vit_jax.commands.evaluate", "evaluate a run on a split or an image folder"),
     "predict": ("vit_jax.commands.predict", "classify image files"),
+    "probe": ("vit_jax.commands.probe", "fit simple classifiers to a run's frozen features"),
     "report": ("vit_jax.commands.report", "write an HTML report of a run"),
     "demo": ("vit_jax.commands.demo", "serve a local page to try a model"),
     "export": ("vit_jax.commands.export", "write a run's weights for other libraries"),
