@@ -13,8 +13,8 @@ from vit_jax import __main__ as cli
 from vit_jax import config, main
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "predict", "report", "demo", "export", "sweep", "describe")
-COMMANDS += ("benchmark", "completion")
+COMMANDS = ("train", "evaluate", "predict", "probe", "report", "demo", "export", "sweep")
+COMMANDS += ("describe", "benchmark", "completion")
 
 
 def run(*arguments):
