@@ -58,7 +58,7 @@ def test_config_without_a_value_lists_the_recipes(capsys):
     for name, (purpose, result) in recipes.items():
         docstring = ast.get_docstring(ast.parse((config.CONFIGS / f"{name}.py").read_text()))
         assert docstring.startswith(f"{purpose}.\n")
-        accuracy = re.match(r"[\d.]+%(?= in \d+ min on )", result)
+        accuracy = re.match(r"[\d.]+%(?= in \d+ (min|h) on )", result)
         assert bool(re.search(r"^Not measured\. ?", docstring, re.M)) == (not accuracy), name
         assert accuracy or result == "not measured"
         # As in the table of recipes.

@@ -1,0 +1,104 @@
+"""Draws docs/results.png: the notebook's losses next to ours, and accuracy against compute.
+
+    python scripts/draw_results.py --out docs/results.png
+
+Our runs are docs/log/runs/NAME/result.json. The other systems are in docs/log/cifar10_systems.csv.
+"""
+
+import argparse
+import csv
+import json
+import pathlib
+
+import matplotlib
+
+from vit_jax import config
+from vit_jax.model import make_model, train_flops_per_image
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOG = pathlib.Path(__file__).parents[1] / "docs" / "log"
+# Runs on CIFAR-10's 50,000 images: directory in docs/log/runs -> recipe.
+RUNS = {"notebook_20ep": "cifar10_vit"}
+NOTEBOOK_LOSSES = (
+    *(1.6314, 1.2619, 1.1252, 1.0384, 0.9710, 0.9030, 0.8483, 0.7844, 0.7255, 0.6616),
+    *(0.5961, 0.5351, 0.4638, 0.3972, 0.3345, 0.2838, 0.2528, 0.2088, 0.1896, 0.1769),
+)
+
+
+def epoch_losses(path):
+    """Returns the mean loss of each epoch in a metrics.jsonl."""
+    records = map(json.loads, path.read_text().splitlines())
+    return [record["epoch/loss"] for record in records if "epoch/loss" in record]
+
+
+def compute(recipe, epochs):
+    """Returns the PFLOP of a run: matrix products only, the backward pass as twice the forward."""
+    model = make_model(config.from_file(recipe).model, num_classes=10)
+    return train_flops_per_image(model, (32, 32, 3)) * 50_000 * epochs / 1e15
+
+
+def draw_losses(axes):
+    """Draws the losses of the notebook and of our run of its recipe."""
+    ours = epoch_losses(LOG / "runs" / "notebook_20ep" / "metrics.jsonl")
+    axes.plot(
+        range(1, 21), NOTEBOOK_LOSSES, "o-", color="0.4", ms=4, label="the notebook (PyTorch)"
+    )
+    axes.plot(range(1, len(ours) + 1), ours, "s-", color="C3", ms=4, label="vit_jax, seed 0")
+    axes.set(xlabel="epoch", ylabel="mean training loss", title="The notebook's recipe")
+    axes.set_xticks(range(0, 21, 4))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def draw_accuracy(axes):
+    """Draws test accuracy against training compute, of published systems and of ours."""
+    with (LOG / "cifar10_systems.csv").open() as file:
+        systems = list(csv.DictReader(file))
+    for name, recipe in RUNS.items():
+        result = json.loads((LOG / "runs" / name / "result.json").read_text())
+        accuracy, pflop = 100 * result["test_accuracy"], compute(recipe, result["epochs"])
+        systems.append(
+            dict(system=recipe, kind="vit_jax", pflop=pflop, accuracy=accuracy, epoch="last")
+        )
+    styles = {"vit_jax": ("C3", "s"), "ViT": ("C0", "o"), "CNN": ("0.5", "^")}
+    for system in systems:
+        color, marker = styles[system["kind"]]
+        face = color if system["epoch"] == "last" else "white"
+        x, y = float(system["pflop"]), float(system["accuracy"])
+        axes.plot(x, y, marker, color=color, mfc=face, ms=6)
+        if system["kind"] == "vit_jax":
+            axes.annotate(
+                system["system"], (x, y), (6, -10), textcoords="offset points", fontsize=8
+            )
+    for label, kind, face in (
+        ("vit_jax, last epoch", "vit_jax", "C3"),
+        ("ViT, last epoch", "ViT", "C0"),
+        ("ViT, best test epoch, or not stated", "ViT", "white"),
+        ("CNN", "CNN", "0.5"),
+    ):
+        color, marker = styles[kind]
+        axes.plot([], [], marker, color=color, mfc=face, label=label)
+    axes.set_xscale("log")
+    axes.set(xlabel="training compute, PFLOP", ylabel="test accuracy, %")
+    axes.set_title("From scratch on CIFAR-10")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def main():
+    """Draws the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="PNG file to write")
+    args = parser.parse_args()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    draw_losses(left)
+    draw_accuracy(right)
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
