@@ -5,7 +5,8 @@
 `restore` reads a checkpoint, on any number of devices, whatever mesh the weights were trained on.
 `predict` is the plain model and shows what every array is for: patches, a learned position
 embedding, blocks, a class token or the mean of all tokens. The variants `layer_scale`, `qk_norm`,
-`pre_logits`, `stem = "conv"`, and `posemb = "sincos2d"` are only in vit_jax/model.py.
+`pre_logits`, `stem = "conv"`, `pool = "map"`, `posemb = "sincos2d"`, and `position_bias` are only
+in vit_jax/model.py.
 """
 
 import json

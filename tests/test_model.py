@@ -63,6 +63,7 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
         dict(),
         dict(pool="gap"),
         dict(pool="map"),
+        dict(position_bias="gaussian", pool="gap"),
         dict(posemb="sincos2d"),
         dict(posemb="sincos2d", pool="gap"),
         dict(stem="conv"),
@@ -126,6 +127,25 @@ def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
     for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(loss)(params)):
         rounded = g.astype(jnp.bfloat16).astype(jnp.float32)
         assert (rounded != g).any(), jax.tree_util.keystr(path)
+
+
+def test_position_bias_is_a_gaussian_window_per_head():
+    model = VisionTransformer(**SMALL, pool="gap", position_bias="gaussian")
+    params = init_params(model, jax.random.key(0), (12, 16, 3))
+    bias = params["block_0"]["attn"]["position_bias"]
+    bias["falloff"], bias["offset"] = (
+        np.float32([[[0.3]], [[2]]]),
+        np.float32([[[0, 1]], [[-1, 2]]]),
+    )
+    params["block_0"]["attn"]["qkv"]["kernel"] *= 0
+    images = np.resize(IMAGES, (1, 12, 16, 3))
+    _, state = model.apply({"params": params}, images, mutable="intermediates")
+    (attention,) = state["intermediates"]["block_0"]["attn"]["attention"]
+    grid = np.stack(np.mgrid[:3, :4], axis=-1).reshape(-1, 2)  # rows and columns of patches
+    for head, (a, c) in enumerate([(0.3, (0, 1)), (2, (-1, 2))]):
+        window = np.exp(-a * np.square(grid - grid[:, None] - c).sum(axis=-1))
+        expected = window / window.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(attention[0, head], expected, atol=1e-6)
 
 
 def test_patch_order_matters_only_with_a_position_embedding():

@@ -168,6 +168,9 @@ FIELDS: dict[str, Field] = {
         *("cls", "gap", "map"), doc="class token, global average, or attention with an MLP"
     ),
     "model.posemb": choice("learned", "sincos2d", doc="position embeddings"),
+    "model.position_bias": choice(
+        *("none", "gaussian"), doc="gaussian: heads attend to a learned window, local at first"
+    ),
     "model.stem": choice("patch", "conv", doc="patch embedding"),
     "model.weight_init": choice("trunc_normal", "pytorch", doc="initialization"),
     "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
@@ -310,6 +313,11 @@ def _model_problems(m):
             "config.model.attention=cudnn needs model.dtype=bfloat16, model.dropout=0, and "
             "width / num_heads a multiple of 8 up to 128; got "
             f"{m.dtype}, {m.dropout:g}, and {head}"
+        )
+    if m.position_bias == "gaussian" and (m.pool == "cls" or m.attention == "cudnn"):
+        yield (
+            "config.model.position_bias=gaussian needs a model.pool without class token (gap or "
+            f"map) and model.attention=xla; got {m.pool} and {m.attention}"
         )
     if m.posemb == "sincos2d" and (width % 4 or width < 8):
         yield (

@@ -150,6 +150,7 @@ class _Part(nn.Module):
     mlp_dim: int = 1024
     pool: str = "cls"
     posemb: str = "learned"
+    position_bias: str = "none"
     stem: str = "patch"
     weight_init: str = "pytorch"
     norm_eps: float = 1e-5
@@ -245,18 +246,47 @@ def _attention_weights_vjp(precision, saved, d):
 attention_weights.defvjp(_attention_weights, _attention_weights_vjp)
 
 
+class PositionBias(_Part):
+    """q, k [B, h, N, K] -> [B, h, N, K + 3]: their product is q k' - a |y - x - c|^2.
+
+    x and y are the rows and columns of the query's and the key's patch. The falloff a and the
+    offset c are learned per head; initially a is 1/2, and the offsets lie on a circle of radius 1.
+    Terms without y are left out, since softmax ignores them. Source: the quadratic encoding of
+    Cordonnier et al. (arXiv 1911.03584).
+    """
+
+    @nn.compact
+    def __call__(self, q, k, positions):
+        B, h, N, _ = q.shape
+        angles = 2 * np.pi / h * np.arange(h)
+        circle = np.stack([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+        a = self.param("falloff", nn.initializers.constant(0.5), (h, 1, 1))
+        c = self.param("offset", lambda key, shape: jnp.asarray(circle).reshape(shape), (h, 1, 2))
+        squares = np.square(positions).sum(axis=1, keepdims=True)
+        q_bias = jnp.concatenate([2 * a * (positions + c), jnp.broadcast_to(-a, (h, N, 1))], axis=2)
+        k_bias = jnp.concatenate([positions, squares], axis=1)
+
+        def append(x, bias):
+            return jnp.concatenate(
+                [x, jnp.broadcast_to(bias, (B, h, N, 3)).astype(x.dtype)], axis=3
+            )
+
+        return append(q, q_bias), append(k, k_bias)
+
+
 class MultiHeadAttention(_Part):
     """[B, N, D] -> [B, n, D]: softmax(q k' / sqrt K) v in each head, q k v from one fused matrix.
 
     Queries come from the first n tokens (all by default), keys and values from those after the
     first `skip`. `qkv/kernel` is [D, 3 D], ordered q, k, v and by head within each: torch's
-    MultiheadAttention, transposed.
+    MultiheadAttention, transposed. With the tokens' `positions`, float32[N, 2], the scores have a
+    PositionBias.
     The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`. With
     `attention="cudnn"`, training steps use cuDNN's fused kernel, which does not store them.
     """
 
     @nn.compact
-    def __call__(self, x, *, train, n=None, skip=0):
+    def __call__(self, x, *, train, n=None, skip=0, positions=None):
         B, N, D = x.shape
         K = D // self.num_heads
         qkv_init = _linear_init(self.weight_init, D)
@@ -273,7 +303,10 @@ class MultiHeadAttention(_Part):
             q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
             x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, D)
         else:
-            attention = attention_weights(q * K**-0.5, k, self.precision)
+            q = q * K**-0.5
+            if positions is not None:
+                q, k = PositionBias(**_options(self), name="position_bias")(q, k, positions)
+            attention = attention_weights(q, k, self.precision)
             self.sow("intermediates", "attention", attention.astype(jnp.float32))
             attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
             x = jnp.einsum("bhnm,bhmk->bhnk", attention, v, precision=self.precision)
@@ -303,7 +336,7 @@ class TransformerBlock(_Part):
     """
 
     @nn.compact
-    def __call__(self, x, *, train, n=None):
+    def __call__(self, x, *, train, n=None, positions=None):
         def residual(y, name):
             if self.layer_scale:  # arXiv 2103.17239
                 scale = nn.initializers.constant(self.layer_scale)
@@ -313,7 +346,8 @@ class TransformerBlock(_Part):
             return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
 
         y = LayerNorm(self.norm_eps, self.dtype, name="norm1")(x)
-        y = MultiHeadAttention(**_options(self), name="attn")(y, train=train, n=n)
+        attention = MultiHeadAttention(**_options(self), name="attn")
+        y = attention(y, train=train, n=n, positions=positions)
         x = x[:, :n] + residual(y, "layer_scale1")
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         y = MlpBlock(**_options(self), name="mlp")(y, train=train)
@@ -348,7 +382,11 @@ class VisionTransformer(_Part, kw_only=True):
 
     @nn.compact
     def __call__(self, images, *, train=False):
-        x = self._embed(images)
+        x, positions = self._embed(images), None
+        if self.position_bias == "gaussian":
+            rows, columns = patch_grid(self, images.shape[1:])
+            positions = np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
+            positions = np.float32(positions - positions.mean(axis=0))
         if train:
             # The gradients of the embeddings sum over the batch. On a GPU, XLA would lay out all
             # activations as [N, D, B] for that, which a 2-D view prevents.
@@ -362,10 +400,11 @@ class VisionTransformer(_Part, kw_only=True):
             # attention maps are requested.
             last = i == self.depth - 1 and self.pool == "cls"
             n = 1 if last and not self.is_mutable_collection("intermediates") else None
+            call = {"train": train, "n": n, "positions": positions}
             if self.remat:  # keep only the input of a block for the backward pass
-                x = nn.remat(lambda block, x, n=n: block(x, train=train, n=n))(block, x)
+                x = nn.remat(lambda block, x, call=call: block(x, **call))(block, x)
             else:
-                x = block(x, train=train, n=n)
+                x = block(x, **call)
         x = LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
         if self.pool == "map":
             x = AttentionPooling(**_options(self), name="pooling")(x, train=train)
@@ -471,8 +510,9 @@ def train_flops_per_image(model, image_shape):
     N, D, P = num_tokens(model, image_shape), model.width, model.patch_size
     H, W, C = resolution(model, image_shape)
     last = 1 if model.pool == "cls" else N  # tokens that the last block computes
+    bias = 3 * model.num_heads * (model.position_bias == "gaussian")  # more channels of q and k
     blocks = sum(
-        6 * N * D * D + 4 * n * N * D + 2 * n * D * (D + 2 * model.mlp_dim)
+        6 * N * D * D + 2 * n * N * (2 * D + bias) + 2 * n * D * (D + 2 * model.mlp_dim)
         for n in [N] * (model.depth - 1) + [last]
     )
     if model.pool == "map":  # keys and values of all tokens, the rest for one query
