@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 LOG = pathlib.Path(__file__).parents[1] / "docs" / "log"
 # Runs on CIFAR-10's 50,000 images: directory in docs/log/runs -> recipe.
-RUNS = {"notebook_20ep": "cifar10_vit"}
+RUNS = {"notebook_20ep": "cifar10_vit", "cifar10_vit_cpu": "cifar10_vit_cpu"}
 NOTEBOOK_LOSSES = (
     *(1.6314, 1.2619, 1.1252, 1.0384, 0.9710, 0.9030, 0.8483, 0.7844, 0.7255, 0.6616),
     *(0.5961, 0.5351, 0.4638, 0.3972, 0.3345, 0.2838, 0.2528, 0.2088, 0.1896, 0.1769),

@@ -116,7 +116,11 @@ def test_bfloat16_logits_are_close_to_float32():
 
 
 @pytest.mark.parametrize(
-    "variant", [dict(layer_scale=0.1, qk_norm=True, pre_logits=8), CONV | {"pool": "map"}]
+    "variant",
+    [
+        dict(layer_scale=0.1, qk_norm=True, pre_logits=8),
+        CONV | {"pool": "map", "position_bias": "gaussian"},
+    ],
 )
 def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
     """A gradient that was rounded to bfloat16 on its way is equal to itself in bfloat16."""

@@ -26,7 +26,12 @@ def untrained(**fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"pool": "gap", "qk_norm": True, "stem": "conv"}, {"remat": True}]
+    "fields",
+    [
+        {},
+        {"pool": "gap", "qk_norm": True, "stem": "conv"},
+        {"pool": "gap", "position_bias": "gaussian", "remat": True},
+    ],
 )
 def test_returning_attention_maps_does_not_change_logits(fields):
     trained = untrained(**fields)

@@ -16,7 +16,7 @@ INSTALLED = all(importlib.util.find_spec(name) for name in ("jax2onnx", "onnxrun
 
 VARIANTS = [
     {},
-    {"pool": "gap", "posemb": "sincos2d", "qk_norm": True},
+    {"pool": "gap", "posemb": "sincos2d", "qk_norm": True, "position_bias": "gaussian"},
     {"layer_scale": 0.1, "stem": "conv"},
     {"pre_logits": 8, **GOOGLE},
     {"dtype": "bfloat16"},

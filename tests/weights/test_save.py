@@ -16,7 +16,7 @@ from vit_jax.weights import save_weights
 
 VARIANTS = [
     {},
-    {"pool": "gap", "posemb": "sincos2d", "qk_norm": True},
+    {"pool": "gap", "posemb": "sincos2d", "qk_norm": True, "position_bias": "gaussian"},
     {"layer_scale": 0.1, "stem": "conv", "image_size": 16},
     {"pre_logits": 8, **GOOGLE},
 ]

@@ -141,8 +141,11 @@ _LINEN_BLOCK = {
     "mlp/fc1": "MlpBlock_0/Dense_0/*",
     "mlp/fc2": "MlpBlock_0/Dense_1/*",
 }
-_MAP_HEAD = {**_LINEN_BLOCK, "norm": "LayerNorm_0/*"}
-_MAP_HEAD = {name: _MAP_HEAD[name] for name in _POOLING if name in _MAP_HEAD}
+_MAP_HEAD = {
+    f"pooling/{ours}": f"params/MAPHead_0/{theirs}"
+    for ours, theirs in {"query": "probe", "norm": "LayerNorm_0/*", **_LINEN_BLOCK}.items()
+    if ours in _POOLING
+}
 LAYOUTS[GOOGLE_LINEN] = LAYOUTS[GOOGLE]._replace(names=LAYOUTS[GOOGLE].names | _LINEN_BLOCK)
 # github.com/google-research/big_vision, models/vit.py: its .npz files.
 LAYOUTS[BIG_VISION] = LAYOUTS[GOOGLE]._replace(
@@ -152,8 +155,7 @@ LAYOUTS[BIG_VISION] = LAYOUTS[GOOGLE]._replace(
         "pos_embed": "params/pos_embedding",  # none if they are sincos2d
         "patch_embed": "params/embedding/*",
         "norm": "params/Transformer/encoder_norm/*",
-        "pooling/query": "params/MAPHead_0/probe",
-        **{f"pooling/{ours}": f"params/MAPHead_0/{name}" for ours, name in _MAP_HEAD.items()},
+        **_MAP_HEAD,
         "pre_logits": "params/pre_logits/*",
         "head": "params/head/*",
     },
