@@ -1,4 +1,4 @@
-"""Draws docs/results.png: the notebook's losses next to ours, and accuracy against compute.
+"""Plots training losses of the notebook's recipe, and test accuracy against training compute.
 
     python scripts/draw_results.py --out docs/results.png
 
@@ -14,6 +14,7 @@ import matplotlib
 
 from vit_jax import config
 from vit_jax.model import make_model, train_flops_per_image
+from vit_jax.workdir import read_lines
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,18 +30,17 @@ NOTEBOOK_LOSSES = (
 
 def epoch_losses(path):
     """Returns the mean loss of each epoch in a metrics.jsonl."""
-    records = map(json.loads, path.read_text().splitlines())
-    return [record["epoch/loss"] for record in records if "epoch/loss" in record]
+    return [values["epoch/loss"] for _, values in read_lines(path) if "epoch/loss" in values]
 
 
 def compute(recipe, epochs):
-    """Returns the PFLOP of a run: matrix products only, the backward pass as twice the forward."""
+    """Returns the training compute of a run in PFLOP; see `train_flops_per_image`."""
     model = make_model(config.from_file(recipe).model, num_classes=10)
     return train_flops_per_image(model, (32, 32, 3)) * 50_000 * epochs / 1e15
 
 
 def draw_losses(axes):
-    """Draws the losses of the notebook and of our run of its recipe."""
+    """Plots the training loss of the notebook and of vit_jax."""
     ours = epoch_losses(LOG / "runs" / "notebook_20ep" / "metrics.jsonl")
     axes.plot(
         range(1, 21), NOTEBOOK_LOSSES, "o-", color="0.4", ms=4, label="the notebook (PyTorch)"
@@ -53,7 +53,7 @@ def draw_losses(axes):
 
 
 def draw_accuracy(axes):
-    """Draws test accuracy against training compute, of published systems and of ours."""
+    """Plots test accuracy against training compute for published systems and for our runs."""
     with (LOG / "cifar10_systems.csv").open() as file:
         systems = list(csv.DictReader(file))
     for name, recipe in RUNS.items():
@@ -88,7 +88,7 @@ def draw_accuracy(axes):
 
 
 def main():
-    """Draws the picture."""
+    """Writes the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

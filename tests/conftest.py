@@ -7,7 +7,7 @@ import tempfile
 
 # Before jax starts: the tests are the same on every machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Optimizing takes longer than the small programs of most tests: see `optimized`.
+# Optimizing the small programs of most tests takes longer than running them; see `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/vit_jax_tests_xla"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -33,7 +33,7 @@ def _shared_experiment(config, *, fresh=True):
 
 
 def train_shared(config, workdir, **options):
-    """vit_jax.train.train, but runs with equal configs share the programs of the first one.
+    """Like vit_jax.train.train, but runs with equal configs share compiled functions.
 
     Not for a test that changes the data, or what a program contains, between two runs.
     """

@@ -246,13 +246,13 @@ def _attention_weights_vjp(precision, saved, d):
 attention_weights.defvjp(_attention_weights, _attention_weights_vjp)
 
 
-class PositionBias(_Part):
-    """q, k [B, h, N, K] -> [B, h, N, K + 3]: their product is q k' - a |y - x - c|^2.
+class PositionBias(nn.Module):
+    """q, k [B, h, N, K] -> [B, h, N, K + 3], so that q k' also includes -a |y - x - c|^2.
 
-    x and y are the rows and columns of the query's and the key's patch. The falloff a and the
-    offset c are learned per head; initially a is 1/2, and the offsets lie on a circle of radius 1.
-    Terms without y are left out, since softmax ignores them. Source: the quadratic encoding of
-    Cordonnier et al. (arXiv 1911.03584).
+    x is the position of the query's patch and y that of the key's. Each head learns a falloff a,
+    initially 1/2, and an offset c, initially on the unit circle. Terms that do not depend on y
+    cancel in the softmax and are omitted. Source: the quadratic encoding of Cordonnier et al.
+    (arXiv 1911.03584).
     """
 
     @nn.compact
@@ -305,7 +305,7 @@ class MultiHeadAttention(_Part):
         else:
             q = q * K**-0.5
             if positions is not None:
-                q, k = PositionBias(**_options(self), name="position_bias")(q, k, positions)
+                q, k = PositionBias(name="position_bias")(q, k, positions)
             attention = attention_weights(q, k, self.precision)
             self.sow("intermediates", "attention", attention.astype(jnp.float32))
             attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
@@ -355,10 +355,10 @@ class TransformerBlock(_Part):
 
 
 class AttentionPooling(_Part):
-    """[B, N, D] -> [B, D]: one learned query attends to all tokens, then an MLP block.
+    """[B, N, D] -> [B, D]: a learned query attends to all tokens, followed by an MLP block.
 
-    Source: "multihead attention pooling" in Zhai et al. (arXiv 2106.04560), without position or
-    residual connection around the attention.
+    The attention has no residual connection. Source: multihead attention pooling (MAP), Zhai et al.
+    (arXiv 2106.04560).
     """
 
     @nn.compact

@@ -30,7 +30,7 @@ def serve(run, host):
 
 @pytest.fixture
 def serve_page(tiny_run, monkeypatch):
-    """serve(host) of the page alone: nothing is compiled to classify images."""
+    """Like `serve`, but without a classifier, so nothing is compiled."""
     monkeypatch.setattr(demo, "make_classify", lambda *_, **__: lambda images: None)
     return lambda host: serve(tiny_run, host)
 

@@ -1,4 +1,4 @@
-"""Makes XLA compile the CPU programs of most tests in a third of the time.
+"""Reduces the time in which XLA compiles the CPU programs of most tests.
 
 Where JAX 0.10 disables LLVM's optimizations, fusions are compiled by XLA's older emitters, which
 differ from the newer ones by rounding alone.
@@ -6,7 +6,7 @@ differ from the newer ones by rounding alone.
 
 
 def install():
-    """Starts to compile this way in this process."""
+    """Enables the faster compilation in this process."""
     import jax
     from jax._src import compiler
 

@@ -70,7 +70,7 @@ def test_load_accepts_a_step_best_and_last(workdir):
 
 
 def test_forward_pass_in_docs_matches_the_model(tiny_run, tiny_config, tmp_path):
-    """Of a plain model, and of one with each variant that the page has."""
+    """Checks a plain model, and one with all variants that the page covers."""
     variant = {"pool": "gap", "gelu": "tanh", "image_size": 16, "norm_eps": 1e-3}
     tiny_config.model.update(variant)
     tiny_config.steps = 3

@@ -87,7 +87,7 @@ class MlpBlock(GoogleMlp):
 
 
 class LinenBlock(nn.Module):
-    """Google's and big_vision's block, with flax's automatic names."""
+    """The encoder block of Google and big_vision, with the names that flax assigns."""
 
     @nn.compact
     def __call__(self, x):

@@ -1,4 +1,4 @@
-"""ONNX export, compared in ONNX Runtime. These tests need the extra onnx."""
+"""Tests ONNX export against ONNX Runtime. Requires the extra onnx."""
 
 import importlib.util
 

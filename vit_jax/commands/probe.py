@@ -1,4 +1,4 @@
-"""vit-jax probe: how well simple classifiers do on a trained model's frozen features."""
+"""vit-jax probe: k-nearest-neighbor and linear-probe accuracy of frozen features."""
 
 import argparse
 import dataclasses
@@ -53,7 +53,7 @@ def main(argv=None):
 
 
 def without_head(trained):
-    """Returns a TrainedModel whose logits are the features that the head of `trained` reads."""
+    """Replaces the head with the identity: the TrainedModel returns features instead of logits."""
     D = trained.params["head"]["kernel"].shape[0]
     head = {"kernel": np.eye(D, dtype=np.float32), "bias": np.zeros(D, np.float32)}
     return dataclasses.replace(
@@ -64,10 +64,14 @@ def without_head(trained):
 
 
 def probe(train, test, neighbors):
-    """Returns {"knn_accuracy", "linear_accuracy"} on `test` of classifiers fitted on `train`.
+    """Fits two classifiers on `train` and returns their accuracy on `test`.
 
-    Both are (features float32[N, D], labels int[N]). Neighbors vote, by cosine similarity. The
-    linear classifier is multinomial logistic regression on standardized features.
+    Args:
+      train: features float32[N, D] and labels int[N].
+      test: the same.
+      neighbors: k of the k-nearest-neighbor classifier, which uses cosine similarity.
+    Returns {"knn_accuracy", "linear_accuracy"}. The linear classifier is multinomial logistic
+    regression on standardized features.
     Raises UserError without scikit-learn.
     """
     try:

@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     flax: bool = False  # leaves and axes as in flax, attention split by heads; else as in torch
     optional: tuple[str, ...] = ()  # parts of our paths; all tensors of a part or none are present
     num_heads: int | None = None
-    cls_position: bool = True  # of the class token, in pos_embed; False: none, ours is zero
+    cls_position: bool = True  # pos_embed has a row for the class token; if not, ours is zero
 
 
 _TORCH_NAMES = {
@@ -132,7 +132,8 @@ LAYOUTS = {
         optional=("pre_logits",),
     ),
 }
-# google-research/vision_transformer in memory: flax's automatic names, unlike in its .npz files.
+# google-research/vision_transformer's parameters in memory. Unlike its .npz files, they use flax's
+# automatic names.
 _LINEN_BLOCK = {
     "norm1": "LayerNorm_0/*",
     "attn/qkv": "MultiHeadDotProductAttention_0/{query,key,value}/*",
