@@ -4,13 +4,13 @@
 
 `restore` reads a checkpoint, on any number of devices, whatever mesh the weights were trained on.
 `predict` is the plain model and shows what every array is for: patches, a learned position
-embedding, blocks, a class token or the mean of all tokens. The variants `layer_scale`, `qk_norm`,
-`pre_logits`, `stem = "conv"`, `pool = "map"`, `posemb = "sincos2d"`, and `position_bias` are only
-in vit_jax/model.py.
+embedding, blocks, a class token or the mean of all tokens. Other variants are only in
+vit_jax/model.py; `predict` raises ValueError for them.
 """
 
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -28,9 +28,26 @@ def restore(step_folder):
     return params, json.loads((folder / "config" / "metadata").read_text())
 
 
-# The forward pass: 40 lines.
+# The arrays that `predict` uses.
+USED = re.compile(
+    r"(patch_embed|norm|head|block_\d+/(norm1|norm2|attn/(qkv|out)|mlp/(fc1|fc2)))"
+    r"/(kernel|bias|scale)|cls_token|pos_embed"
+)
+
+
+def check_plain(params):
+    """Raises ValueError for an array that `predict` does not use, or lacks."""
+    if not {"patch_embed", "pos_embed"} <= params.keys():
+        raise ValueError("this model has another stem or other positions: see vit_jax/model.py")
+    for path, _ in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not USED.fullmatch(name):
+            raise ValueError(f"this model also has {name}: see vit_jax/model.py")
+
+
 def predict(params, saved, images):
     """Maps uint8[B, H, W, C] to float32[B, num_classes] probabilities."""
+    check_plain(params)
     model, pixels = saved["config"]["model"], saved["preprocessing"]
     mean, std = np.float32(pixels["mean"]), np.float32(pixels["std"])
     x = (jnp.asarray(images, jnp.float32) / pixels["divide_by"] - mean) / std

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from runs import command, finish, start
+from small_models import random_model
 
 import vit_jax
 from vit_jax.augment import normalize
@@ -91,7 +92,17 @@ def test_forward_pass_in_docs_has_at_most_40_lines_and_no_vit_jax():
     (predict,) = (n for n in tree.body if getattr(n, "name", "") == "predict")
     assert predict.end_lineno - predict.lineno + 1 <= 40
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert imported <= {"json", "pathlib", "sys", "jax", "jax.numpy", "numpy", "orbax.checkpoint"}
+    standard = {"json", "pathlib", "re", "sys"}
+    assert imported <= standard | {"jax", "jax.numpy", "numpy", "orbax.checkpoint"}
+
+
+@pytest.mark.parametrize(
+    "variant", [{"qk_norm": True}, {"layer_scale": 0.1}, {"position_bias": "gaussian"}], ids=str
+)
+def test_forward_pass_in_docs_rejects_arrays_that_it_would_ignore(variant):
+    _, params = random_model(pool="gap", **variant)
+    with pytest.raises(ValueError, match="this model also has block_0/"):
+        runpy.run_path(str(ELSEWHERE))["check_plain"](params)
 
 
 def test_checkpoint_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):
