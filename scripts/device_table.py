@@ -8,7 +8,6 @@ last batch of an epoch is not full. Each row runs the train command.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import socket
@@ -18,6 +17,8 @@ import tempfile
 
 import numpy as np
 from PIL import Image
+
+from vit_jax.workdir import read_lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 MICROBATCHES = ["--config.accumulate_steps=4", "--config.model.remat=true"]
@@ -111,8 +112,8 @@ def train(folder, index, steps, dtype):
             p.kill()
     if any(codes):
         sys.exit((folder / f"row{index}_{np.argmax(codes)}.txt").read_text())
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return np.array([x["train/loss"] for x in lines if "train/loss" in x])
+    lines = read_lines(workdir / "metrics.jsonl")
+    return np.array([values["train/loss"] for _, values in lines if "train/loss" in values])
 
 
 def main():

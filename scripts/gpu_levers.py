@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from vit_jax import config as config_lib
 from vit_jax.errors import run_command
 from vit_jax.experiment import make_experiment
+from vit_jax.model import attention_weights
 
 
 def seconds(call, *, repeats=5):
@@ -58,9 +59,8 @@ def steps_per_dispatch(experiment, counts):
 
 def plain(q, k, v):
     """Computes attention as the model does, on [B, N, h, K]."""
-    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bmhk->bnhk", weights, v)
+    q, k = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k))
+    return jnp.einsum("bhnm,bmhk->bnhk", attention_weights(q, k, "default"), v)
 
 
 def pallas(q, k, v):

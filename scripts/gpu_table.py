@@ -26,7 +26,7 @@ from vit_jax.parallel import targets
 DATA = {
     "cifar10": ("32x32x3x10", 50_000),
     "cifar100": ("32x32x3x100", 50_000),
-    "shapes10": ("32x32x3x10", 10_000),
+    "shapes10": ("32x32x3x10", 20_000),
     "imagenet2012": ("224x224x3x1000", 1_281_167),
 }
 
