@@ -27,7 +27,7 @@ def _make_experiment(fields, fresh):
     return make_experiment(config_lib.from_dict(json.loads(fields)), fresh=fresh)
 
 
-def _shared_experiment(config, *, fresh=True):
+def _shared_experiment(config, *, splits=None, fresh=True):
     fields = json.dumps(config.to_dict(), sort_keys=True)
     return copy.copy(_make_experiment(fields, fresh and bool(config.init_from)))
 
@@ -79,6 +79,11 @@ def lines(workdir, prefix=""):
     parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     parsed = [{k: v for k, v in p.items() if not k.startswith("time/")} for p in parsed]
     return [p for p in parsed if any(k.startswith(prefix) for k in p)]
+
+
+def losses(workdir):
+    """{step: training loss} of metrics.jsonl."""
+    return {p["step"]: p["train/loss"] for p in lines(workdir, "train/loss")}
 
 
 def files(folder):

@@ -60,6 +60,7 @@ def test_description_is_a_table_on_a_terminal(monkeypatch):
         ({"data.mean": (0.5,), "data.std": (0.5,)}, "has 1 entries"),
         ({"augment.crop": "pad", "augment.crop_padding": 8}, "crop_padding"),
         ({"mesh.fsdp": 3}, "must equal the device count, 1"),
+        ({"data.val_split": "test+train[80:]"}, r"overlaps train_split=train: hold images out"),
     ],
 )
 def test_config_that_does_not_fit_data_or_devices_is_rejected(tiny_config, changes, message):
@@ -70,6 +71,15 @@ def test_config_that_does_not_fit_data_or_devices_is_rejected(tiny_config, chang
     with pytest.raises(UserError, match=message) as error:
         make_experiment(tiny_config)
     assert "\n" not in str(error.value)
+
+
+def test_splits_of_different_sizes_are_rejected(tiny_config, tmp_path):
+    for split, size in (("train", 8), ("test", 12)):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (size, size)).save(tmp_path / split / "a" / "image.png")
+    tiny_config.data.name, tiny_config.batch_size = f"folder:{tmp_path}", 1
+    with pytest.raises(UserError, match=r"\(8, 8, 3\) for training and \(12, 12, 3\) in another"):
+        make_experiment(tiny_config)
 
 
 def test_unusable_image_in_a_folder_is_named(tiny_config, tmp_path):

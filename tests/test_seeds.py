@@ -14,6 +14,8 @@ from vit_jax import config as config_lib
 from vit_jax import seeds
 from vit_jax.experiment import make_experiment
 from vit_jax.parallel.mesh import make_mesh
+from vit_jax.workdir import saved_steps
+from vit_jax.workdir.checkpoints import Checkpoints
 
 
 def config_of(num_seeds):
@@ -99,10 +101,22 @@ def test_run_killed_between_the_saves_of_two_seeds_repeats_the_step(finished, tm
     assert lines(tmp_path / "run" / "seed_5") == lines(workdir / "seed_5")
 
 
-def test_several_seeds_resume_from_the_newest_common_step(finished, tmp_path, capsys):
+def test_several_seeds_resume_from_the_newest_common_step(finished, tmp_path, capsys, monkeypatch):
     c = config_lib.from_dict(finished[0].to_dict())
     c.init_from, c.steps, c.save_every = "", 3, "1 step"
-    whole = train_shared(c, tmp_path / "run")
+    save, complete = Checkpoints.save, []
+
+    def recorded(self, step, *args):
+        complete.append(
+            (step, [saved_steps(tmp_path / "run" / f"seed_{i}/checkpoints") for i in (5, 6)])
+        )
+        save(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", recorded)
+        whole = train_shared(c, tmp_path / "run")
+    # Every seed has saved a step before any seed begins to save the next.
+    assert all(seed[-1:] == [step - 1] for step, seeds in complete if step > 1 for seed in seeds)
     shutil.rmtree(tmp_path / "run" / "seed_6" / "checkpoints" / "3")
     (tmp_path / "run" / "result.json").unlink()
     before = lines(tmp_path / "run" / "seed_5")

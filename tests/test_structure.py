@@ -143,7 +143,7 @@ def test_training_imports_no_other_framework_and_starts_no_accelerator():
         "import sys, vit_jax.train, vit_jax.main\n"
         "from jax._src import xla_bridge\n"
         f"print(*(m for m in {heavy} if m in sys.modules), *xla_bridge._backends)\n"
-        "vit_jax.workdir.metrics._summary_writer()  # of TensorBoard's events\n"
+        "vit_jax.workdir.metrics._import_tensorboardx()  # of TensorBoard's events\n"
         "print(*(name in sys.modules for name in ('tensorboardX', 'torch')))"
     )
     assert run(code) == "True False"

@@ -334,7 +334,7 @@ class TestErrors:
         returncode, output = finish(start(arguments))
         assert returncode == 2, output
         line = output.splitlines()[-1]
-        assert "cannot save to" in line and "nothing is saved yet; make room" in line
+        assert "cannot save to" in line and "nothing is saved yet; fix this, then rerun" in line
 
     def test_missing_wandb_is_reported_before_the_first_write(
         self, tiny_config, tmp_path, monkeypatch

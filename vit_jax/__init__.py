@@ -1,4 +1,4 @@
-"""Vision Transformers in JAX: load(workdir) a trained model, load_weights(path) from anywhere."""
+"""Vision Transformers in JAX. `load` restores a run; `load_weights` reads pretrained weights."""
 
 __version__ = "0.1.0"
 

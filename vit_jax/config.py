@@ -36,11 +36,11 @@ MODEL_SIZES = {
     "L": (1024, 24, 16, 4096),
 }
 _KINDS = {
-    str: "a text",
+    str: "a string",
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    tuple: "numbers in brackets, as (0.5, 0.5)",
+    tuple: "a tuple of numbers, such as (0.5, 0.5)",
 }
 _BOUNDS = {
     "at least": operator.ge,
@@ -86,12 +86,12 @@ class Field:
 
 
 def duration(default: str, doc: str) -> Field:
-    """A string in the format of `durations`; empty means never."""
+    """Defines a field that takes a duration string (see `durations`); empty means never."""
     return Field(default, doc, kind=durations.KIND)
 
 
 def choice(default: str, *others: str, doc: str) -> Field:
-    """A string from a fixed set."""
+    """Defines a field that takes one of a fixed set of strings."""
     choices = (default, *others)
     return Field(default, doc, f"one of {', '.join(choices)}", choices.__contains__, choices)
 
@@ -114,7 +114,7 @@ def number(default: int | float, doc: str, **bounds: float) -> Field:
 
 
 def interval(default: tuple[float, float], doc: str) -> Field:
-    """A pair of floats between 0 and 1, in ascending order."""
+    """Defines a field that takes a pair of floats between 0 and 1, in ascending order."""
 
     def is_allowed(pair):
         return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
@@ -137,11 +137,11 @@ FIELDS: dict[str, Field] = {
     "init_from": Field("", "initial weights, as vit_jax.load_weights takes (empty: random)"),
     "tensorboard": Field(True, "write TensorBoard events"),
     "wandb": Field("", "Weights & Biases project to log to (empty: none)"),
-    "log_every": duration("50 steps", "training metrics"),
-    "eval_every": duration("1 epoch", "evaluation on data.val_split"),
-    "stop_after": duration("", "end a run that long after its best validation accuracy"),
-    "save_every": duration("1 epoch", "checkpoints; the newest two and the best are kept"),
-    "keep_every": duration("", "checkpoints that are kept permanently"),
+    "log_every": duration("50 steps", "interval between logged training metrics"),
+    "eval_every": duration("1 epoch", "interval between evaluations on data.val_split"),
+    "stop_after": duration("", "end the run this long after its best validation accuracy"),
+    "save_every": duration("1 epoch", "checkpoint interval; the newest two and the best are kept"),
+    "keep_every": duration("", "interval of checkpoints that are kept permanently"),
     "on_bad_loss": choice("stop", "skip", doc="on a non-finite loss or gradient (skip: no update)"),
     "deterministic": Field(False, "bit-identical reruns on a GPU too; may be slower"),
     # The data.
@@ -177,7 +177,7 @@ FIELDS: dict[str, Field] = {
     "model.qk_norm": Field(False, "normalize queries and keys"),
     "model.layer_scale": number(0.0, "initial value of LayerScale (0: off)", at_least=0),
     "model.dropout": number(0.0, "dropout probability", at_least=0, below=1),
-    "model.drop_path": number(0.0, "stochastic depth of the last block", at_least=0, below=1),
+    "model.drop_path": number(0.0, "drop-path rate of the last block", at_least=0, below=1),
     "model.gelu": choice("exact", "tanh", doc="tanh: the approximation in Google's weights"),
     "model.pre_logits": number(0, "width of a tanh layer before the head (0: none)", at_least=0),
     "model.image_size": number(0, "side to resize to on the device (0: unchanged)", at_least=0),
@@ -196,7 +196,7 @@ FIELDS: dict[str, Field] = {
     ),
     "augment.crop_padding": number(4, "padding of crop=pad, in pixels", at_least=1),
     "augment.crop_padding_mode": choice("zero", "reflect", doc="padding of crop=pad"),
-    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop"),
+    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop, as a share of the image"),
     "augment.flip": choice("none", "random", "alternating", doc="horizontal flip"),
     "augment.policy": choice("none", "randaugment", doc="augmentation policy"),
     "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
@@ -205,7 +205,6 @@ FIELDS: dict[str, Field] = {
         0.0, "standard deviation of the magnitude", at_least=0
     ),
     "augment.erasing_prob": number(0.0, "probability of random erasing", at_least=0, at_most=1),
-    "augment.erasing_scale": interval((0.02, 1 / 3), "area of the erased box"),
     "augment.mixup_alpha": number(0.0, "Beta parameter of mixup (0: off)", at_least=0),
     "augment.cutmix_alpha": number(0.0, "Beta parameter of CutMix (0: off)", at_least=0),
     "augment.mix_prob": number(1.0, "probability of mixing", at_least=0, at_most=1),
@@ -213,11 +212,11 @@ FIELDS: dict[str, Field] = {
     # The optimizer.
     "optim.name": choice("adamw", "sgd", "muon", doc="optimizer"),
     "optim.peak_lr": number(1e-3, "peak learning rate", at_least=0),
-    "optim.end_lr": number(0.0, "learning rate at the last step", at_least=0),
+    "optim.end_lr": number(0.0, "final learning rate, unless schedule is constant", at_least=0),
     "optim.schedule": choice("cosine", "constant", "linear", doc="schedule after the warmup"),
     "optim.schedule_per": choice("step", "epoch", doc="when the learning rate changes"),
     "optim.warmup": duration("", "linear warmup, at most the whole run"),
-    "optim.weight_decay": number(0.05, "decoupled weight decay", at_least=0),
+    "optim.weight_decay": number(0.05, "weight decay; decoupled, except in sgd", at_least=0),
     "optim.decay": choice("kernels", "all", doc="parameters that weight decay applies to"),
     "optim.b1": number(0.9, "decay of the first moment", at_least=0, below=1),
     "optim.b2": number(0.999, "decay of the second moment", at_least=0, below=1),
@@ -245,7 +244,7 @@ def defaults() -> ConfigDict:
 
 
 def field_help() -> Iterator[str]:
-    """Lines that list every field with its default, meaning, and allowed values, by group."""
+    """Yields a line for each field, by group: its default, its meaning, and its choices."""
     for group, names in itertools.groupby(FIELDS, lambda name: name.rpartition(".")[0]):
         yield f"\n{group or 'run'}:"
         for name in names:

@@ -85,6 +85,6 @@ class Plan:
         return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def images(self, step: int) -> int:
-        """Training images up to and including a step."""
+        """Returns the number of training images up to and including a step."""
         epochs, steps = divmod(step, self.steps_per_epoch)
         return epochs * self.num_examples + steps * self.batch_size

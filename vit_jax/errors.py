@@ -40,10 +40,10 @@ def make_folder(path: str | pathlib.Path) -> None:
 
 
 def run_command(main: Callable[..., Any], *args: Any) -> Any:
-    """Calls `main`; an error that it explains is one line on stderr, without a traceback.
+    """Calls `main`, and reports expected errors in one line on stderr, without a traceback.
 
-    The exit code is 2 after a UserError or a full disk, 130 after Ctrl-C, and `Stopped.code` after
-    a signal stopped a run.
+    The exit code is 2 after a UserError or a full disk, 130 after Ctrl-C, 141 if stdout is closed
+    early, and `Stopped.code` after a signal has stopped a run.
     """
     # Paths need not be UTF-8: their bytes pass through unchanged.
     for stream in (sys.stdin, sys.stdout):

@@ -58,7 +58,12 @@ class Experiment:
         if config.init_from and fresh:
             weights = weights_lib.load_weights(config.init_from, num_heads=self.model.num_heads)
             params, notes = weights_lib.start_from(
-                weights, self.model, train.image_shape, train.class_names
+                weights,
+                self.model,
+                train.image_shape,
+                train.class_names,
+                mean=config.data.mean,
+                std=config.data.std,
             )
             self.initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
         lengths = {
@@ -89,7 +94,6 @@ class Experiment:
                 image_shape=self.train.image_shape,
                 params=params,
                 ema=config.optim.ema_decay > 0,
-                skip_bad=config.on_bad_loss == "skip",
             )
 
         init = seeds.vmap_seeds(init, config, (0, None))
@@ -119,6 +123,7 @@ class Experiment:
             accumulate_steps=config.accumulate_steps,
             steps_per_epoch=self.plan.steps_per_epoch,
             mix_steps=self.plan.mix_steps,
+            skip_bad=config.on_bad_loss == "skip",
         )
 
         def train_step(state, *inputs):
@@ -215,7 +220,7 @@ def make_experiment(
     if config.model.attention == "cudnn":
         backend.require_fused_attention(mesh.devices.flat[0])
     splits = splits or _read_splits(config)
-    _check_data(config, splits["train"])
+    _check_data(config, splits)
     return Experiment(config, mesh, splits, fresh)
 
 
@@ -234,9 +239,22 @@ def _read_splits(config):
     }
 
 
-def _check_data(config, train):
-    """Raises UserError if the training split does not fit the config."""
+def _check_data(config, splits):
+    """Raises UserError if the splits do not fit the config or each other."""
+    train, val = splits["train"], splits.get("val")
     name, channels, given = config.data.name, train.image_shape[-1], len(config.data.mean)
+    for split in splits.values():
+        if tuple(split.image_shape) != tuple(train.image_shape):
+            raise UserError(
+                f"the images of {name} are {tuple(train.image_shape)} for training and "
+                f"{tuple(split.image_shape)} in another split: set config.data.image_size"
+            )
+    if val and _overlap(train.parts, val.parts):
+        raise UserError(
+            f"config.data.val_split={config.data.val_split} overlaps "
+            f"train_split={config.data.train_split}: hold images out, such as train[:90%] and "
+            "train[90%:]"
+        )
     if config.batch_size > train.num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {train.num_examples} "
@@ -247,6 +265,15 @@ def _check_data(config, train):
             f"config.data.mean has {given} entries, but the images of {name} have {channels} "
             "channels"
         )
+
+
+def _overlap(parts, others):
+    """Returns whether two lists of (base split, range of rows) have a row in common."""
+    return any(
+        name == other and max(a.start, b.start) < min(a.stop, b.stop)
+        for name, a in parts
+        for other, b in others
+    )
 
 
 def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, str]:
@@ -320,7 +347,8 @@ def _describe_optimizer(experiment):
 
     mask = optim.decay_mask(o.decay, params)
     excluded = {path[-1].key for path, d in jax.tree_util.tree_leaves_with_path(mask) if not d}
-    text = f"{o.name}, {o.schedule} {o.peak_lr:g}, {experiment.plan.warmup_steps} steps of warmup"
+    peak = f"{o.peak_lr:g}" + (f" (matrices: {o.muon_lr:g})" if o.name == "muon" else "")
+    text = f"{o.name}, {o.schedule} {peak}, {experiment.plan.warmup_steps} steps of warmup"
     which = f"not on {', '.join(sorted(excluded))}" if excluded else "all of them"
     decayed = f"{count(mask):,} of {experiment.num_params:,} parameters ({which})"
     return f"{text}; weight decay {o.weight_decay:g} on {decayed}"

@@ -1,8 +1,9 @@
 """Batches on the devices, from a resident or a streamed split, for training and evaluation.
 
-A resident split is replicated on every device, and a step gathers its rows there. A streamed split
-is decoded ahead, by each process only its own rows. Both yield the same batches in the same order,
-{"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}, sharded over the mesh.
+A resident split is replicated on every device, and each step gathers its rows there. A streamed
+split is decoded ahead of the step; each process decodes only its own rows. Both yield the same
+batches in the same order: {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}, sharded
+over the mesh.
 """
 
 import collections

@@ -61,7 +61,8 @@ def make_parser():
         "(default: a small ViT on drawn images); without a value, list the shipped recipes and "
         "exit",
     )
-    parser.add_argument("--workdir", type=pathlib.Path, help="default: workdirs/NAME_OF_RECIPE")
+    text = "directory for the run (default: workdirs/NAME_OF_RECIPE)"
+    parser.add_argument("--workdir", type=pathlib.Path, help=text)
     text = "write a trace of these steps, such as 20-25, to WORKDIR/profile"
     parser.add_argument("--profile_steps", metavar="FIRST-LAST", help=text)
     text = "describe the run and exit: parameters, FLOP, steps, memory, and communication, from "
@@ -81,7 +82,7 @@ def make_parser():
     group.add_argument("--rates", nargs="+", metavar="NAME=NUMBER", default=[], help=text)
     text = "HEIGHTxWIDTHxCHANNELSxCLASSES of images that are not read, such as 32x32x3x10"
     group.add_argument("--shape", help=text)
-    text = "their number (default: 50000)"
+    text = "number of training images for --shape (default: 50000)"
     group.add_argument("--examples", type=int, default=50000, metavar="N", help=text)
     text = "list every field of a config and exit"
     parser.add_argument("--help_config", action="store_true", help=text)
@@ -93,7 +94,8 @@ def parse(argv):
 
     Raises UserError for invalid arguments.
     """
-    args, rest = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
 
     from vit_jax import config as config_lib  # slow to import: after --help
 
@@ -104,10 +106,10 @@ def parse(argv):
     args.config = args.config or pathlib.Path(config_lib.DEFAULT_RECIPE)
     config = config_lib.from_file(args.config)
     config_lib.override(config, rest, "--config, --workdir, --dry_run")
-    if not args.dry_run and any((args.target, args.kernels, args.fit, args.shape, args.layers)):
-        raise UserError(
-            "--target, --kernels, --fit, --shape, and --layers describe a run: add --dry_run"
-        )
+    only_dry_run = ("layers", "target", "fit", "kernels", "rates", "shape", "examples")
+    used = [f"--{name}" for name in only_dry_run if getattr(args, name) != parser.get_default(name)]
+    if used and not args.dry_run:
+        raise UserError(f"{', '.join(used)} only with --dry_run")
     if args.profile_steps:
         if not re.fullmatch(r"\d{1,10}-\d{1,10}", args.profile_steps):
             raise UserError(f"--profile_steps {args.profile_steps}: use FIRST-LAST, such as 20-25")

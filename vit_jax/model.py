@@ -31,10 +31,10 @@ def _linear_init(init, fan_in):
 
 
 def gelu(x):
-    """Returns x times the standard normal's distribution function, by erf in float32 as in torch.
+    """Returns the exact (not tanh-approximated) GELU, computed with erf in float32 as in torch.
 
-    jax.nn.gelu's erfc is exact far into the tail, but it branches: on a CPU, forward and backward
-    take five times as long (docs/performance.md).
+    jax.nn.gelu uses erfc, which is more accurate far in the tail but branches: on a CPU, forward
+    and backward take five times as long (docs/performance.md).
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
@@ -220,7 +220,8 @@ class ConvStem(_Part):
 def attention_weights(q, k, precision):
     """[B, h, n, K], [B, h, N, K] -> [B, h, n, N]: softmax(q k'), computed in float32.
 
-    The result has the dtype of q. The derivative reuses it and computes in the same dtype.
+    The result has the dtype of q. The backward pass reuses it, differentiates the softmax in
+    float32, and multiplies by q and k in their own dtype.
     """
     return _attention_weights(q, k, precision)[0]
 

@@ -10,9 +10,10 @@ import optax
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
     """Builds the learning rate as a function of the step, float32[], from the `optim` group.
 
-    A linear warmup, then constant, cosine, or linear from the peak (default: `o.peak_lr`) to
-    `o.end_lr` at `total_steps`. With `schedule_per = "epoch"`, the part after the warmup changes
-    only at the start of an epoch, like a torch scheduler stepped once per epoch.
+    After a linear warmup, the learning rate stays at the peak (default: `o.peak_lr`), or decays
+    from it to `o.end_lr` at `total_steps` (cosine or linear). With `schedule_per = "epoch"`, the
+    part after the warmup changes only at the start of an epoch, like a torch scheduler stepped once
+    per epoch.
     """
     peak = o.peak_lr if peak_lr is None else peak_lr
     steps = max(total_steps - warmup_steps, 1)
@@ -68,7 +69,7 @@ def _clip_by_global_norm(max_norm):
 
 
 def _stack_equal_shapes(tx):
-    """Wraps a transformation: it gets the arrays of each shape as one, with a leading axis."""
+    """Wraps a transformation so that it receives arrays of equal shape stacked on a new axis 0."""
 
     def key(x):
         return "x".join(map(str, x.shape))

@@ -107,7 +107,7 @@ class RunWorkdir:
             workdir.check_data(step, data_identity)
 
     def open(self, step: int, *, command: str, keep: Every) -> None:
-        """Makes the first writes of the run, in process 0, and opens every seed's workdir."""
+        """Calls `Workdir.begin` in process 0, then opens every seed's workdir in every process."""
         if jax.process_index() == 0:
             for workdir in self._all:
                 workdir.begin(step, command, self._corrupted)
@@ -128,11 +128,15 @@ class RunWorkdir:
         return mesh_lib.to_devices(stack(states), shardings), progress
 
     def save(self, step: int, state: TrainState, documents: dict[str, Any], log: TrainLog) -> None:
-        """Starts saving a state and a TrainLog. Raises BadStep if the weights are not finite."""
+        """Starts saving a state and a TrainLog. Raises BadStep if the weights are not finite.
+
+        Waits for the previous save of every seed first, so that a kill loses at most one of them.
+        """
         parts = self._split((mesh_lib.to_host(state), log.val_accuracy))
         bad = np.array([not _all_finite(state.params) for _, (state, _) in parts])
         if bad.any():
             raise BadStep(step, bad, None, None)
+        self.wait()
         for workdir, (state, val_accuracy) in parts:
             arrays = {name: getattr(state, name) for name in _SAVED_ARRAYS}
             sums = {name: float(value) for name, value in state.sums.items()}
@@ -194,6 +198,7 @@ class RunWorkdir:
             raise UserError(f"{path} is not a result ({e}): delete it, then rerun") from e
 
     def wait(self) -> None:
+        """Waits until the pending save of every seed is complete."""
         for workdir in self._each:
             workdir.checkpoints.wait()
 

@@ -17,8 +17,8 @@ from vit_jax.optim import global_norm
 class TrainState(flax.struct.PyTreeNode):
     """Everything that changes from step to step, and the seed.
 
-    `sums` are the sums of the batch losses and accuracies since the epoch began, so that an epoch's
-    mean survives an interruption. If bad steps are skipped, its "skipped" counts them.
+    `sums` are the sums of the batch losses and accuracies since the epoch began, and the number of
+    skipped steps, so that an epoch's mean survives an interruption.
     """
 
     step: jax.Array  # int32[]: optimizer updates so far
@@ -42,7 +42,6 @@ def init_state(
     image_shape: tuple[int, int, int],
     ema: bool,
     params: Any = None,  # default: random initial weights
-    skip_bad: bool = False,
 ) -> TrainState:
     """Returns the state before the first step, for images of (H, W, C). Jittable."""
     if params is None:
@@ -53,7 +52,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
-        sums={k: jnp.float32(0) for k in ("loss", "accuracy", *["skipped"] * skip_bad)},
+        sums={k: jnp.float32(0) for k in ("loss", "accuracy", "skipped")},
     )
 
 
@@ -76,8 +75,8 @@ def loss_and_grads(
     """Returns (loss, gradients, logits) of a batch, whose `inputs` are (images, soft labels, mask).
 
     The loss is the sum of the cross-entropies over the mask, divided by `count`. Microbatches run
-    in sequence, in the memory of one. Microbatch i consists of every `num_microbatches`-th row, so
-    each device's share is among its own rows, and draws dropout from fold_in(dropout_key, i).
+    in sequence, in the memory of one. Microbatch i takes every `num_microbatches`-th row from row
+    i, so each device's share is among its own rows. Its dropout key is fold_in(dropout_key, i).
     """
 
     def one_pass(inputs, dropout_key):
@@ -122,12 +121,10 @@ def apply_update(
     return state.replace(params=params, opt_state=opt_state, ema_params=ema_params)
 
 
-def _add_to_sums(state, metrics, bad, *, steps_per_epoch):
-    """Returns the sums of the epoch so far. Skipped steps are counted and add nothing."""
-    added = {k: metrics[k] for k in ("loss", "accuracy")}
-    if "skipped" in state.sums:
-        added = {k: jnp.where(bad, 0.0, v) for k, v in added.items()}
-        added["skipped"] = bad.astype(jnp.float32)
+def _add_to_sums(state, metrics, skipped, *, steps_per_epoch):
+    """Returns the sums of the epoch so far. A skipped step is counted and adds nothing."""
+    added = {k: jnp.where(skipped, 0.0, metrics[k]) for k in ("loss", "accuracy")}
+    added["skipped"] = jnp.float32(skipped)
     first = state.step % steps_per_epoch == 0
     return {k: jnp.where(first, 0.0, state.sums[k]) + v for k, v in added.items()}
 
@@ -142,13 +139,14 @@ def make_train_step(
     mix_steps: int,
     ema_decay: float,
     accumulate_steps: int = 1,
+    skip_bad: bool = False,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns train_step(state, batch) -> (state, metrics), pure, for the caller to jit.
 
-    The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. Metrics are
-    float32[]: loss and accuracy over the mask, grad_norm (before clipping), and lr; and `bad`,
-    bool[]: the loss or the gradient is not finite. If `state.sums` counts skipped steps, a bad step
-    changes only the step count, and the metric `skipped` is the number of such steps in the epoch.
+    The batch is {"image": uint8[B, H, W, C], "label": int32[B], "mask": bool[B]}. The metrics are
+    float32[] scalars: loss and accuracy over the mask, grad_norm (before clipping), and lr; and
+    `bad`, bool[]: whether the loss or the gradient is not finite. With `skip_bad`, a bad step
+    changes only `step` and `sums`, and the metric `skipped` is the epoch's count.
 
     All randomness of a step derives from (state.seed, state.step). Mixup and CutMix stop after
     `mix_steps`. The whole batch is augmented, then split into `accumulate_steps` microbatches.
@@ -180,10 +178,11 @@ def make_train_step(
                 "lr": jnp.asarray(schedule(state.step), jnp.float32),
             }
             bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
-            sums = _add_to_sums(state, metrics, bad, steps_per_epoch=steps_per_epoch)
+            skipped = bad if skip_bad else False
+            sums = _add_to_sums(state, metrics, skipped, steps_per_epoch=steps_per_epoch)
         with jax.named_scope("optimizer"):
             new_state = apply_update(optimizer, grads, state, ema_decay=ema_decay)
-        if "skipped" in sums:
+        if skip_bad:
             new_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state, new_state)
             metrics["skipped"] = sums["skipped"]
         return new_state.replace(step=state.step + 1, sums=sums), metrics | {"bad": bad}

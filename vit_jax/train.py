@@ -11,17 +11,18 @@ from ml_collections import ConfigDict
 
 from vit_jax.errors import Stopped, UserError, expand_home
 from vit_jax.experiment import describe, description_lines, make_experiment
-from vit_jax.parallel import targets
+from vit_jax.parallel import backend, targets
 from vit_jax.parallel.preemption import StopSignal
 from vit_jax.parallel.processes import check_same, shared_errors
 from vit_jax.seeds import RunWorkdir
 from vit_jax.workdir import (
     BadStep,
     TrainLog,
+    check_steps,
     epoch_means,
     import_wandb,
     saved_steps,
-    trace_steps,
+    trace,
 )
 
 
@@ -34,11 +35,15 @@ def train(
 ) -> dict[str, Any]:
     """Trains by a config in the workdir at `path`, and returns the content of result.json.
 
-    Resumes from the newest intact checkpoint there. Raises UserError for invalid input, before the
-    first write, and for a failed write or a non-finite step; Stopped after a signal, with the state
-    saved. With several processes, only process 0 prints. With `profile_steps` = (first, last),
-    traces these steps; see `workdir.profile`.
+    Resumes from the newest intact checkpoint there. With several processes, only process 0 prints.
+    With `profile_steps` = (first, last), traces these steps; see `workdir.profile`.
+
+    Raises UserError for an invalid config or unusable data, before the workdir is written; for a
+    workdir or `profile_steps` that do not fit the run; and for a failed write or a non-finite step.
+    Raises Stopped after a signal, with the state saved.
     """
+    if config.deterministic:
+        backend.require_determinism()  # before `shared_errors` starts JAX
     if config.wandb:
         import_wandb()
     path = expand_home(path)
@@ -56,7 +61,8 @@ def train(
         _say(*description_lines(describe(experiment, path)))
         start = workdir.find_resume_step()
         if resuming and not start:  # the folders found are not checkpoints
-            experiment = make_experiment(config)
+            with shared_errors():
+                experiment = make_experiment(config, splits=experiment.splits)
         result = workdir.read_result()
         result = result if result and result["steps"] == start else None
         # They differ if the workdir is on each host's own disk.
@@ -67,13 +73,12 @@ def train(
             _say(f"Already complete. {_summary(result)}")
             return result
         if profile_steps:
-            folder = path / "profile"
-            experiment.train_step = trace_steps(experiment, folder, start, profile_steps)
+            check_steps(profile_steps, start, experiment.plan.total_steps)
         workdir.open(start, command=command, keep=experiment.plan.keep)
-        return _train(experiment, workdir, start)
+        return _train(experiment, workdir, start, profile_steps)
 
 
-def _train(experiment, workdir, start):
+def _train(experiment, workdir, start, profile_steps):
     """Trains from step `start` to the end, and returns the content of result.json."""
     if start:
         state, progress = workdir.restore(start, experiment.state_shapes)
@@ -81,10 +86,13 @@ def _train(experiment, workdir, start):
     else:
         state, progress = experiment.init(), {"timed_images": 0, "timed_seconds": 0.0}
     log = _make_log(experiment, workdir, start, progress)
+    tracing = contextlib.nullcontext()
+    if profile_steps:
+        tracing = trace(experiment, workdir.path / "profile", start, profile_steps, log.paused)
     # Only explicit transfers between host and device, unless JAX reads every result for a NaN.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
-        with jax.transfer_guard(guard), StopSignal() as stop:
+        with jax.transfer_guard(guard), StopSignal() as stop, tracing:
             state, validated = _loop(experiment, workdir, log, state, stop)
             workdir.wait()
         if stop.signal:  # or one received during the last save
@@ -160,10 +168,10 @@ def _bad_step_error(experiment, workdir, bad_step):
         loss, norm = (np.atleast_1d(v)[index] for v in (bad_step.loss, bad_step.grad_norm))
         problem = f"the loss is {loss:.4g} and the gradient norm {norm:.4g}"
     return UserError(
-        f"{problem} at step {step} of seed {seed}; the last good checkpoint is "
-        f"{folder / 'checkpoints' / str(steps[-1]) if steps else 'none'}; {batch_note}; a lower "
-        "optim.peak_lr or an optim.grad_clip_norm may help, --config.on_bad_loss=skip skips such "
-        "steps, the environment variable JAX_DEBUG_NANS=true locates the operation"
+        f"{problem} at step {step} of seed {seed}; last good checkpoint: "
+        f"{folder / 'checkpoints' / str(steps[-1]) if steps else 'none'}; {batch_note}; try a "
+        "lower optim.peak_lr or set optim.grad_clip_norm, skip such steps with "
+        "--config.on_bad_loss=skip, or set JAX_DEBUG_NANS=true to locate the operation"
     )
 
 
@@ -171,7 +179,7 @@ def _results(experiment, workdir, log, state, validated):
     """Evaluates the final weights, and writes and returns the content of result.json."""
     plan = experiment.plan
     values = {"train_loss": epoch_means(state, plan.epoch(log.step)[1])["loss"]}
-    metrics = {"val": validated}  # of the last step, unless the run resumed there
+    metrics = {"val": validated}  # None if the run resumed at its last step
     for name in ("val", "test"):
         if name in experiment.splits:
             if not (found := metrics.get(name)):

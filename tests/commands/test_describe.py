@@ -83,7 +83,7 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path,
     assert float(lines["memory"].split()[0]) > device
     assert "all-gather" in lines["communication"]
     found = re.match(
-        r"(\S+) GFLOP per step, .*; in the compiled products (\S+) GFLOP per step and device",
+        r"(\S+) GFLOP per step, .*; compiled matrix products: (\S+) GFLOP per step per device",
         lines["compute"],
     )
     assert 8 * float(found[2]) == pytest.approx(float(found[1]), rel=0.05)
@@ -144,7 +144,7 @@ def test_what_an_older_gpu_lacks_is_said(require, capsys):
         (["--dry_run", "--target", "h100sxm"], r"unknown target h100sxm \(did you mean h100\?\)"),
         (["--dry_run", "--target", "h100x0"], "unknown target h100x0"),
         (["--dry_run", "--fit"], "need a --target"),
-        (["--target", "h100"], "add --dry_run"),
+        (["--target", "h100"], "only with --dry_run"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message, tiny_folder):

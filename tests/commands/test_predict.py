@@ -132,7 +132,7 @@ def test_paths_that_are_not_utf8_are_printed_unchanged(tiny_run, pictures, tmp_p
 def test_invalid_input_prints_one_line_and_exits_with_2(tiny_run, tmp_path, capsys):
     for arguments, says in (
         ([tmp_path, "x.png"], "no checkpoints"),
-        ([tiny_run, tmp_path], "contains no images"),
+        ([tiny_run, tmp_path], "has no images"),
     ):
         with pytest.raises(SystemExit) as end:
             run_command(predict.main, ["--workdir", *map(str, arguments)])

@@ -1,10 +1,9 @@
 """Streamed splits: the batches of resident data, images of mixed sizes, and bad images."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
+from runs import losses
 
 from vit_jax import config as config_lib
 from vit_jax.augment import make_crop
@@ -27,11 +26,6 @@ def photos(tmp_path_factory):
                 noise = rng.integers(low, low + 100, (height, width, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / split / name / f"{i}.jpg")
     return folder
-
-
-def losses(workdir):
-    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [p["train/loss"] for p in parsed if "train/loss" in p]
 
 
 @pytest.mark.parametrize("split", ["train", "train[10:40]", "test[5:]+train[:20]"])
@@ -68,8 +62,7 @@ def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsy
     c.data.streaming = True
     result = train(c, tmp_path / "streamed")
     assert "data decoded by 16 threads per host" in capsys.readouterr().out
-    expected = losses(tmp_path / "resident")
-    np.testing.assert_allclose(losses(tmp_path / "streamed"), expected, atol=1e-5)
+    assert losses(tmp_path / "streamed") == pytest.approx(losses(tmp_path / "resident"), abs=1e-5)
     assert result["test_accuracy"] > 0.5
 
 

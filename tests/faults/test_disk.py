@@ -162,7 +162,9 @@ def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
     saves.steps, saves.keep_every = 30, "2 steps"
     code, line, copy = run_on_two_megabytes(saves, tmp_path / "disk")
     assert code == 2, line
-    assert "No space left on device" in line and "is the last one saved; make room" in line
+    assert (
+        "No space left on device" in line and "is the last one saved; fix this, then rerun" in line
+    )
     # The complete checkpoints are intact, and with more space the run resumes.
     step = saved_steps(copy / "checkpoints")[-1]
     assert f"step {step} is the last one saved" in line

@@ -1,6 +1,7 @@
 """Non-finite losses: reported with the batch and the last good checkpoint, or skipped."""
 
 import json
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from PIL import Image
 
 from vit_jax import augment
-from vit_jax.errors import UserError
+from vit_jax.errors import Stopped, UserError
 from vit_jax.experiment import make_experiment
+from vit_jax.parallel.preemption import StopSignal
 from vit_jax.train import train
-from vit_jax.workdir import saved_steps
+from vit_jax.workdir import read_lines, saved_steps
 
 
 @pytest.fixture
@@ -59,7 +61,9 @@ def test_non_finite_weights_are_not_saved(tiny_config, tmp_path):
     c = tiny_config
     c.optim.schedule, c.optim.peak_lr = "constant", 1e39  # infinite in float32
     c.save_every, c.tensorboard = "1 step", False
-    with pytest.raises(UserError, match=r"weights are not finite at step 1 of seed 0; .* is none"):
+    with pytest.raises(
+        UserError, match=r"weights are not finite at step 1 of seed 0; last good checkpoint: none"
+    ):
         train(c, tmp_path / "run")
     assert not saved_steps(tmp_path / "run" / "checkpoints")
     assert (tmp_path / "run" / "bad_batch_1.npz").exists()
@@ -69,7 +73,7 @@ def test_nan_names_the_last_good_checkpoint_and_stores_the_batch(poisoned, tmp_p
     c = poisoned(jnp.nan)
     first, *_ = white_steps(c)
     assert first > 2
-    message = rf"the loss is nan .* at step {first} of seed 0; the last good .*/{first - 1}; "
+    message = rf"the loss is nan .* at step {first} of seed 0; last good .*/{first - 1}; "
     with pytest.raises(UserError, match=message):
         train(c, tmp_path / "run")
     assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == first - 1
@@ -99,6 +103,28 @@ def test_skipped_steps_are_excluded_from_the_means(poisoned, tmp_path):
         assert line["epoch/loss"] == pytest.approx(np.mean(good), rel=1e-6)
     skipped = [p["train/skipped"] for p in lines if "train/skipped" in p]
     assert max(skipped) == 1 and skipped[0] == 0
+
+
+def test_skipped_step_is_excluded_if_the_resumed_run_skips_no_more(poisoned, tmp_path, monkeypatch):
+    c = poisoned(jnp.nan)
+    c.on_bad_loss, c.log_every = "skip", "1 step"
+    first, second, *_ = white_steps(c)
+    assert first < 8  # the epoch goes on after it
+
+    def reached(self, step):
+        self.signal = signal.SIGTERM if step == first else None
+        return step == first
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StopSignal, "reached", reached)
+        train(c, tmp_path)
+    c.on_bad_loss = "stop"
+    with pytest.raises(UserError, match=f"nan at step {second} "):
+        train(c, tmp_path)
+    values = [v for _, v in read_lines(tmp_path / "metrics.jsonl")]
+    losses = [v["train/loss"] for v in values if "train/loss" in v and v["step"] <= 8]
+    (mean,) = (v["epoch/loss"] for v in values if "epoch/loss" in v)
+    assert len(losses) == 7 and mean == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_run_with_only_bad_steps_ends(tiny_config, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,12 @@ import pytest
 import vit_jax
 from vit_jax import data
 from vit_jax.errors import UserError
-from vit_jax.inference.classify import classify_examples, load_examples, make_classify
+from vit_jax.inference.classify import (
+    class_numbers,
+    classify_examples,
+    load_examples,
+    make_classify,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,5 +56,23 @@ def test_streamed_run_is_evaluated_without_decoding_the_whole_split(trained, tin
 
 def test_class_that_the_model_lacks_is_rejected(trained, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder / "test" / "red", tmp_path / "purple")
-    with pytest.raises(UserError, match=r"lacks \(purple\); it has blue, green, red"):
+    with pytest.raises(
+        UserError, match=r"lacks \(purple\); the model's classes are blue, green, red"
+    ):
         load_examples(trained, str(tmp_path))
+
+
+def test_named_classes_are_matched_by_name_even_if_the_names_are_numbers():
+    """A folder sorts its classes as text: 0, 1, 10, 2, ..."""
+    numbers = [str(i) for i in range(11)]
+    trained = types.SimpleNamespace(class_names=sorted(numbers))
+    examples = types.SimpleNamespace(class_names=numbers)
+    assert [sorted(numbers)[i] for i in class_numbers(trained, examples)] == numbers
+
+
+def test_validation_images_of_a_folder_are_chosen_before_training_images(
+    trained, tiny_folder, tmp_path
+):
+    shutil.copytree(tiny_folder / "train", tmp_path / "train")
+    shutil.copytree(tiny_folder / "test", tmp_path / "val")
+    assert load_examples(trained, str(tmp_path))[1] == "val"

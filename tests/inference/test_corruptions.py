@@ -9,8 +9,7 @@ from tensorflow_datasets.image_classification import corruptions as tfds_corrupt
 from vit_jax.data import open_split
 from vit_jax.data.shapes10 import draw
 from vit_jax.errors import UserError
-from vit_jax.inference.corruptions import SEVERITIES, corrupt, corruption_errors
-from vit_jax.inference.trained import load
+from vit_jax.inference.corruptions import SEVERITIES, check_resident, corrupt
 
 IMAGES = draw(np.arange(12) % 10, np.random.default_rng(0))
 
@@ -74,5 +73,5 @@ def test_higher_severity_changes_images_more(kind):
 
 def test_streamed_split_is_refused(tiny_run, tiny_folder):
     stream = open_split(f"folder:{tiny_folder}", "test", streaming=True)
-    with pytest.raises(UserError, match=r"set config\.data\.streaming=false"):
-        corruption_errors(load(tiny_run), stream)
+    with pytest.raises(UserError, match=r"with config\.data\.streaming=false"):
+        check_resident(stream)

@@ -9,15 +9,10 @@ import time
 import numpy as np
 import pytest
 from process_helpers import finish, start
-from runs import command, command_after, train_shared
+from runs import command, command_after, losses, train_shared
 
 # Shortens the time to detect a lost process.
 SOONER = "from vit_jax.parallel import processes as p; p._HEARTBEAT_SECONDS = 5"
-
-
-def losses(workdir):
-    parsed = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {p["step"]: p["train/loss"] for p in parsed if "train/loss" in p}
 
 
 @pytest.mark.parametrize(("fsdp", "streaming"), [(1, False), (4, True)])

@@ -3,6 +3,7 @@
 import os
 import signal
 
+from vit_jax.parallel import preemption
 from vit_jax.parallel.preemption import StopSignal
 
 
@@ -18,3 +19,20 @@ def test_first_signal_is_recorded_and_the_second_has_its_usual_effect(capfd):
     assert capfd.readouterr().err == (
         "SIGTERM: finishing the step and saving; a second signal exits immediately\n"
     )
+
+
+def test_with_several_processes_all_stop_or_none(monkeypatch):
+    """Ctrl-C in one process counts once JAX's preemption service has told every process."""
+    told = []
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        preemption.multihost_utils, "reached_preemption_sync_point", lambda step: bool(told)
+    )
+    service = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert told == [signal.SIGTERM] and stop.signal is None
+            assert stop.reached(1) and stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, service)

@@ -22,6 +22,8 @@ from vit_jax.train import train
 from vit_jax.weights import layouts, start_from
 from vit_jax.weights.finetune import resize_positions
 
+PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
 
 @pytest.fixture
 def small_google_file(tmp_path):
@@ -40,7 +42,7 @@ def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
     path, params = small_google_file(pre_logits=16)
     vit, _ = random_model(num_classes=3, **GOOGLE)
     loaded = vit_jax.load_weights(path)
-    got, notes = start_from(loaded, vit, (16, 24, 3), ["a", "b", "c"])
+    got, notes = start_from(loaded, vit, (16, 24, 3), ["a", "b", "c"], **PIXELS)
     assert not got["head"]["kernel"].any() and got["head"]["kernel"].shape == (24, 3)
     assert "pre_logits" not in got and got["pos_embed"].shape == (1, 25, 24)
     assert same_bits(got["block_1"], params["block_1"])
@@ -49,10 +51,15 @@ def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
         "positions of 3x3 patches resized to 4x6 (zoom)",
     ]
     vit, _ = random_model(num_classes=3, pre_logits=16, **GOOGLE)  # keeps that layer
-    got, _ = start_from(loaded, vit, (12, 12, 3), ["a", "b", "c"])
+    got, _ = start_from(loaded, vit, (12, 12, 3), ["a", "b", "c"], **PIXELS)
     assert same_bits(got["pre_logits"], params["pre_logits"])
     vit, _ = random_model(pre_logits=16, **GOOGLE)
-    assert start_from(loaded, vit, (12, 12, 3), list("abcde"))[1] == []
+    assert start_from(loaded, vit, (12, 12, 3), list("abcde"), **PIXELS)[1] == []
+    other = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
+    loaded = loaded._replace(preprocessing=other)
+    assert start_from(loaded, vit, (12, 12, 3), list("abcde"), **other)[1] == []
+    (note,) = start_from(loaded, vit, (12, 12, 3), list("abcde"), **PIXELS)[1]
+    assert note.startswith("trained with config.data.mean=(0.49, 0.48, 0.45) and std=(0.25")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,7 @@ def test_another_architecture_is_rejected_with_advice(small_google_file, fields,
     path, _ = small_google_file()
     vit, _ = random_model(**GOOGLE | fields)
     with pytest.raises(UserError, match=message) as error:
-        start_from(vit_jax.load_weights(path), vit, (12, 12, 3), list("abcde"))
+        start_from(vit_jax.load_weights(path), vit, (12, 12, 3), list("abcde"), **PIXELS)
     assert str(path) in str(error.value)
 
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from vit_jax.config import defaults
 from vit_jax.errors import UserError
-from vit_jax.workdir.metrics import JsonLines, read_lines
+from vit_jax.workdir.metrics import JsonLines, TensorBoard, read_lines
 
 
 def test_resuming_drops_later_truncated_and_test_lines(tmp_path):
@@ -74,3 +75,17 @@ def test_deleted_file_is_reported(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No such file"):
         sink.sync()
+
+
+def test_full_disk_does_not_block_tensorboard(tmp_path):
+    sink = TensorBoard(tmp_path, defaults(), step=0)
+    file = sink._file._py_recordio_writer
+    working = file._writer
+    with open("/dev/full", "wb", buffering=0) as full:
+        file._writer = full
+        for step in range(1, 30):
+            sink.write(step, {"train/loss": 0.5})
+    file._writer = working
+    sink.write(30, {"train/loss": 0.5})
+    sink.close()
+    assert b"train/loss" in next(tmp_path.glob("events.out.tfevents.*")).read_bytes()

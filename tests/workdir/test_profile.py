@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from runs import train_shared
 
 from vit_jax.errors import UserError
+from vit_jax.workdir import profile
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,22 @@ def test_profile_changes_no_result(profiled, tmp_path):
     c, _, result = profiled
     other = train_shared(c, tmp_path)
     assert np.array_equal(other["test_loss"], result["test_loss"])
+
+
+def test_profile_of_the_last_steps_is_not_part_of_the_training_time(
+    profiled, tmp_path, monkeypatch
+):
+    operations = profile._operations
+
+    def slow(*args):
+        time.sleep(2)
+        return operations(*args)
+
+    monkeypatch.setattr(profile, "_operations", slow)
+    result = train_shared(profiled[0], tmp_path, profile_steps=(2, 6))
+    assert result["seconds"] < 2 and (tmp_path / "profile" / "operations.json").exists()
+    result = train_shared(profiled[0], tmp_path / "other", profile_steps=(2, 3))
+    assert result["seconds"] < 2
 
 
 @pytest.mark.parametrize("steps", [(0, 2), (4, 3), (5, 7)])

@@ -10,6 +10,7 @@ from jax import lax
 
 # Smallest and largest aspect ratio, as in torchvision.
 CROP_RATIO = (3 / 4, 4 / 3)  # columns / rows
+ERASING_SCALE = (0.02, 1 / 3)  # area of the box, as a share of the image
 ERASING_RATIO = (0.3, 3.3)  # rows / columns
 
 
@@ -79,15 +80,16 @@ def alternating_flip(images, epoch):
 
 
 def random_erasing(key, image, augment):
-    """Replaces a random box of a normalized image, float32[H,W,C], with zeros, the mean color.
+    """Sets a random box of a normalized image, float32[H,W,C], to zero, which is the mean color.
 
-    Source: Zhong et al. 2017; torchvision's RandomErasing. The box is the first of ten candidates
-    that is smaller than the image; if there is none, nothing is erased.
+    Erases with probability `augment.erasing_prob`. The box is the first of ten candidates that is
+    smaller than the image; if there is none, nothing is erased. Source: Zhong et al. 2017;
+    torchvision's RandomErasing.
     """
     height, width, _ = image.shape
     uniform = jax.random.uniform(key, (41,))
     share, log_aspect, down, right = uniform[:40].reshape(4, 10)
-    smallest, largest = augment.erasing_scale
+    smallest, largest = ERASING_SCALE
     low, high = map(math.log, ERASING_RATIO)
     area = height * width * (smallest + (largest - smallest) * share)
     aspect = jnp.exp(low + (high - low) * log_aspect)

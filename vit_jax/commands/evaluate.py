@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_jax.errors import expand_home
 from vit_jax.inference.classify import classify_examples, load_examples
-from vit_jax.inference.corruptions import corruption_errors
+from vit_jax.inference.corruptions import check_resident, corruption_errors
 from vit_jax.inference.scores import score
 from vit_jax.inference.trained import load
 from vit_jax.parallel import backend
@@ -34,6 +34,8 @@ def main(argv=None):
     backend.check_backend()
     trained = load(args.workdir, args.step)
     examples, split = load_examples(trained, args.data, args.split)
+    if args.corruptions:
+        check_resident(examples)
     logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
     if args.corruptions:

@@ -39,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     text = "directory for attention images: the rollout, and every head of every layer"
     parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help=text)
-    text = "-: paths on stdin, one per line"
+    text = "image files or folders; - reads paths from stdin, one per line"
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=text)
     args = parser.parse_args(argv)
     if args.top < 1:
@@ -74,9 +74,8 @@ def image_paths(arguments, stdin):
             lines = (line.rstrip("\r\n") for line in stdin)
             yield from (pathlib.Path(line) for line in lines if line)
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in data.IMAGE_SUFFIXES)
-            if not files:
-                raise UserError(f"{path} contains no images ({' '.join(data.IMAGE_SUFFIXES)})")
+            with data.user_errors(f"{path} cannot be used", "pass image files or folders"):
+                files = sorted(data.image_files(path))
             yield from files
         else:
             yield path

@@ -37,6 +37,8 @@ def main(argv=None):
     (train, train_split), (test, test_split) = (
         load_examples(trained, args.data, split) for split in (train_split, args.test_split)
     )
+    if (train.source, train_split) == (test.source, test_split):
+        raise UserError(f"both splits are {train_split} of {test.source}: set --test_split")
     result = probe(
         classify_examples(encoder, train), classify_examples(encoder, test), args.neighbors
     )

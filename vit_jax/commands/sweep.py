@@ -54,15 +54,15 @@ def main(argv=None):
         "--search",
         choices=["grid", "one", "tpe"],
         default="grid",
-        help="grid: every combination; one: the recipe, and each value alone; tpe: runs chosen by "
-        "Optuna's TPESampler, and stopped early by its MedianPruner at a config.eval_every",
+        help="grid: every combination; one: the recipe, then one changed field per run; tpe: runs "
+        "chosen by Optuna's TPESampler, pruned by its MedianPruner every config.eval_every",
     )
     parser.add_argument("--runs", type=int, default=0, help="number of runs, for tpe")
-    parser.add_argument("--workdir", required=True, help="directory of the sweep, one run each")
+    parser.add_argument("--workdir", required=True, help="directory; each run gets a subdirectory")
     args, overrides = parser.parse_known_args(argv)
     sweep = Sweep(args, overrides)
-    while trial := sweep.next_trial():
-        sweep.train(trial)
+    while run := sweep.next_run():
+        sweep.train(*run)
     sweep.finish()
 
 
@@ -121,11 +121,13 @@ class Sweep:
             for point in points:
                 study.enqueue_trial(point)
             study.set_user_attr("settings", settings)
+        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        queued = {self._name(t.system_attrs["fixed_params"]) for t in waiting}
         for name, trial in self._runs(study).items():
             ended = trial.state == TrialState.RUNNING and not _is_locked(self.folder / name)
             if ended:
                 study.tell(trial.number, state=TrialState.FAIL)
-            if ended or trial.state == TrialState.FAIL:
+            if (ended or trial.state == TrialState.FAIL) and name not in queued:
                 study.enqueue_trial(trial.params)
         return study
 
@@ -134,24 +136,36 @@ class Sweep:
         trials = study.get_trials(deepcopy=False)
         return {self._name(t.params): t for t in trials if t.state != TrialState.WAITING}
 
-    def next_trial(self):
-        """Returns the next trial, or None after the last."""
+    def next_run(self):
+        """Returns the next trial and its lock file, or None after the last trial.
+
+        The lock is taken before another process can see the trial; see `_open`.
+        """
         with _locked(self.folder / "study.lock"):
             waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
             if waiting or len(self._runs(self.study)) < self.runs:
-                return self.study.ask(self.space)
+                trial = self.study.ask(self.space)
+                folder = self.folder / self._name(trial.params)
+                folder.mkdir(exist_ok=True)
+                lock = open(folder / "sweep.lock", "w")
+                with contextlib.suppress(BlockingIOError):  # a second trial of the same run
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return trial, lock
 
-    def train(self, trial):
+    def train(self, trial, lock):
         """Trains the run of a trial, its output in log.txt, and stores its validation accuracy."""
         name = self._name(trial.params)
         folder = self.folder / name
         print(f"[{len(self._runs(self.study))}] {name}", flush=True)
-        folder.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "vit_jax.main", "--workdir", str(folder)]
         command += ["--config", self.recipe, *self._fields(trial.params)]
         command += ["--config.data.test_split="]
-        with _locked(folder / "sweep.lock"), open(folder / "log.txt", "a") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        with lock, open(folder / "log.txt", "a") as log:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # The run holds the lock too, in case it outlives this process.
+            child = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
+            )
             try:
                 pruned = self._wait(trial, child, folder)
             except KeyboardInterrupt:

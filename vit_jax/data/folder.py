@@ -8,7 +8,8 @@ from pathlib import Path
 from vit_jax.data.images import IMAGE_SUFFIXES, read_image
 from vit_jax.data.source import Source, fingerprint, printable, user_cache, user_errors
 
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation")
+_SPLITS = ("train", "training", *HELD_OUT_SPLITS)
 
 
 def open_folder(root: Path) -> Source:
@@ -29,7 +30,7 @@ def open_folder(root: Path) -> Source:
             files[split] = [
                 (path.relative_to(root), class_names.index(printable(class_folder.name)))
                 for class_folder in paths
-                for path in _image_files(class_folder)
+                for path in image_files(class_folder)
             ]
             # A hash of the path is the same on every machine, and mixes the classes in any slice.
             files[split].sort(key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
@@ -63,8 +64,11 @@ def _subfolders(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _image_files(folder):
-    """Returns the image files below a folder, except hidden files and folders."""
+def image_files(folder: Path) -> list[Path]:
+    """Returns the image files below a folder, except hidden files and folders, in any order.
+
+    Raises ValueError if there are none, and OSError for a folder that cannot be read.
+    """
 
     def stop(error):
         raise error  # by default, os.walk skips an unreadable folder

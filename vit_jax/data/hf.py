@@ -34,15 +34,17 @@ def open_hf(name: str) -> Source:
         loaded = _load(datasets, place, chosen.get("config"))
     features = next(iter(loaded.values())).features
     image, label = _columns(datasets, f"hf:{name}", features, chosen)
-    splits = {
-        split: data.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
-        for split, data in loaded.items()
-    }
-    if isinstance(features[label], datasets.ClassLabel):
-        class_names = tuple(features[label].names)
-    else:
-        largest = max(int(np.max(data.with_format("numpy")[label])) for data in splits.values())
-        class_names = tuple(map(str, range(largest + 1)))
+    undecoded = datasets.Image(decode=False)
+    with user_errors(f"a split of hf:{name} cannot be used", "choose other columns or data"):
+        splits = {
+            split: data.select_columns([image, label]).cast_column(image, undecoded)
+            for split, data in loaded.items()
+        }
+        if isinstance(features[label], datasets.ClassLabel):
+            class_names = tuple(features[label].names)
+        else:
+            labels = [data.with_format("numpy")[label][:] for data in splits.values()]
+            class_names = tuple(map(str, range(int(max(np.concatenate(labels))) + 1)))
 
     def read(split, index):
         where = f"example {index} of hf:{name} {split}"

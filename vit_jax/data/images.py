@@ -24,7 +24,7 @@ def read_image(file, where=None) -> np.ndarray:
     problem = f"{where or file} is not a usable image"
     with user_errors(problem, "fix or remove it"), _open_image(file) as image:
         if image.mode not in _MODES:
-            raise ValueError(f"mode {image.mode}, not 8 bits per sample")
+            raise ValueError(f"mode {image.mode} is not supported")
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 

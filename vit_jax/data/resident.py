@@ -28,6 +28,7 @@ class Dataset:
     labels: np.ndarray  # int32[N], in 0..len(class_names)-1
     class_names: tuple[str, ...]
     source: str  # one line to print: name, version, format, directory, cache
+    parts: list[tuple[str, range]]  # (base split, rows)
 
     @property
     def num_examples(self) -> int:
@@ -61,7 +62,7 @@ def load_resident(source: Source, parts: list, image_size: int | None) -> Datase
         with user_errors(problem, "set config.data.image_size"):
             images, labels = [np.concatenate(images)], [np.concatenate(labels)]
     title = f"{source.title}, cached in {printable(source.cache_dir)}"
-    return Dataset(images[0], labels[0], source.class_names, title)
+    return Dataset(images[0], labels[0], source.class_names, title, parts)
 
 
 def _load_base(source, split, image_size):

@@ -1,4 +1,4 @@
-"""The source of a dataset, one class for TFDS and image folders, and its files on disk."""
+"""`Source`, the common interface to TFDS, Hugging Face, and image folders, and file helpers."""
 
 import contextlib
 import dataclasses

@@ -21,7 +21,7 @@ class Stream:
 
     def __init__(self, source: Source, parts: list[tuple[str, range]], image_size: int | None):
         self.num_examples = sum(len(indices) for _, indices in parts)
-        self.class_names, self.source = source.class_names, source.title
+        self.class_names, self.source, self.parts = source.class_names, source.title, parts
         self._image_size = image_size
         self._parts = [(source.reader(name), indices) for name, indices in parts]
         self.image_shape: Any = None  # until the first image is read
@@ -64,8 +64,8 @@ class Stream:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields this process's rows of each step's batch, decoded two batches ahead.
 
-        {"image": uint8[b, H, W, C], "label": int32[b], "mask": bool[b]}; the mask is False for no
-        example. Raises UserError for an unusable image.
+        A batch is {"image": uint8[b, H, W, C], "label": int32[b], "mask": bool[b]}; the mask is
+        False for padding. Raises UserError for an unusable image.
 
         Args:
           order: step -> int32[B], the global batch as indices into the stream, -1 for no example;

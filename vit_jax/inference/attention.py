@@ -26,7 +26,7 @@ def rollout(maps):
 def attention_received(maps, grid):
     """Returns the attention that each patch receives: float[..., N, N] -> [..., rows, columns].
 
-    It comes from the class token; without one, it is the mean over all patches, as in the head.
+    With a class token, only its attention counts; without one, the mean over all query patches.
     """
     has_token = maps.shape[-1] > grid[0] * grid[1]
     weights = maps[..., 0, 1:] if has_token else maps.mean(axis=-2)

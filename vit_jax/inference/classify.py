@@ -1,6 +1,5 @@
 """Classification of images and of splits: uint8 pixels in, logits and attention maps out."""
 
-import pathlib
 import sys
 
 import cv2
@@ -10,7 +9,7 @@ import numpy as np
 import tqdm
 
 from vit_jax import augment, data
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 from vit_jax.parallel import mesh as mesh_lib
 
 
@@ -68,7 +67,7 @@ def load_examples(trained, name=None, split=None):
       name: an image folder or a TFDS name, its images cropped to the model's size. None: the data
         that the run was trained on. Classes that are only numbered are the model's, in order.
       split: a TFDS split. None: the run's test split, or its validation split if it has no test
-        split. For a folder: `test` if it exists, else `train`.
+        split. For a folder: its test or validation folder if there is one, else `train`.
     Raises UserError for data that does not exist or has a class that the model lacks.
     """
     config, (H, W, _) = trained.config, trained.image_shape
@@ -76,13 +75,14 @@ def load_examples(trained, name=None, split=None):
         split = split or config.data.test_split or config.data.val_split
         name, image_size = config.data.name, config.data.image_size
     elif H != W:
-        raise UserError(f"the model takes {H}x{W} images, data can be cropped to squares only")
+        raise UserError(f"the model takes {H}x{W} images, but --data is cropped to squares only")
     else:
         image_size = H
-        folder = pathlib.Path(name.removeprefix("folder:"))
+        folder = expand_home(name.removeprefix("folder:"))
         if folder.is_dir():
             name = f"folder:{folder}"
-            split = split or ("test" if (folder / "test").is_dir() else "train")
+            held_out = [s for s in data.HELD_OUT_SPLITS if (folder / s).is_dir()]
+            split = split or next(iter(held_out), "train")
     split = split or "test"
     examples = data.open_split(
         name,
@@ -97,7 +97,7 @@ def load_examples(trained, name=None, split=None):
     elif unknown:
         raise UserError(
             f"{name} has classes that the model lacks ({', '.join(unknown[:5])}); "
-            f"it has {', '.join(trained.class_names[:20])}"
+            f"the model's classes are {', '.join(trained.class_names[:20])}"
         )
     given, expected = tuple(examples.image_shape), tuple(trained.image_shape)
     if given != expected:
@@ -131,9 +131,9 @@ def classify_examples(trained, examples):
 
 def class_numbers(trained, examples):
     """Returns int[n], the model's number of each class of a split from `load_examples`."""
-    if _only_numbered(trained, examples):
-        return np.arange(len(trained.class_names))
-    return np.array([trained.class_names.index(name) for name in examples.class_names])
+    if set(examples.class_names) <= set(trained.class_names):
+        return np.array([trained.class_names.index(name) for name in examples.class_names])
+    return np.arange(len(trained.class_names))  # `load_examples` has checked _only_numbered
 
 
 def _only_numbered(trained, examples):

@@ -63,13 +63,20 @@ def _jpeg(image, quality):
 _PER_IMAGE = {"pixelate": _pixelate, "jpeg": _jpeg}
 
 
+def check_resident(examples):
+    """Raises UserError if the examples are streamed."""
+    if isinstance(examples, data.Stream):
+        raise UserError(
+            "--corruptions needs all images in memory, but this run streams its data: use a run "
+            "with config.data.streaming=false"
+        )
+
+
 def corruption_errors(trained, examples):
     """Returns {kind: errors at severities 1 to 5} of a TrainedModel.
 
-    `examples` are from `classify.load_examples`. Raises UserError if they are streamed.
+    `examples` are from `classify.load_examples`, not streamed.
     """
-    if isinstance(examples, data.Stream):
-        raise UserError("corrupted images are drawn in memory: set config.data.streaming=false")
     classify = make_classify(trained, batch_size=trained.config.eval_batch_size)
     labels = class_numbers(trained, examples)[examples.labels]
 

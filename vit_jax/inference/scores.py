@@ -1,22 +1,20 @@
 """Classification metrics: accuracy with its confidence interval, calibration, confusion matrix."""
 
 import numpy as np
+import scipy.special
 
 
 def wilson(correct, count):
     """Returns Wilson's 95% score interval (low, high) of correct / count (JASA 1927)."""
-    z = 1.959964
-    p, z2 = correct / count, z * z / count
-    center = (p + z2 / 2) / (1 + z2)
-    half = z / (1 + z2) * np.sqrt(p * (1 - p) / count + z2 / (4 * count))
-    return float(max(0.0, center - half)), float(min(1.0, center + half))
+    from scipy.stats import binomtest  # slow to import
+
+    interval = binomtest(correct, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def log_softmax(logits):
     """Returns the log-probabilities, float64[N, classes], of float[N, classes] logits."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
 
 
 def top(log_probabilities, class_names, count):

@@ -21,10 +21,10 @@ def enable_compilation_cache() -> None:
 
 
 def require_determinism() -> None:
-    """Lets XLA's GPU programs be bit-identical from run to run; before JAX starts its backend.
+    """Makes XLA's GPU programs bit-identical from run to run. Call it before JAX's backend starts.
 
-    Raises UserError if the backend has started without. It has no effect on a CPU, whose programs
-    are.
+    Raises UserError if the backend has already started without the flag. On a CPU, programs are
+    deterministic without it.
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
     if _DETERMINISTIC in flags:
@@ -65,6 +65,6 @@ def check_backend() -> None:
     except RuntimeError as e:
         raise UserError(
             f"this machine has an NVIDIA GPU, but JAX did not start CUDA ({e}): install "
-            "'jax[cuda13]' (driver 580 or newer) or 'jax[cuda12]' (525), with launch.sh by CUDA=13 "
-            "or CUDA=12, or set JAX_PLATFORMS=cpu to run on the CPU"
+            "'jax[cuda13]' (driver 580 or newer) or 'jax[cuda12]' (driver 525 or newer), which "
+            "launch.sh does with CUDA=13 or CUDA=12; or set JAX_PLATFORMS=cpu to run on the CPU"
         ) from e

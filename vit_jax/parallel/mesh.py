@@ -41,7 +41,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(mesh: Mesh, shapes: Any) -> Any:
-    """Returns a sharding for each array: its largest axis that `fsdp` divides is split over it.
+    """Returns a sharding for each array: the largest axis divisible by `fsdp` is split over `fsdp`.
 
     Arrays of fewer than 4,096 elements are replicated: sharding would cost more than it saves.
     """

@@ -16,7 +16,8 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # set in every process, or in none
+        self._received: int | None = None  # in this process
         self._several = jax.process_count() > 1
         self._handled = [signal.SIGINT] if self._several else [signal.SIGTERM, signal.SIGINT]
 
@@ -34,10 +35,12 @@ class StopSignal:
             signal.signal(handled, signal.SIG_DFL)
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        self._record(number)
+        else:
+            self.signal = number
+        self._announce(number)
 
-    def _record(self, number):
-        self.signal = number
+    def _announce(self, number):
+        self._received = number
         # print is not reentrant, and the signal may have interrupted one.
         name = signal.Signals(number).name
         text = f"{name}: finishing the step and saving; a second signal exits immediately\n"
@@ -48,7 +51,7 @@ class StopSignal:
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            if self.signal is None:
-                self._record(signal.SIGTERM)
-            return True
-        return not self._several and self.signal is not None
+            if self._received is None:
+                self._announce(signal.SIGTERM)
+            self.signal = self._received
+        return self.signal is not None

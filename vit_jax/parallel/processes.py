@@ -42,8 +42,8 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
     if not valid or not 0 < int(port) < 2**16 or int(index) >= int(count):
         given = ", ".join(f"{name}={environment.get(name) or 'unset'}" for name in names)
         raise UserError(
-            f"{given}: set COORDINATOR to host:port, NUM_PROCESSES, and PROCESS_ID to a whole "
-            "number from 0 to NUM_PROCESSES - 1, or none of them"
+            f"{given}: set COORDINATOR to host:port, NUM_PROCESSES to the number of processes, and "
+            "PROCESS_ID to a whole number from 0 to NUM_PROCESSES - 1; or unset all three"
         )
     if count == "1":
         return None
@@ -94,8 +94,8 @@ def joined() -> Iterator[None]:
         )
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(
-            f"cannot join: {name}: {e}; set COORDINATOR to a free port of process 0's host, and "
-            "NUM_PROCESSES and PROCESS_ID"
+            f"cannot join: {name}: {e}; set COORDINATOR to process 0's host and a free port there, "
+            "NUM_PROCESSES to the same number in every process, and PROCESS_ID to a different one"
         ) from e
     try:
         yield
@@ -161,7 +161,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_errors() -> Iterator[None]:
-    """Reraises a UserError of the body, which must wait for no other process, in every process."""
+    """Raises a UserError from the body in every process. The body must not wait for the others."""
     if jax.process_count() == 1:
         yield
         return

@@ -1,7 +1,7 @@
 """GPUs that a step can be compiled for without having one, and peak rates of known devices.
 
-`target_devices("h100x8")` returns devices of a topology: `make_experiment(devices=...)` and
-`describe.compile_step` compile for them. Nothing can be computed on them.
+`target_devices(*find_target("h100x8"))` returns the devices of a topology. Pass them to
+`make_experiment(devices=...)`; `describe.compile_step` then compiles for them. They run nothing.
 """
 
 import dataclasses
@@ -118,9 +118,10 @@ def find_target(name: str) -> tuple[Gpu, int]:
 
 
 def target_devices(gpu: Gpu, count: int) -> list[jax.Device]:
-    """Returns devices of a topology of GPUs, eight per host, which only compilation can use.
+    """Returns the devices of a GPU topology, which can be used only for compilation.
 
-    Call it before JAX starts. Raises UserError if the compiler for GPUs is not installed.
+    Hosts have eight GPUs each if 8 divides `count`; otherwise there is one host. Call this before
+    JAX starts. Raises UserError if the GPU compiler is not installed.
     """
     from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies

@@ -11,8 +11,8 @@ from vit_jax.weights import layouts
 from vit_jax.weights.load import FIELDS
 
 
-def start_from(weights, vit, image_shape, class_names):
-    """Adapts weights to a model, for images of (H, W, C).
+def start_from(weights, vit, image_shape, class_names, *, mean, std):
+    """Adapts weights to a model, for images of (H, W, C) normalized with `mean` and `std`.
 
     A head for other classes (another number, or other names if both are known) becomes zeros, and
     a pre-logits layer that the model lacks is dropped with it. Position embeddings of another grid
@@ -41,6 +41,10 @@ def start_from(weights, vit, image_shape, class_names):
         params["pos_embed"] = resize_positions(params["pos_embed"], weights.grid, grid, method)
         old, new = (f"{rows}x{columns}" for rows, columns in (weights.grid, grid))
         notes.append(f"positions of {old} patches resized to {new} ({method})")
+    pixels = weights.preprocessing or {"mean": mean, "std": std}  # not every file records them
+    if not np.allclose([pixels["mean"], pixels["std"]], [mean, std], atol=1e-3):
+        old = f"config.data.mean={tuple(pixels['mean'])} and std={tuple(pixels['std'])}"
+        notes.append(f"trained with {old}, which differ here")
     given = layouts.shapes(flatten_dict(params, sep="/"))
     problems = layouts.mismatches(given, layouts.model_shapes(vit, image_shape))
     other = [name for name in FIELDS if weights.model[name] != getattr(vit, name)]
@@ -57,9 +61,9 @@ def resize_positions(pos_embed, grid, new_grid, method):
 
     A first token that is not in the grid, the class token, is kept. Computes in float64. Methods:
       zoom: linear, corners map to corners: scipy.ndimage.zoom(order=1), as in google-research's
-        vision_transformer and big_vision. For Google's .npz.
+        vision_transformer and big_vision. For their .npz files.
       bicubic: torch.nn.functional.interpolate(align_corners=False), without antialiasing, as in
-        transformers. For Hugging Face, and for timm, which antialiases.
+        transformers. For Hugging Face, torchvision, and timm weights (timm itself antialiases).
       bilinear: the same with mode="bilinear". For vit_jax's own weights and the notebook's.
     """
     first = pos_embed.shape[1] - math.prod(grid)

@@ -126,7 +126,7 @@ class Checkpoints:
             steps = saved_steps(self._directory)
             kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved yet"
             raise UserError(
-                f"cannot save to {self._directory}: {reasons[0]}; {kept}; make room, then rerun "
+                f"cannot save to {self._directory}: {reasons[0]}; {kept}; fix this, then rerun "
                 "the same command to resume"
             ) from e
 

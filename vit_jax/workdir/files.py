@@ -82,7 +82,7 @@ def _files(folder):
 
 @contextlib.contextmanager
 def write_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names `path`, the directory being written."""
+    """Turns an OSError into a UserError that names `path`, the file or directory being written."""
     try:
         yield
     except OSError as e:

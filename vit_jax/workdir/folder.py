@@ -39,16 +39,16 @@ class Workdir:
     def __init__(self, path: pathlib.Path, config: ConfigDict) -> None:
         self.path, self.config = path, config
         self.checkpoint_dir = path.absolute() / "checkpoints"
-        self.checkpoints: Any = None  # opened by `open`, like these
+        self.checkpoints: Any = None  # opened by `open`, like the sinks of metrics
         self._lines: Any = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._sinks: list[Any] = []  # metrics.jsonl first
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the lock of the workdir, after creating it or checking that its config is the same.
+        """Locks the workdir during the context, after creating it or checking its config.
 
-        Raises UserError if it cannot be written, is locked, or contains a symbolic link.
+        Raises UserError if the workdir cannot be written, is locked, contains a symbolic link, or
+        has a config that differs from this run's.
         """
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,11 @@ class Workdir:
         self.checkpoints = checkpoints_lib.Checkpoints(self.checkpoint_dir, keep)
         if jax.process_index() == 0:
             self._lines = metrics.JsonLines(self.path / "metrics.jsonl", step=step)
+            self._sinks.append(self._lines)
             if self.config.tensorboard:
-                self._tensorboard = metrics.open_tensorboard(self.path, self.config, step=step)
+                self._sinks.append(metrics.TensorBoard(self.path, self.config, step=step))
             if self.config.wandb:
-                self._wandb = metrics.open_wandb(self.path, self.config)
+                self._sinks.append(metrics.WeightsAndBiases(self.path, self.config))
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts a save; see `Checkpoints.save`."""
@@ -121,23 +122,14 @@ class Workdir:
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes {name: number} to every sink, without NaN and infinity, which JSON lacks."""
         scalars = {name: float(value) for name, value in scalars.items() if np.isfinite(value)}
-        if self._lines:
-            self._lines.write(step, scalars)
-        if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(scalars, step=step)
+        for sink in self._sinks:
+            sink.write(step, scalars)
 
     def close(self) -> None:
         """Waits for a pending save, and closes the checkpoints and the metrics."""
         self.checkpoints.close()
-        if self._lines:
-            self._lines.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close()
 
 
 def _lock(folder):

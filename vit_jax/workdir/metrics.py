@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases, each with `write` and `close`."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,10 @@ from vit_jax.workdir.files import write_text
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (text, values) of each complete line. Raises ValueError if the file is not text."""
+    """Yields (text, values) for each JSON object with an integer step, and skips other lines.
+
+    Raises ValueError if the file is not text.
+    """
     for line in path.read_text().splitlines():
         try:
             values = json.loads(line)
@@ -32,7 +36,7 @@ class JsonLines:
     """metrics.jsonl, opened to append: one JSON object per line, with "step" and numbers."""
 
     def __init__(self, path: pathlib.Path, *, step: int) -> None:
-        """Drops the lines that a run resumed from `step` writes again: the later and the test's."""
+        """Drops the lines that a run resumed from `step` rewrites: later steps and test metrics."""
         try:
             lines = list(read_lines(path)) if path.exists() else []
         except ValueError as e:
@@ -67,45 +71,77 @@ class JsonLines:
         self._file.close()
 
 
-def open_tensorboard(folder: pathlib.Path, config: ConfigDict, *, step: int) -> Any:
-    """Returns a tensorboardX.SummaryWriter that continues after `step`, with the config as text."""
-    writer = _summary_writer()(str(folder), purge_step=step + 1)
-    rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
-    writer.add_text("config", "\n".join(["| field | value |", "| --- | --- |", *rows]))
-    return writer
+class TensorBoard:
+    """An event file of TensorBoard, which hides the steps after `step` in earlier ones.
+
+    Events are written at once: SummaryWriter's thread would end at the first failed write, and its
+    full queue would then block the run. What cannot be written is lost here.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:
+        self._tensorboardx = tensorboardx = _import_tensorboardx()
+        self._file = tensorboardx.event_file_writer.EventsWriter(str(folder / "events"))
+        start = tensorboardx.writer.SessionLog(status=tensorboardx.writer.SessionLog.START)
+        self._add(step=step + 1, session_log=start)
+        rows = [f"| {name} | {value!r} |" for name, value in config_lib.flat(config).items()]
+        table = "\n".join(["| field | value |", "| --- | --- |", *rows])
+        self._add(step=0, summary=tensorboardx.summary.text("config", table))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._add(step=step, summary=self._tensorboardx.summary.scalar(name, value))
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def _add(self, **fields):
+        event = self._tensorboardx.writer.Event(wall_time=time.time(), **fields)
+        with contextlib.suppress(OSError):
+            self._file.write_event(event)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
-def _summary_writer() -> Any:
-    """Returns tensorboardX.SummaryWriter, imported without PyTorch, which it would import first."""
+def _import_tensorboardx() -> Any:
+    """Returns tensorboardX, imported without PyTorch, which it would import first."""
     torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as if not installed
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX
     finally:
         if torch is None:
             del sys.modules["torch"]
-    return SummaryWriter
+    return tensorboardX
 
 
-def open_wandb(folder: pathlib.Path, config: ConfigDict) -> Any:
-    """Starts or resumes the Weights & Biases run of a workdir. WANDB_MODE=offline works."""
-    wandb = import_wandb()
-    identity = folder / "wandb_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex)
-    try:
-        return wandb.init(
-            project=config.wandb,
-            dir=folder,
-            id=identity.read_text(),
-            name=folder.name,
-            config=config_lib.flat(config),
-            resume="allow",
-            reinit="create_new",
-        )
-    except wandb.errors.Error as e:
-        raise UserError(
-            f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
-        ) from e
+class WeightsAndBiases:
+    """The Weights & Biases run of a workdir, started or resumed. WANDB_MODE=offline works."""
+
+    def __init__(self, folder: pathlib.Path, config: ConfigDict) -> None:
+        wandb = import_wandb()
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                dir=folder,
+                id=identity.read_text(),
+                name=folder.name,
+                config=config_lib.flat(config),
+                resume="allow",
+                reinit="create_new",
+            )
+        except wandb.errors.Error as e:
+            raise UserError(
+                f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
+            ) from e
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def import_wandb() -> Any:

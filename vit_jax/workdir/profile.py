@@ -5,10 +5,11 @@ TensorBoard and xprof open the folder, Perfetto its .trace.json.gz. `operations.
 """
 
 import collections
+import contextlib
 import itertools
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,38 +20,58 @@ from vit_jax.workdir.files import write_json
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.M)
 
 
-def trace_steps(
-    experiment: Any, folder: pathlib.Path, start: int, steps: tuple[int, int]
-) -> Callable[..., Any]:
-    """Returns `experiment.train_step`, which also traces `steps` = (first, last) to `folder`.
-
-    The first call is step `start` + 1. Raises UserError if the run will not train these steps.
-    """
-    train_step, (first, last) = experiment.train_step, steps
-    if not start < first <= last <= experiment.plan.total_steps:
+def check_steps(steps: tuple[int, int], start: int, total_steps: int) -> None:
+    """Raises UserError unless a run that resumes at `start` trains all of `steps`."""
+    first, last = steps
+    if not start < first <= last <= total_steps:
         raise UserError(
             f"--profile_steps {first}-{last}: this run trains the steps {start + 1} to "
-            f"{experiment.plan.total_steps}"
+            f"{total_steps}"
         )
-    numbers = itertools.count(start + 1)
 
-    def traced(state: Any, *inputs: Any) -> Any:
+
+@contextlib.contextmanager
+def trace(
+    experiment: Any,
+    folder: pathlib.Path,
+    start: int,
+    steps: tuple[int, int],
+    paused: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Iterator[None]:
+    """Traces `steps` = (first, last) to `folder` in the calls of `experiment.train_step`.
+
+    The first call is step `start` + 1. Starting and stopping run under `paused`, which waits for
+    the last step and stops the clock. A run that ends in between leaves a shorter trace.
+    """
+    train_step, (first, last) = experiment.train_step, steps
+    numbers, traced = itertools.count(start + 1), 0
+
+    def traced_step(state: Any, *inputs: Any) -> Any:
+        nonlocal traced
         step = next(numbers)
         if step == first:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(folder)
+            with paused():
+                jax.profiler.start_trace(folder)
+        if step == last + 1:
+            stop()
+        traced += first <= step <= last
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            result = train_step(state, *inputs)
-        if step == last:
-            jax.block_until_ready(result)
+            return train_step(state, *inputs)
+
+    def stop() -> None:
+        nonlocal traced
+        with paused():
             jax.profiler.stop_trace()
             lowered = train_step.lower(experiment.state_shapes, *experiment.feed.input_shapes)
             if jax.process_index() == 0:
-                rows = _operations(folder, lowered.compile().as_text(), last - first + 1)
+                rows = _operations(folder, lowered.compile().as_text(), traced)
                 write_json(folder / "operations.json", rows)
-        return result
+        traced = 0
 
-    return traced
+    experiment.train_step = traced_step
+    yield
+    if traced:
+        stop()
 
 
 def _operations(folder, program, num_steps):

@@ -26,7 +26,7 @@ class TrainLog:
     A step's metrics are read one step late, when the next step is already running, so that neither
     host nor device waits. Other uses of the state run under `paused`. `images` and `seconds` count
     training without compilation and pauses. Only process 0 prints: a progress bar on a terminal,
-    else a line every 30 s at most.
+    otherwise a line at most every 30 s.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ def progress_line(plan: Plan, step: int, metrics: Mapping[str, Any]) -> str:
 def epoch_means(state: Any, steps: int) -> dict[str, Any]:
     """Returns the mean loss and accuracy of an epoch's first `steps` steps, except skipped ones."""
     sums = jax.device_get(state.sums)
-    counted = np.maximum(steps - sums.pop("skipped", 0), 1)
+    counted = np.maximum(steps - sums.pop("skipped"), 1)
     return {name: value / counted for name, value in sums.items()}
 
 

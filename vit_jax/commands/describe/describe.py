@@ -109,7 +109,7 @@ def stand_in(config, shape, examples):
     else:
         images = np.broadcast_to(np.uint8(0), (examples, H, W, C))
         labels = np.broadcast_to(np.int32(0), examples)
-        split = data.Dataset(images, labels, names, source)
+        split = data.Dataset(images, labels, names, source, [("train", range(examples))])
     return {"train": split}
 
 
@@ -119,7 +119,7 @@ def _compute(experiment, program):
     compiled = sum(k.times * sum(k.flops.values()) for k in program.kernels)
     return (
         f"{flops / 1e9:,.2f} GFLOP per step, {flops * plan.total_steps / 1e15:,.3f} PFLOP in "
-        f"total; in the compiled products {compiled / 1e9:,.2f} GFLOP per step and device"
+        f"total; compiled matrix products: {compiled / 1e9:,.2f} GFLOP per step per device"
     )
 
 
@@ -139,8 +139,8 @@ def _memory(experiment, compiled, gpu):
     usable = usable_memory(gpu)
     verdict = "fits" if stored + temporary <= usable else "does NOT fit"
     return (
-        f"{text}; {verdict} in {usable / 1e9:,.1f} GB, what JAX takes of {gpu.memory:g} GB "
-        "(XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default)"
+        f"{text}; {verdict} in {usable / 1e9:,.1f} GB, the share of {gpu.memory:g} GB that JAX "
+        "allocates (XLA_PYTHON_CLIENT_MEM_FRACTION, 0.75 by default)"
     )
 
 
@@ -164,8 +164,8 @@ def _estimate(experiment, program, rates):
     return (
         f"at least {sums['seconds'] * 1e3:.2f} ms per step "
         f"({config.batch_size * config.num_seeds / sums['seconds']:,.0f} images/s) in "
-        f"{sums['kernels']:,.0f} kernels, {sums['launch_bound']:,.0f} of them at the time of a "
-        f"launch; arithmetic alone {sums['arithmetic'] * 1e3:.2f} ms, memory traffic alone "
+        f"{sums['kernels']:,.0f} kernels, {sums['launch_bound']:,.0f} of them launch-bound; "
+        f"arithmetic alone {sums['arithmetic'] * 1e3:.2f} ms, memory traffic alone "
         f"{sums['traffic'] * 1e3:.2f} ms ({sums['bytes'] / 1e9:,.2f} GB){loops}; an estimate at "
         f"{rates}, not a forecast"
     )

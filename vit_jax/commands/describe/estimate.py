@@ -1,10 +1,10 @@
-"""The least time that a compiled step can take on a GPU, kernel by kernel.
+"""Estimated minimum time of a compiled step on a GPU, kernel by kernel (a roofline model).
 
-A kernel takes at least its arithmetic at the peak rate, its bytes at the memory's bandwidth, or a
-launch, whichever is longest; a step, the sum of its kernels. This is an estimate at stated rates,
-not a forecast: a kernel may miss its rate, what stays in a cache is read faster, CUDA graphs make
-launches cheaper, and the links between GPUs are not modeled. A GPU's own compiler also times
-alternatives for each product, which it cannot do without the GPU.
+A kernel takes as long as its arithmetic at the peak rate, its memory traffic at the peak bandwidth,
+or a launch, whichever is longest. A step takes the sum over its kernels. This is an estimate at
+stated rates, not a forecast: a kernel may miss its peak rate, cached data is read faster, CUDA
+graphs make launches cheaper, and the links between GPUs are not modeled. With a GPU present, XLA
+also autotunes each matrix product, which it cannot do here.
 """
 
 import collections
@@ -74,7 +74,7 @@ def replace_rates(rates: Rates, settings: Iterable[str]) -> Rates:
 
 
 def part(kernel: Kernel) -> str:
-    """Returns the part of a training step that a kernel belongs to; of a fusion, its result's."""
+    """Returns the part of a training step that a kernel, or the result of a fusion, belongs to."""
     if kernel.kind in COLLECTIVES:
         return "collectives"
     for name, pattern in _PARTS.items():

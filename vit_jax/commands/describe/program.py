@@ -126,7 +126,7 @@ class Program:
 
     @functools.cached_property
     def kernels(self) -> list[Kernel]:
-        """Returns the kernels of one call. Iterations of a loop count; 1 if unknown."""
+        """The kernels of one call. `times` includes loop iterations, or 1 if they are unknown."""
         return list(self._kernels(self.entry, 1))
 
     def transfers(self) -> dict[str, tuple[int, int, list[str]]]:
@@ -175,7 +175,10 @@ class Program:
                 yield self._kernel(computation, op, base, op, times)
 
     def _kernel(self, computation, op, kind, result, times):
-        """`op` names the operands, and `result`, its -done or itself, the results."""
+        """Returns a Kernel with the operands of `op` and the results of `result`.
+
+        `result` is `op` itself or, for an asynchronous operation, its -done instruction.
+        """
         read = sum(self._read(computation, op, i) for i in range(len(op.operands)))
         written = self._written(computation, result)
         return Kernel(
@@ -213,7 +216,7 @@ class Program:
         return total
 
     def _written(self, computation, op):
-        """Returns the bytes that an instruction writes: of an update in place, the update."""
+        """Returns the bytes that an instruction writes; in-place updates write only the update."""
         instructions = computation.instructions
         if op.opcode == "bitcast" and op.operands[0] in instructions:
             return self._written(computation, instructions[op.operands[0]])

@@ -40,7 +40,7 @@ def thin(values, most=800):
 
 
 def curves(series, *, ylabel):
-    """Draws lines over training steps, an accuracy in percent.
+    """Draws metrics against training steps, with accuracies in percent.
 
     `series` is a list of (label or None, color index, key of _LINES, steps, values).
     """
@@ -62,7 +62,7 @@ def curves(series, *, ylabel):
 
 
 def severities(errors):
-    """Draws {kind: errors at severities 1, 2, ...} as lines that begin at the clean images'."""
+    """Draws {kind: errors at severities 1, 2, ...} as lines that start at the clean error."""
     figure = Figure(figsize=(_WIDTH, 3.0))
     axes = figure.add_subplot()
     kinds = [kind for kind in errors if kind != "clean"]
