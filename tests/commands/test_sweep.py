@@ -195,6 +195,22 @@ def test_killed_sweep_resumes_its_run(make_command, start, tmp_path, capsys):
     assert [row.split("|")[1].strip() for row in rows] == ["0.3", "0.2"]
 
 
+def test_run_that_outlives_its_sweep_is_not_started_again(make_command, start, tmp_path, capsys):
+    command = make_command("--set", "optim.peak_lr=0.25,0.3")
+    child = start(command)
+    (started,) = wait_for("optim.peak_lr=0.25/started_*", tmp_path / "sweep")
+    os.kill(child.pid, signal.SIGKILL)  # the sweep alone
+    child.wait()
+    try:
+        (tmp_path / "sweep" / "go").touch()
+        sweep.main(command)
+    finally:
+        os.kill(int(started.name.removeprefix("started_")), signal.SIGKILL)
+    assert list(started.parent.glob("started_*")) == [started]
+    rows = [row.split("|")[2].strip() for row in capsys.readouterr().out.splitlines()[-2:]]
+    assert rows[0] == "30.00%" and rows[1].startswith("running")
+
+
 def test_two_processes_share_the_runs(make_command, start, tmp_path):
     command = make_command("--set", "optim.peak_lr=0.1,0.2,0.3,0.4")
     children = [start(command) for _ in range(2)]
