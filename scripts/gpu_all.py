@@ -12,6 +12,7 @@ measure vit_jax alone. scripts/gpu_pack.py carries what a machine without networ
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 
-from vit_jax.workdir import read_lines
+from vit_jax.workdir import read_lines, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -193,7 +194,7 @@ def run_item(name, out, rehearse, *, against_torch, limit):
         )
         print(f"{why} after {seconds:.0f} s: {last[:150]}", flush=True)
         return False
-    (folder / "done.json").write_text(json.dumps({"seconds": seconds, "command": command}))
+    write_json(folder / "done.json", {"seconds": seconds, "command": command})
     print(f"{seconds:.0f} s", flush=True)
     return True
 
@@ -201,19 +202,22 @@ def run_item(name, out, rehearse, *, against_torch, limit):
 def wait(process, limit, grace=20):
     """Waits for a process group, and stops it after `limit` seconds. Returns whether it did.
 
-    SIGTERM lets a training run save a checkpoint; SIGKILL follows after `grace` seconds.
+    It is stopped too if this process is interrupted. SIGTERM lets a training run save a checkpoint;
+    SIGKILL follows after `grace` seconds.
     """
     try:
         process.wait(limit)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(grace)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return True
+        return True
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def result_row(folder):
@@ -306,6 +310,7 @@ def main():
         "--minutes", type=float, default=math.inf, help="stop after this time (default: never)"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `wait` stops its item
     deadline = time.monotonic() + 60 * args.minutes
     out = args.out.absolute()
     chosen = [n for n in ITEMS if args.only is None or n in args.only]

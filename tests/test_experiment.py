@@ -60,7 +60,8 @@ def test_description_is_a_table_on_a_terminal(monkeypatch):
         ({"data.mean": (0.5,), "data.std": (0.5,)}, "has 1 entries"),
         ({"augment.crop": "pad", "augment.crop_padding": 8}, "crop_padding"),
         ({"mesh.fsdp": 3}, "must equal the device count, 1"),
-        ({"data.val_split": "test+train[80:]"}, r"overlaps train_split=train: hold images out"),
+        ({"data.val_split": "test+train[80:]"}, r"val_split=.* overlaps train_split=train: hold"),
+        ({"data.test_split": "train[:9]"}, r"test_split=train\[:9\] overlaps train_split=train"),
     ],
 )
 def test_config_that_does_not_fit_data_or_devices_is_rejected(tiny_config, changes, message):
@@ -78,17 +79,16 @@ def test_splits_of_different_sizes_are_rejected(tiny_config, tmp_path):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", (size, size)).save(tmp_path / split / "a" / "image.png")
     tiny_config.data.name, tiny_config.batch_size = f"folder:{tmp_path}", 1
-    with pytest.raises(UserError, match=r"\(8, 8, 3\) for training and \(12, 12, 3\) in another"):
+    with pytest.raises(UserError, match=r"\(8, 8, 3\) for training and \(12, 12, 3\) in the test"):
         make_experiment(tiny_config)
 
 
 def test_unusable_image_in_a_folder_is_named(tiny_config, tmp_path):
-    folder = tmp_path / "data" / "a"
-    folder.mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(folder / "good.png")
-    (folder / "bad.png").write_bytes(b"not an image")
-    tiny_config.data.name = f"folder:{tmp_path / 'data'}"
-    tiny_config.data.test_split = "train"
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "good.png")
+    (tmp_path / "train" / "a" / "bad.png").write_bytes(b"not an image")
+    tiny_config.data.name = f"folder:{tmp_path}"
     with pytest.raises(UserError, match=r"bad\.png"):
         make_experiment(tiny_config)
 

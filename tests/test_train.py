@@ -134,6 +134,17 @@ def test_tensorboard_has_scalars_and_the_config(finished):
     assert b"| optim.peak_lr | 0.01 |" in text.tensor.string_val[0]
 
 
+def test_checkpoint_of_another_config_is_not_resumed(finished, tmp_path):
+    c, workdir, _, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    c = config_lib.from_dict(c.to_dict())
+    c.optim.peak_lr = 0.5
+    with pytest.raises(UserError, match=r"a different config \(optim\.peak_lr"):
+        train_shared(c, tmp_path / "run")
+
+
 def test_home_is_expanded_in_paths(finished, tmp_path, monkeypatch):
     c, workdir, _, _ = finished
     shutil.copytree(workdir, tmp_path / "run")

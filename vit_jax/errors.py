@@ -19,6 +19,7 @@ class Stopped(Exception):
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 # Errors of a failed write.
 DISK_REFUSES = (*_DISK_FULL, errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE)
 
@@ -42,8 +43,8 @@ def make_folder(path: str | pathlib.Path) -> None:
 def run_command(main: Callable[..., Any], *args: Any) -> Any:
     """Calls `main`, and reports expected errors in one line on stderr, without a traceback.
 
-    The exit code is 2 after a UserError or a full disk, 130 after Ctrl-C, 141 if stdout is closed
-    early, and `Stopped.code` after a signal has stopped a run.
+    The exit code is 2 after a UserError, a full disk, or a path without permission, 130 after
+    Ctrl-C, 141 if stdout is closed early, and `Stopped.code` after a signal has stopped a run.
     """
     # Paths need not be UTF-8: their bytes pass through unchanged.
     for stream in (sys.stdin, sys.stdout):
@@ -58,7 +59,7 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
     except BrokenPipeError:  # of stdout, for example by head
         message, code = "the reader of the output has closed it", 141
     except OSError as e:
-        if e.errno not in _DISK_FULL:
+        if e.errno not in _DISK_FULL and not (e.errno in _UNUSABLE_PATH and e.filename):
             raise
         message, code = f"{e.strerror}: {e.filename or 'make room where the run writes'}", 2
     except KeyboardInterrupt:

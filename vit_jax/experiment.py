@@ -1,6 +1,7 @@
 """Builds the data, model, optimizer, and jitted step of a config, and describes them."""
 
 import functools
+import hashlib
 import math
 import pathlib
 import shutil
@@ -54,7 +55,7 @@ class Experiment:
         check_image_shape(self.model, train.image_shape)
         augment.check_image_shape(config.augment, train.image_shape)
         self.feed = feed_lib.make_feed(train, config, self.plan, mesh)
-        params, self.initial_weights = None, ()
+        params, self.initial_weights, self.initial_digest = None, (), ""
         if config.init_from and fresh:
             weights = weights_lib.load_weights(config.init_from, num_heads=self.model.num_heads)
             params, notes = weights_lib.start_from(
@@ -66,6 +67,10 @@ class Experiment:
                 std=config.data.std,
             )
             self.initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
+            digest = hashlib.sha256()
+            for array in jax.tree.leaves(params):
+                digest.update(np.asarray(array).tobytes())
+            self.initial_digest = digest.hexdigest()[:16]
         lengths = {
             "total_steps": self.plan.total_steps,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -241,20 +246,20 @@ def _read_splits(config):
 
 def _check_data(config, splits):
     """Raises UserError if the splits do not fit the config or each other."""
-    train, val = splits["train"], splits.get("val")
+    train = splits["train"]
     name, channels, given = config.data.name, train.image_shape[-1], len(config.data.mean)
-    for split in splits.values():
+    for kind, split in splits.items():
         if tuple(split.image_shape) != tuple(train.image_shape):
             raise UserError(
                 f"the images of {name} are {tuple(train.image_shape)} for training and "
-                f"{tuple(split.image_shape)} in another split: set config.data.image_size"
+                f"{tuple(split.image_shape)} in the {kind} split: set config.data.image_size"
             )
-    if val and _overlap(train.parts, val.parts):
-        raise UserError(
-            f"config.data.val_split={config.data.val_split} overlaps "
-            f"train_split={config.data.train_split}: hold images out, such as train[:90%] and "
-            "train[90%:]"
-        )
+        if split is not train and data.overlap(train, split):
+            raise UserError(
+                f"config.data.{kind}_split={config.data[f'{kind}_split']} overlaps "
+                f"train_split={config.data.train_split}: hold images out, such as train[:90%] and "
+                "train[90%:]"
+            )
     if config.batch_size > train.num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {train.num_examples} "
@@ -265,15 +270,6 @@ def _check_data(config, splits):
             f"config.data.mean has {given} entries, but the images of {name} have {channels} "
             "channels"
         )
-
-
-def _overlap(parts, others):
-    """Returns whether two lists of (base split, range of rows) have a row in common."""
-    return any(
-        name == other and max(a.start, b.start) < min(a.stop, b.stop)
-        for name, a in parts
-        for other, b in others
-    )
 
 
 def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, str]:

@@ -102,15 +102,17 @@ class RunWorkdir:
         step, self._corrupted = newest_intact_step(directories)
         return step
 
-    def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
+    def check_resume(self, step: int, data_identity: dict[str, Any]) -> None:
         for workdir in self._each:
-            workdir.check_data(step, data_identity)
+            workdir.check_resume(step, data_identity)
 
-    def open(self, step: int, *, command: str, keep: Every) -> None:
-        """Calls `Workdir.begin` in process 0, then opens every seed's workdir in every process."""
+    def begin(self, step: int, command: str) -> None:
+        """Calls `Workdir.begin` of the run and every seed, in process 0."""
         if jax.process_index() == 0:
             for workdir in self._all:
                 workdir.begin(step, command, self._corrupted)
+
+    def open(self, step: int, *, keep: Every) -> None:
         for workdir in self._each:
             workdir.open(step, keep=keep)
 

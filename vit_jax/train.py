@@ -39,7 +39,7 @@ def train(
     With `profile_steps` = (first, last), traces these steps; see `workdir.profile`.
 
     Raises UserError for an invalid config or unusable data, before the workdir is written; for a
-    workdir or `profile_steps` that do not fit the run; and for a failed write or a non-finite step.
+    workdir of another run; and for a failed write or a non-finite step.
     Raises Stopped after a signal, with the state saved.
     """
     if config.deterministic:
@@ -53,28 +53,32 @@ def train(
         with shared_errors():
             experiment = make_experiment(config, fresh=not resuming)
             experiment.check()
+            if profile_steps:
+                check_steps(profile_steps, experiment.plan.total_steps)
         with shared_errors():  # only now, since process 0 creates the workdir
             workdir.lock(stack)
+        _say(*description_lines(describe(experiment, path)))
+        with shared_errors():
+            start = workdir.find_resume_step()
+            if resuming and not start:  # the folders found are not checkpoints
+                experiment = make_experiment(config, splits=experiment.splits)
+            result = workdir.read_result()
+        result = result if result and result["steps"] == start else None
         if jax.process_count() > 1:  # otherwise the digests are not needed yet
             splits = experiment.data_identity["splits"]
-            check_same({f"the data of the {k} split": v["digest"] for k, v in splits.items()})
-        _say(*description_lines(describe(experiment, path)))
-        start = workdir.find_resume_step()
-        if resuming and not start:  # the folders found are not checkpoints
-            with shared_errors():
-                experiment = make_experiment(config, splits=experiment.splits)
-        result = workdir.read_result()
-        result = result if result and result["steps"] == start else None
-        # They differ if the workdir is on each host's own disk.
-        check_same({f"the newest checkpoint in {path}": start, "a result there": bool(result)})
-        if start:
-            workdir.check_data(start, experiment.data_identity)
+            same = {f"the data of the {k} split": v["digest"] for k, v in splits.items()}
+            # The workdir, and the file or run of init_from, may be on each host's own disk.
+            same |= {f"the newest checkpoint in {path}": start, "a result there": bool(result)}
+            check_same(same | {"the weights of config.init_from": experiment.initial_digest})
+        with shared_errors():
+            if start:
+                workdir.check_resume(start, experiment.data_identity)
+            if not result:
+                workdir.begin(start, command)
         if result:
             _say(f"Already complete. {_summary(result)}")
             return result
-        if profile_steps:
-            check_steps(profile_steps, start, experiment.plan.total_steps)
-        workdir.open(start, command=command, keep=experiment.plan.keep)
+        workdir.open(start, keep=experiment.plan.keep)
         return _train(experiment, workdir, start, profile_steps)
 
 
@@ -87,7 +91,9 @@ def _train(experiment, workdir, start, profile_steps):
         state, progress = experiment.init(), {"timed_images": 0, "timed_seconds": 0.0}
     log = _make_log(experiment, workdir, start, progress)
     tracing = contextlib.nullcontext()
-    if profile_steps:
+    if profile_steps and profile_steps[0] <= start:
+        log.say(f"Step {profile_steps[0]:,} was trained before; there is no profile.")
+    elif profile_steps:
         tracing = trace(experiment, workdir.path / "profile", start, profile_steps, log.paused)
     # Only explicit transfers between host and device, unless JAX reads every result for a NaN.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"

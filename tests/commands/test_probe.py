@@ -8,6 +8,7 @@ from small_models import make_trained, random_images
 
 from vit_jax.augment import normalize
 from vit_jax.commands import probe
+from vit_jax.errors import UserError
 from vit_jax.inference.classify import make_classify
 
 
@@ -48,3 +49,8 @@ def test_probe_prints_both_accuracies(tiny_run, capsys):
     assert "fitted on train[:60] (60 images) and tested on test (30 images)" in heading
     assert knn == f"3 nearest neighbors: accuracy {result['knn_accuracy']:.2%}"
     assert linear == f"linear classifier: accuracy {result['linear_accuracy']:.2%}"
+
+
+def test_images_are_not_tested_on_that_were_fitted(tiny_run):
+    with pytest.raises(UserError, match=r"train\[50:\] of .* overlaps train\[:60\]"):
+        probe.main(["--workdir", str(tiny_run), "--test_split", "train[50:]"])

@@ -45,8 +45,12 @@ def test_settings_are_lists_or_ranges():
     for wrong in ("a", "a=", "a=1..2"):
         with pytest.raises(UserError, match=r"use FIELD=VALUE,VALUE,\.\.\.; a range needs"):
             sweep.parse_settings([wrong], ranges=False)
+    space = sweep.parse_settings(["model.depth=1..4"], ranges=True)
+    assert sweep.changes({"model.depth": space["model.depth"].high}) == ["model.depth=4"]
     with pytest.raises(UserError, match=r"--set a=2\.\.1: "):
         sweep.parse_settings(["a=2..1"], ranges=True)
+    with pytest.raises(UserError, match="--set a=2: a is set twice"):
+        sweep.parse_settings(["a=1", "a=2"], ranges=False)
 
 
 def test_grid_has_every_combination():
@@ -98,6 +102,9 @@ def test_every_run_is_checked_before_the_first_starts(tmp_path):
     command += SPLIT
     with pytest.raises(UserError, match="num_heads"):
         sweep.main([*command, "--set", "model.num_heads=8,7"])
+    tpe = [*command, "--search", "tpe", "--runs", "3", "--set", "model.num_heads=4..9"]
+    with pytest.raises(UserError, match="num_heads"):
+        sweep.main(tpe)
     with pytest.raises(UserError, match="unknown argument --stepz"):
         sweep.main([*command, "--set", "seed=0,1", "--stepz", "3"])
     assert not (tmp_path / "sweep").exists()
@@ -180,6 +187,15 @@ def test_tpe_counts_and_prunes_its_runs(make_command, tmp_path, capsys):
     sweep.main(make_command(*tpe, "--runs", "6"))
     assert "| pruned at step " in capsys.readouterr().out.splitlines()[-1]
     assert study.trials[-1].state.name == "PRUNED" and len(study.trials) == 6
+
+
+def test_tpe_ends_if_it_repeats_values(make_command, tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "go").touch()
+    command = make_command("--search", "tpe", "--runs", "4", "--set", "seed=0,1")
+    sweep.main(command)
+    sweep.main(command)
+    assert len(list((tmp_path / "sweep").glob("*/started_*"))) == 4
 
 
 def test_killed_sweep_resumes_its_run(make_command, start, tmp_path, capsys):

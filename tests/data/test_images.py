@@ -46,11 +46,18 @@ def test_folder_images_are_rotated_by_exif_and_resized(tmp_path):
 def test_other_formats_and_more_than_8_bits_are_rejected(tmp_path):
     wide = tmp_path / "wide.png"
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(wide)
+    color = tmp_path / "color.png"  # Pillow opens it with 8 bits
+    cv2.imwrite(str(color), np.full((8, 8, 3), 300, np.uint16))
     floats = tmp_path / "floats.tiff"
     Image.fromarray(np.ones((8, 8), np.float32)).save(floats)
     script = tmp_path / "script.png"  # Pillow would pass it to Ghostscript
     script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    for path, says in ((wide, "mode I;16"), (floats, "mode F"), (script, "not a file of")):
+    for path, says in (
+        (wide, "mode I;16"),
+        (color, "16 bits"),
+        (floats, "mode F"),
+        (script, "not a file of"),
+    ):
         with pytest.raises(UserError, match=f"{path} is not a usable image .*{says}"):
             images.read_image(path)
 

@@ -116,13 +116,13 @@ def test_training_on_mixed_sizes(photos, tiny_config, tmp_path):
 
 
 def test_bad_image_is_reported(tiny_config, tmp_path):
-    folder = tmp_path / "data" / "a"
-    folder.mkdir(parents=True)
-    for i in range(8):
-        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
-    (folder / "3.png").write_bytes(b"not an image")
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / f"{i}.png")
+    (tmp_path / "train" / "a" / "3.png").write_bytes(b"not an image")
     c = tiny_config
-    c.data.name, c.data.streaming = f"folder:{tmp_path / 'data'}", True
-    c.data.test_split, c.batch_size, c.epochs = "train[:2]", 4, 2
+    c.data.name, c.data.streaming = f"folder:{tmp_path}", True
+    c.batch_size, c.epochs = 4, 2
     with pytest.raises(UserError, match=r"3.png is not a usable image .*: fix or remove it"):
         list(make_experiment(c).batches())

@@ -20,14 +20,15 @@ from vit_jax.workdir import read_lines, saved_steps
 def poisoned(tiny_config, tmp_path, monkeypatch):
     """A config for 31 images, one of them white, with its loss multiplied by `factor`."""
     rng, folder = np.random.default_rng(0), tmp_path / "data"
-    for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
-        for i in range(15):
-            image = Image.fromarray(rng.integers(0, 200, (8, 8, 3), dtype=np.uint8))
-            image.save(folder / name / f"{i}.png")
-    Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "a" / "white.png")
+    for split, count in (("train", 15), ("test", 5)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(0, 200, (8, 8, 3), dtype=np.uint8))
+                image.save(folder / split / name / f"{i}.png")
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(folder / "train" / "a" / "white.png")
     c = tiny_config
-    c.data.name, c.data.test_split = f"folder:{folder}", "train[:10]"
+    c.data.name = f"folder:{folder}"
     c.batch_size, c.epochs, c.log_every, c.optim.peak_lr = 4, 3, "2 steps", 1e-4
     c.save_every, c.tensorboard = "1 step", False
     make_augment = augment.make_augment

@@ -74,5 +74,5 @@ def test_validation_images_of_a_folder_are_chosen_before_training_images(
     trained, tiny_folder, tmp_path
 ):
     shutil.copytree(tiny_folder / "train", tmp_path / "train")
-    shutil.copytree(tiny_folder / "test", tmp_path / "val")
-    assert load_examples(trained, str(tmp_path))[1] == "val"
+    shutil.copytree(tiny_folder / "test", tmp_path / "Val")
+    assert load_examples(trained, str(tmp_path))[1] == "Val"

@@ -78,10 +78,11 @@ def test_symlink_in_a_workdir_is_not_followed(config, tmp_path, name):
     ids=str,
 )
 def test_malformed_data_item_is_reported(config, tmp_path, monkeypatch, saved):
-    monkeypatch.setattr(checkpoints, "read_document", lambda *_: saved)
+    documents = {"config": {"config": config.to_dict()}, "data": saved}
+    monkeypatch.setattr(checkpoints, "read_document", lambda _, item: documents[item])
     current = {"class_names": ["a"], "splits": {"train": {"num_examples": 3, "digest_of": "x"}}}
     with pytest.raises(UserError, match="checkpoints/2/data is not what vit_jax writes") as error:
-        Workdir(tmp_path, config).check_data(2, current)
+        Workdir(tmp_path, config).check_resume(2, current)
     assert "\n" not in str(error.value)
 
 

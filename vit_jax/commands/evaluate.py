@@ -41,14 +41,15 @@ def main(argv=None):
     if args.corruptions:
         errors = {"clean": [1 - result["accuracy"]]} | corruption_errors(trained, examples)
         result["corruption_errors"] = errors
-        saved = {"split": split, "source": examples.source, "step": trained.step, "errors": errors}
-        path = expand_home(args.workdir) / "corruptions.json"
-        with write_errors(path):
-            write_json(path, saved)
     if args.json:
         print(json.dumps({"split": split, "step": trained.step, **result}))
     else:
         print(f"{split} of {examples.source}, step {trained.step}", *_table(result), sep="\n")
+    if args.corruptions:  # after the output, in case the workdir cannot be written
+        saved = {"split": split, "source": examples.source, "step": trained.step, "errors": errors}
+        path = expand_home(args.workdir) / "corruptions.json"
+        with write_errors(path):
+            write_json(path, saved)
 
 
 def _corruption_table(errors):

@@ -123,4 +123,6 @@ def main(argv=None):
     print(f"Writing {args.to} ...", file=sys.stderr)
     card = model_card(trained, expand_home(args.workdir)) if form == "huggingface" else ""
     save_weights(trained, args.to, form, readme=card)
-    print(f"{args.to}: step {trained.step} of {args.workdir}, as {form}")
+    heads = f", with {trained.model.num_heads} heads, which the file does not record"
+    note = heads if form in ("notebook", "timm") else ""
+    print(f"{args.to}: step {trained.step} of {args.workdir}, as {form}{note}")

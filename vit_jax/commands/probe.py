@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+from vit_jax import data
 from vit_jax.errors import UserError
 from vit_jax.inference.classify import classify_examples, load_examples
 from vit_jax.inference.trained import load
@@ -37,8 +38,11 @@ def main(argv=None):
     (train, train_split), (test, test_split) = (
         load_examples(trained, args.data, split) for split in (train_split, args.test_split)
     )
-    if (train.source, train_split) == (test.source, test_split):
-        raise UserError(f"both splits are {train_split} of {test.source}: set --test_split")
+    if data.overlap(train, test):
+        raise UserError(
+            f"{test_split} of {test.source} overlaps {train_split}, which is for training: set "
+            "--train_split and --test_split"
+        )
     result = probe(
         classify_examples(encoder, train), classify_examples(encoder, test), args.neighbors
     )

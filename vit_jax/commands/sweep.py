@@ -9,6 +9,7 @@ WORKDIR/study.db, which several processes may share, each on its own device.
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import json
 import re
@@ -19,13 +20,14 @@ import warnings
 import numpy as np
 
 from vit_jax import config as config_lib
+from vit_jax.config import FIELDS
 from vit_jax.errors import UserError, expand_home, make_folder
 from vit_jax.workdir.metrics import read_lines
 
 try:
     import matplotlib
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import TrialState
 except ImportError as e:
     raise UserError("the sweep needs Optuna: pip install 'vit-jax[sweep]'") from e
@@ -46,6 +48,7 @@ def main(argv=None):
         "--set",
         required=True,
         nargs="+",
+        action="extend",
         metavar="FIELD=V,V",
         help="a field and its values; for tpe also FIELD=LOW..HIGH, on a logarithmic scale if LOW "
         "is above 0",
@@ -78,8 +81,12 @@ class Sweep:
         if args.search == "one":  # a single parameter: the one change, or none
             single = [f"{field}={v}" for field, d in self.space.items() for v in d.choices]
             self.space = {"change": CategoricalDistribution(["", *single])}
-        points = [] if self.prune else grid({f: d.choices for f, d in self.space.items()})
-        for point in points or [{}]:  # before the first run starts
+        if self.prune:  # each choice, and both ends of a range
+            points, values = [], {f: _extremes(d) for f, d in self.space.items()}
+            checked = [{field: v} for field, each in values.items() for v in each]
+        else:
+            checked = points = grid({f: d.choices for f, d in self.space.items()})
+        for point in checked:  # before the first run starts
             self._check(self._fields(point))
         make_folder(self.folder)
         with _locked(self.folder / "study.lock"):
@@ -90,7 +97,11 @@ class Sweep:
         return [*self.overrides, *(f"--config.{change}" for change in changes(params))]
 
     def _name(self, params):
-        return ",".join(changes(params)).replace("/", "_") or "recipe"
+        name = ",".join(changes(params)).replace("/", "_") or "recipe"
+        if len(name.encode()) > 200:  # a file system allows 255 bytes
+            digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+            name = f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
+        return name
 
     def _check(self, fields):
         """Raises UserError if a run's config is invalid or has no validation split."""
@@ -122,19 +133,19 @@ class Sweep:
                 study.enqueue_trial(point)
             study.set_user_attr("settings", settings)
         waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        queued = {self._name(t.system_attrs["fixed_params"]) for t in waiting}
+        queued = {self._name(_point(t)) for t in waiting}
         for name, trial in self._runs(study).items():
             ended = trial.state == TrialState.RUNNING and not _is_locked(self.folder / name)
             if ended:
                 study.tell(trial.number, state=TrialState.FAIL)
             if (ended or trial.state == TrialState.FAIL) and name not in queued:
-                study.enqueue_trial(trial.params)
+                study.enqueue_trial(_point(trial), user_attrs={"repeats": trial.number})
         return study
 
     def _runs(self, study):
         """Returns {name: latest trial} of the runs that have started."""
         trials = study.get_trials(deepcopy=False)
-        return {self._name(t.params): t for t in trials if t.state != TrialState.WAITING}
+        return {self._name(_point(t)): t for t in trials if t.state != TrialState.WAITING}
 
     def next_run(self):
         """Returns the next trial and its lock file, or None after the last trial.
@@ -142,14 +153,15 @@ class Sweep:
         The lock is taken before another process can see the trial; see `_open`.
         """
         with _locked(self.folder / "study.lock"):
-            waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-            if waiting or len(self._runs(self.study)) < self.runs:
+            trials = self.study.get_trials(deepcopy=False)
+            waiting = any(t.state == TrialState.WAITING for t in trials)
+            if waiting or sum("repeats" not in t.user_attrs for t in trials) < self.runs:
                 trial = self.study.ask(self.space)
                 folder = self.folder / self._name(trial.params)
                 folder.mkdir(exist_ok=True)
                 lock = open(folder / "sweep.lock", "w")
                 with contextlib.suppress(BlockingIOError):  # a second trial of the same run
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock(lock, fcntl.LOCK_NB)
                 return trial, lock
 
     def train(self, trial, lock):
@@ -161,7 +173,7 @@ class Sweep:
         command += ["--config", self.recipe, *self._fields(trial.params)]
         command += ["--config.data.test_split="]
         with lock, open(folder / "log.txt", "a") as log:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock)
             # The run holds the lock too, in case it outlives this process.
             child = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
@@ -171,13 +183,13 @@ class Sweep:
             except KeyboardInterrupt:
                 child.wait()  # Ctrl-C reaches the run too, which saves a checkpoint before it exits
                 raise
-        if pruned:
-            self.study.tell(trial, state=TrialState.PRUNED)
-        elif child.returncode:  # then result.json may be that of another config
-            self.study.tell(trial, state=TrialState.FAIL)
-        else:
-            result = json.loads((folder / "result.json").read_text())
-            self.study.tell(trial, result["val_accuracy"])
+            if pruned:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif child.returncode:  # then result.json may be that of another config
+                self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                result = json.loads((folder / "result.json").read_text())
+                self.study.tell(trial, result["val_accuracy"])
 
     def _wait(self, trial, child, folder):
         """Waits for a run, and returns whether the pruner has stopped it."""
@@ -198,7 +210,7 @@ class Sweep:
     def finish(self):
         """Prints and writes the table, and draws study.png. Raises UserError if a run failed."""
         runs = self._runs(self.study)
-        lines = table([(t, self.folder / name) for name, t in runs.items()])
+        lines = table(list(self.space), [(t, self.folder / name) for name, t in runs.items()])
         (self.folder / "table.md").write_text("\n".join(lines) + "\n")
         print(*lines, sep="\n")
         draw(self.study, self.folder / "study.png")
@@ -215,11 +227,15 @@ def parse_settings(settings, *, ranges):
     space = {}
     for setting in settings:
         field, _, text = setting.partition("=")
+        if field in space:
+            raise UserError(f"--set {setting}: {field} is set twice")
+        is_int = field in FIELDS and type(FIELDS[field].default) is int
         bounds = re.fullmatch(r"([-+.\de]+?)\.\.([-+.\de]+)", text)
         try:
             if bounds and ranges:
-                low, high = map(float, bounds.groups())
-                space[field] = FloatDistribution(low, high, log=low > 0)
+                low, high = map(int if is_int else float, bounds.groups())
+                distribution = IntDistribution if is_int else FloatDistribution
+                space[field] = distribution(low, high, log=low > 0)
             elif text and not bounds:
                 values = dict.fromkeys(re.split(r",(?![^(]*\))", text))
                 space[field] = CategoricalDistribution(list(values))
@@ -236,9 +252,20 @@ def grid(choices):
     return [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
 
 
+def _extremes(distribution):
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    return distribution.low, distribution.high
+
+
+def _point(trial):
+    """Returns {field: value} of a trial, also if `ask` was killed before it stored all of them."""
+    return trial.system_attrs.get("fixed_params", trial.params)
+
+
 def texts(params):
-    """Returns {field: text} of a trial's {field: text or float}."""
-    return {f: v if isinstance(v, str) else f"{v:.4g}" for f, v in params.items()}
+    """Returns {field: text} of a trial's {field: text or number}."""
+    return {f: f"{v:.6g}" if isinstance(v, float) else str(v) for f, v in params.items()}
 
 
 def changes(params):
@@ -256,11 +283,13 @@ def validations(folder):
     return {step: float(np.mean([seed[step] for seed in seeds])) for step in steps}
 
 
-def table(runs):
+def table(fields, runs):
     """Returns the lines of a table of (trial, its folder): best validation accuracy first."""
     rows = sorted(runs, key=lambda run: (run[0].value is None, -(run[0].value or 0)))
-    cells = [[*rows[0][0].params, "val_accuracy", "val_loss", "train_loss", "images/s"]]
-    cells += [[*texts(trial.params).values(), *_columns(trial, folder)] for trial, folder in rows]
+    cells = [[*fields, "val_accuracy", "val_loss", "train_loss", "images/s"]]
+    for trial, folder in rows:
+        values = texts(_point(trial))
+        cells.append([*(values.get(field, "") for field in fields), *_columns(trial, folder)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -295,15 +324,25 @@ def draw(study, path):
 @contextlib.contextmanager
 def _locked(path):
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         yield
+
+
+def _lock(file, flags=0):
+    """Locks an open file; does nothing on a file system that does not support locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def _is_locked(folder):
     """Returns whether a sweep is training the run in a folder."""
     try:
-        with open(folder / "sweep.lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(folder / "sweep.lock", "r+") as file:
+            _lock(file, fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:

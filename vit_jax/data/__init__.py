@@ -5,9 +5,9 @@ offer `num_examples`, `image_shape`, `class_names`, `source`, `parts`, `examples
 `digest()`.
 """
 
-from vit_jax.data.folder import HELD_OUT_SPLITS, image_files
+from vit_jax.data.folder import held_out_split, image_files
 from vit_jax.data.images import IMAGE_SUFFIXES, MAX_PIXELS, center_crop_resize, read_image
-from vit_jax.data.open import open_split
+from vit_jax.data.open import open_split, overlap
 from vit_jax.data.order import epoch_order, eval_order
 from vit_jax.data.resident import Dataset
 from vit_jax.data.source import user_errors

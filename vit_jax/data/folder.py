@@ -8,8 +8,9 @@ from pathlib import Path
 from vit_jax.data.images import IMAGE_SUFFIXES, read_image
 from vit_jax.data.source import Source, fingerprint, printable, user_cache, user_errors
 
-HELD_OUT_SPLITS = ("test", "testing", "val", "valid", "validation")
-_SPLITS = ("train", "training", *HELD_OUT_SPLITS)
+_HELD_OUT = ("test", "testing", "val", "valid", "validation")
+_SPLITS = ("train", "training", *_HELD_OUT)
+_FIX = "use one subfolder of images per class, or one subfolder per split that has these"
 
 
 def open_folder(root: Path) -> Source:
@@ -19,9 +20,8 @@ def open_folder(root: Path) -> Source:
     of another layout, or if a class has no images.
     """
     title = f"folder {printable(root)}"
-    fix = "use one subfolder of images per class, or one subfolder per split that has these"
     files = {}  # split -> [(path relative to root, label)]
-    with user_errors(f"{title} cannot be used", fix):
+    with user_errors(f"{title} cannot be used", _FIX):
         classes = {split: _subfolders(folder) for split, folder in _split_folders(root).items()}
         class_names = sorted({printable(p.name) for paths in classes.values() for p in paths})
         if not class_names:
@@ -48,6 +48,13 @@ def open_folder(root: Path) -> Source:
         fingerprint=lambda split: fingerprint(root, [p for p, _ in files[split]], class_names),
         reader=lambda split: functools.partial(read, split),
     )
+
+
+def held_out_split(root: Path) -> str:
+    """Returns the test split of an image folder, else its validation split, else its only one."""
+    with user_errors(f"folder {printable(root)} cannot be used", _FIX):
+        names = {name.lower(): name for name in _split_folders(root)}
+    return next((names[name] for name in _HELD_OUT if name in names), next(iter(names.values())))
 
 
 def _split_folders(root):

@@ -25,6 +25,8 @@ def read_image(file, where=None) -> np.ndarray:
     with user_errors(problem, "fix or remove it"), _open_image(file) as image:
         if image.mode not in _MODES:
             raise ValueError(f"mode {image.mode} is not supported")
+        if image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in image.tile):
+            raise ValueError("16 bits per sample are not supported")  # Pillow would drop 8 of them
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 

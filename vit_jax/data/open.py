@@ -8,6 +8,15 @@ from vit_jax.data.stream import Stream
 from vit_jax.errors import expand_home
 
 
+def overlap(a: Dataset | Stream, b: Dataset | Stream) -> bool:
+    """Returns whether two splits of one dataset have an example in common."""
+    return any(
+        base == other and max(rows.start, others.start) < min(rows.stop, others.stop)
+        for base, rows in a.parts
+        for other, others in b.parts
+    )
+
+
 def open_split(
     name: str,
     split: str,

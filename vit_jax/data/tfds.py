@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -72,6 +73,10 @@ def _image_and_label(info, title):
 
 def _reader(info, split, features):
     """Opens the shards of a split; returns read(index), as `Source.reader` does."""
+    # Each shard keeps a file open, and imagenet2012 has 1,024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     record_file = TFRecordFile if info.file_format.value == "tfrecord" else ArrayRecordDataSource
     shards, lengths = [], info.splits[split].shard_lengths
     for path, length in zip(map(str, info.splits[split].filepaths), lengths, strict=True):

@@ -67,7 +67,7 @@ def load_examples(trained, name=None, split=None):
       name: an image folder or a TFDS name, its images cropped to the model's size. None: the data
         that the run was trained on. Classes that are only numbered are the model's, in order.
       split: a TFDS split. None: the run's test split, or its validation split if it has no test
-        split. For a folder: its test or validation folder if there is one, else `train`.
+        split. For a folder: its test or validation split if there is one, else `train`.
     Raises UserError for data that does not exist or has a class that the model lacks.
     """
     config, (H, W, _) = trained.config, trained.image_shape
@@ -81,8 +81,7 @@ def load_examples(trained, name=None, split=None):
         folder = expand_home(name.removeprefix("folder:"))
         if folder.is_dir():
             name = f"folder:{folder}"
-            held_out = [s for s in data.HELD_OUT_SPLITS if (folder / s).is_dir()]
-            split = split or next(iter(held_out), "train")
+            split = split or data.held_out_split(folder)
     split = split or "test"
     examples = data.open_split(
         name,

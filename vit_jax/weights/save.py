@@ -50,7 +50,7 @@ def save_weights(trained, path, form, *, readme=""):
         content = {"model.safetensors": _encode(_tensors(trained, form), ".safetensors")}
         for name, fields in _huggingface_configs(trained).items():
             content[name] = (json.dumps(fields, indent=2) + "\n").encode()
-        content |= {"README.md": readme.encode()} if readme else {}
+        content |= {"README.md": readme.encode(errors="backslashreplace")} if readme else {}
     else:
         content = _encode(_tensors(trained, form), path.suffix)
     _write_atomically(path, content)
@@ -93,7 +93,8 @@ def _onnx(trained):
     except ImportError as e:
         raise UserError("ONNX needs jax2onnx and onnxruntime: pip install 'vit-jax[onnx]'") from e
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about constants
-    predict = _make_predict(trained, trained.model.clone(dtype=jnp.dtype("float32")))
+    precise = trained.model.clone(dtype=jnp.dtype("float32"), matmul_precision="float32")
+    predict = _make_predict(trained, precise)
     inputs = [jax.ShapeDtypeStruct(("b", *trained.image_shape), jnp.uint8)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints

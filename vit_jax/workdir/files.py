@@ -21,11 +21,16 @@ _SUMS = "SHA256SUMS"
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces a file's content atomically, and returns when it is on disk."""
     temporary = path.with_name(f".{path.name}.tmp")  # a fixed name, so a killed writer's is reused
-    with open(temporary, "w") as file:
+    with open(temporary, "w", opener=_no_link) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _no_link(path, flags):
+    """Opens a file, but not through a symbolic link, which an untrusted workdir may contain."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -69,8 +69,16 @@ class Workdir:
             write_json(path, self.config.to_dict())
             return
         try:
-            saved = config_lib.from_dict(json.loads(path.read_text()))
+            saved = json.loads(path.read_text())
         except ValueError as e:
+            raise UserError(f"{path} is not the config of a run: {e}") from e
+        self._compare_config(saved, path)
+
+    def _compare_config(self, saved, path):
+        """Raises UserError if a saved config, the content of `path`, is not this run's."""
+        try:
+            saved = config_lib.from_dict(saved)
+        except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{path} is not the config of a run: {e}") from e
         if other := config_lib.difference(self.config, saved, ignore=_RESUMABLE_CHANGES):
             raise UserError(
@@ -78,9 +86,12 @@ class Workdir:
                 "use another --workdir, or delete this one"
             )
 
-    def check_data(self, step: int, data_identity: dict[str, Any]) -> None:
-        """Raises UserError if the checkpoint of a step was trained on other data."""
+    def check_resume(self, step: int, data_identity: dict[str, Any]) -> None:
+        """Raises UserError if the checkpoint of a step has another config or other data."""
         folder = self.checkpoint_dir / str(step)
+        document = checkpoints_lib.read_document(folder, "config")
+        saved = document.get("config") if isinstance(document, dict) else document
+        self._compare_config(saved, folder / "config")
         saved = checkpoints_lib.read_document(folder, "data")
         try:
             other = _data_difference(saved, data_identity)

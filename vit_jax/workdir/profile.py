@@ -20,13 +20,12 @@ from vit_jax.workdir.files import write_json
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.M)
 
 
-def check_steps(steps: tuple[int, int], start: int, total_steps: int) -> None:
-    """Raises UserError unless a run that resumes at `start` trains all of `steps`."""
+def check_steps(steps: tuple[int, int], total_steps: int) -> None:
+    """Raises UserError unless a run trains all of `steps`."""
     first, last = steps
-    if not start < first <= last <= total_steps:
+    if not 0 < first <= last <= total_steps:
         raise UserError(
-            f"--profile_steps {first}-{last}: this run trains the steps {start + 1} to "
-            f"{total_steps}"
+            f"--profile_steps {first}-{last}: this run trains the steps 1 to {total_steps}"
         )
 
 

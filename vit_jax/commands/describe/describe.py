@@ -98,6 +98,8 @@ def stand_in(config, shape, examples):
     """Returns splits of images that are never read, for `make_experiment`."""
     if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", shape)):
         raise UserError(f"--shape {shape}: use HEIGHTxWIDTHxCHANNELSxCLASSES, such as 32x32x3x10")
+    if examples < 1:
+        raise UserError(f"--examples {examples}: use at least 1")
     H, W, C, classes = map(int, found.groups())
     H, W = (config.data.image_size or side for side in (H, W))
     names = tuple(map(str, range(classes)))
@@ -176,11 +178,15 @@ def _fit(experiment, make, num_bytes, gpu):
     config, plan, num_devices = experiment.config, experiment.plan, experiment.mesh.size
 
     def peak(**fields):
+        """Returns the bytes per device with other fields, or infinity if they are not allowed."""
         changed = config.copy_and_resolve_references()
         for name, value in fields.items():
             config_lib.set_field(changed, name, value)
             print(f"compiling with {name}={value} ...", file=sys.stderr, flush=True)
-        return sum(step_memory(compile_step(make(changed))))
+        try:
+            return sum(step_memory(compile_step(make(changed))))
+        except UserError:
+            return math.inf
 
     step, usable = math.lcm(num_devices, config.accumulate_steps), usable_memory(gpu)
     sizes = {config.batch_size: num_bytes}
@@ -189,11 +195,12 @@ def _fit(experiment, make, num_bytes, gpu):
     if largest == plan.num_examples // step * step:
         text += ", the entire training split"
     lines = {"largest batch": f"{text}; compiled {', '.join(f'{b:,}' for b in sizes)}"}
-    ways = {"accumulate_steps": 2 * config.accumulate_steps, "model.remat": True}
-    ways |= {"mesh.fsdp": num_devices} if num_devices > config.mesh.fsdp else {}
-    for name, value in ways.items():
-        text = f"{peak(**{name: value}) / 1e6:,.1f} MB per device instead of "
-        lines[f"with {name}={value}"] = text + f"{num_bytes / 1e6:,.1f} MB"
+    ways = [{"accumulate_steps": 2 * config.accumulate_steps}, {"model.remat": True}]
+    ways += [{"mesh.data": 0, "mesh.fsdp": num_devices}] * (num_devices > config.mesh.fsdp)
+    for fields in ways:
+        (*_, (name, value)), needed = fields.items(), peak(**fields)
+        text = f"{needed / 1e6:,.1f} MB per device instead of {num_bytes / 1e6:,.1f} MB"
+        lines[f"with {name}={value}"] = text if needed < math.inf else "not possible"
     return lines
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
+from vit_jax.seeds import seeds_of
 from vit_jax.workdir import read_lines
 
 # Fields in which the seeds and repetitions of one experiment may differ.
@@ -44,12 +45,12 @@ def read_records(workdir):
     """Reads a run, one Record per seed. Raises UserError for a missing or invalid file."""
     config = _read_config(workdir)
     if config.num_seeds == 1:
-        return [_read_record(workdir, config)]
-    folders = sorted(workdir.glob("seed_*"))
+        return [_read_record(workdir, config, workdir)]
+    folders = [workdir / f"seed_{seed}" for seed in seeds_of(config)]
+    folders = [folder for folder in folders if folder.exists()]
     if not folders:
         raise UserError(f"{workdir} is a run with {config.num_seeds} seeds but has no seed_N")
-    records = [_read_record(folder, _read_config(folder)) for folder in folders]
-    return sorted(records, key=lambda record: record.config.seed)
+    return [_read_record(folder, _read_config(folder), workdir) for folder in folders]
 
 
 def group_by_experiment(runs):
@@ -72,7 +73,8 @@ def _read_config(workdir):
         return config_lib.from_dict(read_object(path))
 
 
-def _read_record(workdir, config):
+def _read_record(workdir, config, run):
+    """Reads the Record of one seed; the profile is that of the run."""
     lines = []
     if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
@@ -85,7 +87,7 @@ def _read_record(workdir, config):
         read_object(workdir / "run.json"),
         lines,
         read_result(workdir / "result.json"),
-        _read_operations(workdir / "profile" / "operations.json"),
+        _read_operations(run / "profile" / "operations.json"),
         _read_corruptions(workdir / "corruptions.json"),
     )
 
