@@ -77,9 +77,8 @@ class Trainer:
     def start(self, params):
         """Returns the state before the first step, with these weights."""
         params = jax.tree.map(jnp.asarray, params)
-        zeros = {"loss": jnp.float32(0), "accuracy": jnp.float32(0)}
-        return step.TrainState(
-            jnp.int32(0), jnp.uint32(0), params, self.optimizer.init(params), None, zeros
+        return step.init_state(
+            0, self.model, self.optimizer, image_shape=(32, 32, 3), ema=False, params=params
         )
 
     def train(self, params, batches):
