@@ -20,7 +20,6 @@ import warnings
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.config import FIELDS
 from vit_jax.errors import UserError, expand_home, make_folder
 from vit_jax.workdir.metrics import read_lines
 
@@ -229,7 +228,8 @@ def parse_settings(settings, *, ranges):
         field, _, text = setting.partition("=")
         if field in space:
             raise UserError(f"--set {setting}: {field} is set twice")
-        is_int = field in FIELDS and type(FIELDS[field].default) is int
+        known = config_lib.FIELDS.get(field)
+        is_int = known is not None and type(known.default) is int
         bounds = re.fullmatch(r"([-+.\de]+?)\.\.([-+.\de]+)", text)
         try:
             if bounds and ranges:
