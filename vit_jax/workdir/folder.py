@@ -78,7 +78,7 @@ class Workdir:
         """Raises UserError if a saved config, the content of `path`, is not this run's."""
         try:
             saved = config_lib.from_dict(saved)
-        except (ValueError, TypeError, AttributeError) as e:
+        except UserError as e:
             raise UserError(f"{path} is not the config of a run: {e}") from e
         if other := config_lib.difference(self.config, saved, ignore=_RESUMABLE_CHANGES):
             raise UserError(
