@@ -55,7 +55,7 @@ class Experiment:
         check_image_shape(self.model, train.image_shape)
         augment.check_image_shape(config.augment, train.image_shape)
         self.feed = feed_lib.make_feed(train, config, self.plan, mesh)
-        params, self.initial_weights, self.initial_digest = None, (), ""
+        params, self.initial_weights = None, ()
         if config.init_from and fresh:
             weights = weights_lib.load_weights(config.init_from, num_heads=self.model.num_heads)
             params, notes = weights_lib.start_from(
@@ -67,10 +67,6 @@ class Experiment:
                 std=config.data.std,
             )
             self.initial_weights = (f"{config.init_from} ({weights.kind})", *notes)
-            digest = hashlib.sha256()
-            for array in jax.tree.leaves(params):
-                digest.update(np.asarray(array).tobytes())
-            self.initial_digest = digest.hexdigest()[:16]
         lengths = {
             "total_steps": self.plan.total_steps,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -80,6 +76,7 @@ class Experiment:
         schedule = optim.make_schedule(o, **lengths)
         muon_schedule = optim.make_schedule(o, **lengths, peak_lr=o.muon_lr)
         optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule)
+        self._pretrained = params
         self.init, self.state_shapes = self._make_init(optimizer, params)
         self.train_step = self._make_train_step(optimizer, schedule)
         eval_step = step_lib.make_eval_step(self.model, mean=config.data.mean, std=config.data.std)
@@ -162,6 +159,14 @@ class Experiment:
             for name, split in self.splits.items()
         }
         return {"class_names": list(self.train.class_names), "splits": splits}
+
+    @property
+    def initial_digest(self) -> str:
+        """A hash of the weights of `config.init_from`."""
+        digest = hashlib.sha256()
+        for array in jax.tree.leaves(self._pretrained):
+            digest.update(np.asarray(array).tobytes())
+        return digest.hexdigest()[:16]
 
     @functools.cached_property
     def documents(self) -> dict[str, Any]:
