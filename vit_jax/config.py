@@ -244,7 +244,7 @@ def defaults() -> ConfigDict:
 
 
 def field_help() -> Iterator[str]:
-    """Yields a line for each field, by group: its default, its meaning, and its choices."""
+    """Yields a help line per field, under its group: default, meaning, and choices."""
     for group, names in itertools.groupby(FIELDS, lambda name: name.rpartition(".")[0]):
         yield f"\n{group or 'run'}:"
         for name in names:

@@ -31,7 +31,7 @@ def _linear_init(init, fan_in):
 
 
 def gelu(x):
-    """Returns the exact (not tanh-approximated) GELU, computed with erf in float32 as in torch.
+    """Computes the exact GELU, not its tanh approximation, with erf in float32, as torch does.
 
     jax.nn.gelu uses erfc, which is more accurate far in the tail but branches: on a CPU, forward
     and backward take five times as long (docs/performance.md).

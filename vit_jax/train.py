@@ -38,9 +38,9 @@ def train(
     Resumes from the newest intact checkpoint there. With several processes, only process 0 prints.
     With `profile_steps` = (first, last), traces these steps; see `workdir.profile`.
 
-    Raises UserError for an invalid config or unusable data, before the workdir is written; for a
-    workdir of another run; and for a failed write or a non-finite step.
-    Raises Stopped after a signal, with the state saved.
+    Raises UserError if the config or the data is invalid (before it writes to the workdir), if the
+    workdir contains another run, if a write fails, or if the loss or the gradient is not finite.
+    Raises Stopped after a signal, once the state is saved.
     """
     if config.deterministic:
         backend.require_determinism()  # before `shared_errors` starts JAX

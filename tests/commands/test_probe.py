@@ -51,6 +51,6 @@ def test_probe_prints_both_accuracies(tiny_run, capsys):
     assert linear == f"linear classifier: accuracy {result['linear_accuracy']:.2%}"
 
 
-def test_images_are_not_tested_on_that_were_fitted(tiny_run):
+def test_overlapping_splits_are_rejected(tiny_run):
     with pytest.raises(UserError, match=r"train\[50:\] of .* overlaps train\[:60\]"):
         probe.main(["--workdir", str(tiny_run), "--test_split", "train[50:]"])

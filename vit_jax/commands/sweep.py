@@ -259,7 +259,7 @@ def _extremes(distribution):
 
 
 def _point(trial):
-    """Returns {field: value} of a trial, also if `ask` was killed before it stored all of them."""
+    """Returns {field: value}. `params` lacks values if a process was killed in `study.ask`."""
     return trial.system_attrs.get("fixed_params", trial.params)
 
 

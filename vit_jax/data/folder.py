@@ -72,9 +72,10 @@ def _subfolders(folder):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Returns the image files below a folder, except hidden files and folders, in any order.
+    """Returns the image files below a folder, in no particular order.
 
-    Raises ValueError if there are none, and OSError for a folder that cannot be read.
+    Skips hidden files and folders. Raises ValueError if there are no images, and OSError for a
+    folder that cannot be read.
     """
 
     def stop(error):

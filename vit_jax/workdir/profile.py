@@ -37,10 +37,11 @@ def trace(
     steps: tuple[int, int],
     paused: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Iterator[None]:
-    """Traces `steps` = (first, last) to `folder` in the calls of `experiment.train_step`.
+    """Writes a profiler trace of `steps` = (first, last) to `folder`, during the context.
 
-    The first call is step `start` + 1. Starting and stopping run under `paused`, which waits for
-    the last step and stops the clock. A run that ends in between leaves a shorter trace.
+    The first call of `experiment.train_step` is step `start` + 1. The trace starts and stops under
+    `paused`, which waits for the last step and stops the clock. A run that ends in between leaves a
+    shorter trace.
     """
     train_step, (first, last) = experiment.train_step, steps
     numbers, traced = itertools.count(start + 1), 0

@@ -126,7 +126,7 @@ class Program:
 
     @functools.cached_property
     def kernels(self) -> list[Kernel]:
-        """The kernels of one call. `times` includes loop iterations, or 1 if they are unknown."""
+        """The kernels of one call. A loop of unknown length counts as one iteration in `times`."""
         return list(self._kernels(self.entry, 1))
 
     def transfers(self) -> dict[str, tuple[int, int, list[str]]]:
