@@ -35,10 +35,12 @@ USED = re.compile(
 )
 
 
-def check_plain(params):
-    """Raises ValueError for an array that `predict` does not use, or lacks."""
+def check_plain(params, model):
+    """Raises ValueError unless the model has the arrays that `predict` uses and no token shift."""
     if not {"patch_embed", "pos_embed"} <= params.keys():
         raise ValueError("this model has another stem or other positions: see vit_jax/model.py")
+    if model.get("token_shift"):
+        raise ValueError("this model has a token_shift: see vit_jax/model.py")
     for path, _ in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not USED.fullmatch(name):
@@ -47,8 +49,8 @@ def check_plain(params):
 
 def predict(params, saved, images):
     """Maps uint8[B, H, W, C] to float32[B, num_classes] probabilities."""
-    check_plain(params)
     model, pixels = saved["config"]["model"], saved["preprocessing"]
+    check_plain(params, model)
     mean, std = np.float32(pixels["mean"]), np.float32(pixels["std"])
     x = (jnp.asarray(images, jnp.float32) / pixels["divide_by"] - mean) / std
     if size := model.get("image_size"):  # the model's own resolution, if it has one

@@ -19,6 +19,7 @@ from vit_jax.model import (
     check_image_shape,
     make_model,
     num_tokens,
+    shift_tokens,
     sincos2d,
     train_flops_per_image,
 )
@@ -63,7 +64,7 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
         dict(),
         dict(pool="gap"),
         dict(pool="map"),
-        dict(position_bias="gaussian", pool="gap"),
+        dict(position_bias="gaussian", token_shift=True, pool="gap"),
         dict(posemb="sincos2d"),
         dict(posemb="sincos2d", pool="gap"),
         dict(stem="conv"),
@@ -133,13 +134,27 @@ def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
         assert (rounded != g).any(), jax.tree_util.keystr(path)
 
 
+def test_shift_tokens_is_a_depthwise_convolution():
+    x = np.random.default_rng(1).normal(size=(2, 3 * 4, 25)).astype(np.float32)
+    kernel = np.zeros((3, 3, 1, 25), np.float32)
+    for i, (row, column) in enumerate([(0, 1), (2, 1), (1, 0), (1, 2)]):
+        kernel[row, column, 0, 2 * i : 2 * i + 2] = 1
+    kernel[1, 1, 0, 8:] = 1
+    expected = jax.lax.conv_general_dilated(
+        *(x.reshape(2, 3, 4, 25), kernel, (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=25,
+    )
+    np.testing.assert_array_equal(shift_tokens(x, (3, 4)), expected.reshape(x.shape))
+
+
 def test_position_bias_is_a_gaussian_window_per_head():
     model = VisionTransformer(**SMALL, pool="gap", position_bias="gaussian")
     params = init_params(model, jax.random.key(0), (12, 16, 3))
     bias = params["block_0"]["attn"]["position_bias"]
     bias["falloff"], bias["offset"] = (
-        np.float32([[[0.3]], [[2]]]),
-        np.float32([[[0, 1]], [[-1, 2]]]),
+        np.float32([[[0.03]], [[0.2]]]),
+        np.float32([[[0, 0.1]], [[-0.1, 0.2]]]),
     )
     params["block_0"]["attn"]["qkv"]["kernel"] *= 0
     images = np.resize(IMAGES, (1, 12, 16, 3))

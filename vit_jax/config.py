@@ -171,6 +171,7 @@ FIELDS: dict[str, Field] = {
     "model.position_bias": choice(
         *("none", "gaussian"), doc="gaussian: heads attend to a learned window, local at first"
     ),
+    "model.token_shift": Field(False, "shift a third of the channels by one patch in each block"),
     "model.stem": choice("patch", "conv", doc="patch embedding"),
     "model.weight_init": choice("trunc_normal", "pytorch", doc="initialization"),
     "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
@@ -312,6 +313,11 @@ def _model_problems(m):
             "config.model.attention=cudnn needs model.dtype=bfloat16, model.dropout=0, and "
             "width / num_heads a multiple of 8 up to 128; got "
             f"{m.dtype}, {m.dropout:g}, and {head}"
+        )
+    if m.token_shift and m.pool == "cls":
+        yield (
+            "config.model.token_shift=True needs a model.pool without class token (gap or map); "
+            "got cls"
         )
     if m.position_bias == "gaussian" and (m.pool == "cls" or m.attention == "cudnn"):
         yield (

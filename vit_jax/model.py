@@ -151,6 +151,7 @@ class _Part(nn.Module):
     pool: str = "cls"
     posemb: str = "learned"
     position_bias: str = "none"
+    token_shift: bool = False
     stem: str = "patch"
     weight_init: str = "pytorch"
     norm_eps: float = 1e-5
@@ -247,22 +248,43 @@ def _attention_weights_vjp(precision, saved, d):
 attention_weights.defvjp(_attention_weights, _attention_weights_vjp)
 
 
+def shift_tokens(x, grid):
+    """[B, N, D] -> [B, N, D]: a twelfth of the channels comes from each of the four neighbors.
+
+    Neighbors outside the grid are zero, and two thirds of the channels stay in place. Source: Wang
+    et al. (arXiv 2201.10801).
+    """
+    B, N, D = x.shape
+    rows, columns = grid
+    offsets = (-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)
+    edges = *(i * (D // 12) for i in range(5)), D
+    padded = jnp.pad(x.reshape(B, rows, columns, D), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [
+        padded[:, 1 + dy : 1 + dy + rows, 1 + dx : 1 + dx + columns, start:end]
+        for (dy, dx), (start, end) in zip(offsets, itertools.pairwise(edges), strict=True)
+    ]
+    return jnp.concatenate(parts, axis=3).reshape(B, N, D)
+
+
 class PositionBias(nn.Module):
     """q, k [B, h, N, K] -> [B, h, N, K + 3], so that q k' also includes -a |y - x - c|^2.
 
     x is the position of the query's patch and y that of the key's. Each head learns a falloff a,
-    initially 1/2, and an offset c, initially on the unit circle. Terms that do not depend on y
-    cancel in the softmax and are omitted. Source: the quadratic encoding of Cordonnier et al.
-    (arXiv 1911.03584).
+    initially 1/2, and an offset c, initially on the unit circle. The parameters are a / 10 and
+    c / 10, so that Adam changes a and c ten times as fast. Terms that do not depend on y cancel in
+    the softmax and are omitted. Source: the quadratic encoding of Cordonnier et al. (arXiv
+    1911.03584).
     """
 
     @nn.compact
-    def __call__(self, q, k, positions):
+    def __call__(self, q, k, grid):
         B, h, N, _ = q.shape
+        positions = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1).reshape(-1, 2)
+        positions = np.float32(positions - positions.mean(axis=0))
         angles = 2 * np.pi / h * np.arange(h)
-        circle = np.stack([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-        a = self.param("falloff", nn.initializers.constant(0.5), (h, 1, 1))
-        c = self.param("offset", lambda key, shape: jnp.asarray(circle).reshape(shape), (h, 1, 2))
+        circle = np.stack([np.sin(angles), np.cos(angles)], axis=1).reshape(h, 1, 2)
+        a = 10 * self.param("falloff", nn.initializers.constant(0.05), (h, 1, 1))
+        c = 10 * self.param("offset", lambda key: jnp.float32(circle / 10))
         squares = np.square(positions).sum(axis=1, keepdims=True)
         q_bias = jnp.concatenate([2 * a * (positions + c), jnp.broadcast_to(-a, (h, N, 1))], axis=2)
         k_bias = jnp.concatenate([positions, squares], axis=1)
@@ -280,14 +302,14 @@ class MultiHeadAttention(_Part):
 
     Queries come from the first n tokens (all by default), keys and values from those after the
     first `skip`. `qkv/kernel` is [D, 3 D], ordered q, k, v and by head within each: torch's
-    MultiheadAttention, transposed. With the tokens' `positions`, float32[N, 2], the scores have a
+    MultiheadAttention, transposed. With a `grid` of (rows, columns), the scores have a
     PositionBias.
     The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`. With
     `attention="cudnn"`, training steps use cuDNN's fused kernel, which does not store them.
     """
 
     @nn.compact
-    def __call__(self, x, *, train, n=None, skip=0, positions=None):
+    def __call__(self, x, *, train, n=None, skip=0, grid=None):
         B, N, D = x.shape
         K = D // self.num_heads
         qkv_init = _linear_init(self.weight_init, D)
@@ -305,8 +327,8 @@ class MultiHeadAttention(_Part):
             x = jax.nn.dot_product_attention(q, k, v, implementation="cudnn").reshape(B, N, D)
         else:
             q = q * K**-0.5
-            if positions is not None:
-                q, k = PositionBias(name="position_bias")(q, k, positions)
+            if grid and self.position_bias == "gaussian":
+                q, k = PositionBias(name="position_bias")(q, k, grid)
             attention = attention_weights(q, k, self.precision)
             self.sow("intermediates", "attention", attention.astype(jnp.float32))
             attention = nn.Dropout(self.dropout)(attention, deterministic=not train)
@@ -333,11 +355,12 @@ class MlpBlock(_Part):
 class TransformerBlock(_Part):
     """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Only the first n tokens (all by default) are computed; they attend to all N.
+    Only the first n tokens (all by default) are computed; they attend to all N. `grid` is the
+    number of (rows, columns) of patches.
     """
 
     @nn.compact
-    def __call__(self, x, *, train, n=None, positions=None):
+    def __call__(self, x, *, train, grid, n=None):
         def residual(y, name):
             if self.layer_scale:  # arXiv 2103.17239
                 scale = nn.initializers.constant(self.layer_scale)
@@ -348,9 +371,13 @@ class TransformerBlock(_Part):
 
         y = LayerNorm(self.norm_eps, self.dtype, name="norm1")(x)
         attention = MultiHeadAttention(**_options(self), name="attn")
-        y = attention(y, train=train, n=n, positions=positions)
+        if self.token_shift:
+            y = shift_tokens(y, grid)
+        y = attention(y, train=train, n=n, grid=grid)
         x = x[:, :n] + residual(y, "layer_scale1")
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
+        if self.token_shift:
+            y = shift_tokens(y, grid)
         y = MlpBlock(**_options(self), name="mlp")(y, train=train)
         return x + residual(y, "layer_scale2")
 
@@ -383,11 +410,7 @@ class VisionTransformer(_Part, kw_only=True):
 
     @nn.compact
     def __call__(self, images, *, train=False):
-        x, positions = self._embed(images), None
-        if self.position_bias == "gaussian":
-            rows, columns = patch_grid(self, images.shape[1:])
-            positions = np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2)
-            positions = np.float32(positions - positions.mean(axis=0))
+        x = self._embed(images)
         if train:
             # The gradients of the embeddings sum over the batch. On a GPU, XLA would lay out all
             # activations as [N, D, B] for that, which a 2-D view prevents.
@@ -401,7 +424,7 @@ class VisionTransformer(_Part, kw_only=True):
             # attention maps are requested.
             last = i == self.depth - 1 and self.pool == "cls"
             n = 1 if last and not self.is_mutable_collection("intermediates") else None
-            call = {"train": train, "n": n, "positions": positions}
+            call = {"train": train, "n": n, "grid": patch_grid(self, images.shape[1:])}
             if self.remat:  # keep only the input of a block for the backward pass
                 x = nn.remat(lambda block, x, call=call: block(x, **call))(block, x)
             else:

@@ -30,7 +30,7 @@ def untrained(**fields):
     [
         {},
         {"pool": "gap", "qk_norm": True, "stem": "conv"},
-        {"pool": "gap", "position_bias": "gaussian", "remat": True},
+        {"pool": "gap", "position_bias": "gaussian", "token_shift": True, "remat": True},
     ],
 )
 def test_returning_attention_maps_does_not_change_logits(fields):

@@ -102,7 +102,15 @@ def test_forward_pass_in_docs_has_at_most_40_lines_and_no_vit_jax():
 def test_forward_pass_in_docs_rejects_arrays_that_it_would_ignore(variant):
     _, params = random_model(pool="gap", **variant)
     with pytest.raises(ValueError, match="this model also has block_0/"):
-        runpy.run_path(str(ELSEWHERE))["check_plain"](params)
+        runpy.run_path(str(ELSEWHERE))["check_plain"](params, variant)
+
+
+def test_forward_pass_in_docs_rejects_shifted_tokens():
+    _, params = random_model(pool="gap")
+    check = runpy.run_path(str(ELSEWHERE))["check_plain"]
+    check(params, {"token_shift": False})
+    with pytest.raises(ValueError, match="this model has a token_shift"):
+        check(params, {"token_shift": True})
 
 
 def test_checkpoint_from_8_devices_predicts_the_same_on_1_and_3(tiny_config, tmp_path):

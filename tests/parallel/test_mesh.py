@@ -28,6 +28,7 @@ def found(optimized, tiny_folder, tmp_path_factory):
     c.model.num_heads, c.model.mlp_dim = 2, 256  # wide enough for fsdp to split it
     c.model.pool = "gap"  # the one block is computed for all tokens
     c.model.position_bias = "gaussian"
+    c.model.token_shift = True
     c.optim.peak_lr = 1e-3
     jobs = [
         {"name": f"{n},{fsdp}", "devices": n, "steps": 20, "set": AUGMENTED | {"mesh.fsdp": fsdp}}

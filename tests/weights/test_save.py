@@ -17,7 +17,7 @@ from vit_jax.weights import save_weights
 VARIANTS = [
     {},
     {"pool": "gap", "posemb": "sincos2d", "qk_norm": True, "position_bias": "gaussian"},
-    {"layer_scale": 0.1, "stem": "conv", "image_size": 16},
+    {"layer_scale": 0.1, "stem": "conv", "image_size": 16, "pool": "gap", "token_shift": True},
     {"pre_logits": 8, **GOOGLE},
 ]
 
@@ -101,6 +101,7 @@ def test_jax_function_runs_without_vit_jax(tmp_path):
         ("huggingface", {"layer_scale": 0.1}, "has layer_scale=0.0"),
         ("huggingface", {"stem": "conv"}, "unused conv_stem/conv_0/kernel"),
         ("google", {}, "has norm_eps=1e-06, this model 1e-05"),
+        ("google", {"token_shift": True, "pool": "gap", **GOOGLE}, "has token_shift=False"),
         ("google", GOOGLE | {"qk_norm": True}, "unused block_0/attn/k_norm/scale"),
         (
             "timm",

@@ -122,7 +122,7 @@ def _tensors(trained, kind):
     required = {"norm_eps": layout.norm_eps, "gelu": layout.gelu}
     if kind == layouts.HUGGINGFACE:  # its config.json records these two
         required = {"pool": "cls", "pre_logits": 0, "layer_scale": 0.0, "qk_norm": False}
-    for name, value in required.items():
+    for name, value in (required | {"token_shift": False}).items():
         if getattr(vit, name) != value:
             raise UserError(
                 f"the {kind} model has {name}={value}, this model {getattr(vit, name)}: export to "
