@@ -24,10 +24,12 @@ def get_config():
     config.model.mlp_dim = 192
     config.model.pool = "gap"
     config.model.position_bias = "gaussian"
+    config.model.token_shift = True
     config.model.stem = "conv"
     config.model.weight_init = "pytorch"  # trunc_normal(0.02) is too small for this width
 
     config.augment.crop = "pad"
+    config.augment.crop_padding = 2
     config.augment.crop_padding_mode = "reflect"
     config.augment.flip = "alternating"
 
