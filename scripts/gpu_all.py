@@ -190,7 +190,7 @@ def run_item(name, out, rehearse, *, against_torch, limit):
     if process.returncode:
         last = ((folder / "log.txt").read_text().strip().splitlines() or [""])[-1]
         why = (
-            f"stopped at its limit, {limit:.0f} s" if stopped else f"exit code {process.returncode}"
+            f"stopped at its {limit:.0f} s limit" if stopped else f"exit code {process.returncode}"
         )
         print(f"{why} after {seconds:.0f} s: {last[:150]}", flush=True)
         return False
@@ -260,7 +260,7 @@ def benchmark_row(name, folder):
     """Returns a row of the performance table."""
     lines = (folder / "log.txt").read_text().splitlines()
     r = json.loads([line for line in lines if line.startswith("{")][-1])  # between warnings
-    rivals = "; ".join(f"{k}: {v['speedup']:.2f} times as fast" for k, v in r["rivals"].items())
+    rivals = "; ".join(f"{v['speedup']:.2f} times as fast as {k}" for k, v in r["rivals"].items())
     e = r["environment"]
     where = [e["devices"][0], f"matmul precision {r['matmul_precision']}"]
     where += [f"{k} {v}" for k, v in e["versions"].items() if k in ("jax", "torch")]

@@ -61,6 +61,7 @@ def test_description_is_a_table_on_a_terminal(monkeypatch):
         ({"augment.crop": "pad", "augment.crop_padding": 8}, "crop_padding"),
         ({"mesh.fsdp": 3}, "must equal the device count, 1"),
         ({"data.val_split": "test+train[80:]"}, r"val_split=.* overlaps train_split=train: hold"),
+        ({"data.val_split": "test"}, "test_split=test overlaps val_split=test"),
         ({"data.test_split": "train[:9]"}, r"test_split=train\[:9\] overlaps train_split=train"),
     ],
 )

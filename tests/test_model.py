@@ -44,7 +44,10 @@ def test_notebook_model_has_the_expected_parameter_count_and_flops():
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), (32, 32, 3)))
     assert count(params) == 4_771_082
     assert num_tokens(model, (32, 32, 3)) == 65
-    assert train_flops_per_image(model, (32, 32, 3)) / 1e9 == pytest.approx(1.684, abs=0.001)
+    flops = train_flops_per_image(model, (32, 32, 3))
+    assert flops / 1e9 == pytest.approx(1.684, abs=0.001)
+    wider = model.clone(pre_logits=7)  # 256 x 7 and 7 x 10 multiply-adds replace 256 x 10
+    assert train_flops_per_image(wider, (32, 32, 3)) - flops == 6 * (256 * 7 + 7 * 10 - 256 * 10)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_finished_run_prints_the_next_commands(finished, capsys):
 def test_broken_result_of_a_complete_run_is_reported(finished, tmp_path):
     c, workdir, result, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
-    for broken in ('{"test_acc', "[1]", "7", "{}"):
+    for broken in ('{"test_acc', "[1]", "7", "{}", "[" * 100_000):
         (tmp_path / "run" / "result.json").write_text(broken)
         with pytest.raises(UserError, match=r"result.json is not a result .*: delete it, then re"):
             train_shared(c, tmp_path / "run")

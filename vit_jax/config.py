@@ -113,19 +113,6 @@ def number(default: int | float, doc: str, **bounds: float) -> Field:
     return Field(default, doc, allowed, is_allowed)
 
 
-def interval(default: tuple[float, float], doc: str) -> Field:
-    """Defines a field that takes a pair of floats between 0 and 1, in ascending order."""
-
-    def is_allowed(pair):
-        return len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1
-
-    return Field(default, doc, "(smallest, largest), both between 0 and 1", is_allowed)
-
-
-def _all_positive(values: Sequence[float]) -> bool:
-    return all(v > 0 for v in values)
-
-
 FIELDS: dict[str, Field] = {
     "seed": number(0, "seed of all randomness and of the data order", at_least=0, below=2**31),
     "num_seeds": number(1, "seeds trained in one program: seed, seed + 1, ...", at_least=1),
@@ -156,7 +143,9 @@ FIELDS: dict[str, Field] = {
     "data.streaming": Field(False, "decode images while training; for data larger than memory"),
     "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
     "data.mean": Field((0.5,) * 3, "mean per channel of pixels in [0, 1]"),
-    "data.std": Field((0.5,) * 3, "standard deviation per channel", "above 0", _all_positive),
+    "data.std": Field(
+        (0.5,) * 3, "standard deviation per channel", "above 0", lambda std: all(s > 0 for s in std)
+    ),
     # The model.
     "model.size": choice(*MODEL_SIZES, doc="source of the next four fields if they are 0"),
     "model.width": number(0, "width of a token", at_least=0),
@@ -171,7 +160,9 @@ FIELDS: dict[str, Field] = {
     "model.position_bias": choice(
         *("none", "gaussian"), doc="gaussian: heads attend to a learned window, local at first"
     ),
-    "model.token_shift": Field(False, "shift a third of the channels by one patch in each block"),
+    "model.token_shift": Field(
+        False, "shift a third of the channels by one patch before each attention and MLP"
+    ),
     "model.stem": choice("patch", "conv", doc="patch embedding"),
     "model.weight_init": choice("trunc_normal", "pytorch", doc="initialization"),
     "model.norm_eps": number(1e-5, "epsilon of LayerNorm", above=0),
@@ -193,11 +184,16 @@ FIELDS: dict[str, Field] = {
     # Augmentation.
     "augment.crop": choice(
         *("none", "pad", "resized"),
-        doc="random crop; resized: of the stored image, to data.image_size; needs data.streaming",
+        doc="random crop; resized: from the stored image to data.image_size; needs data.streaming",
     ),
     "augment.crop_padding": number(4, "padding of crop=pad, in pixels", at_least=1),
     "augment.crop_padding_mode": choice("zero", "reflect", doc="padding of crop=pad"),
-    "augment.crop_scale": interval((0.08, 1.0), "area of a resized crop, as a share of the image"),
+    "augment.crop_scale": Field(
+        (0.08, 1.0),
+        "area of a resized crop, as a share of the image",
+        "(smallest, largest), both between 0 and 1",
+        lambda pair: len(pair) == 2 and 0 <= pair[0] <= pair[1] <= 1,
+    ),
     "augment.flip": choice("none", "random", "alternating", doc="horizontal flip"),
     "augment.policy": choice("none", "randaugment", doc="augmentation policy"),
     "augment.randaugment_num_ops": number(2, "operations per image", at_least=1),
@@ -357,7 +353,8 @@ def recipe_path(name: str | pathlib.Path) -> pathlib.Path:
 def from_file(path: str | pathlib.Path) -> ConfigDict:
     """Returns the config that `get_config()` in a recipe's Python file returns; see `recipe_path`.
 
-    Executes the file. Raises UserError if that fails or does not return a valid config.
+    Executes the file. Raises UserError if that fails, or if the result is not a ConfigDict of known
+    fields with values of their types. Call `validate` to check the values.
     """
     path = recipe_path(path)
     try:

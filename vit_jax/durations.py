@@ -62,6 +62,7 @@ class Plan:
         self.warmup_steps = min(self.in_steps(config.optim.warmup), self.total_steps)
         # Mixup and CutMix apply up to this step.
         self.mix_steps = max(self.total_steps - self.in_steps(config.augment.mix_off_last), 0)
+        self.ends_epoch = Every(self.steps_per_epoch, last=self.total_steps)
         self.log = Every(self.in_steps(config.log_every))
         self.evaluate = Every(self.in_steps(config.eval_every), last=self.total_steps)
         self.stop_after = self.in_steps(config.stop_after)  # 0: never
@@ -79,10 +80,6 @@ class Plan:
         """Returns (epoch, step within it) of a step, all counted from 1."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         return epoch + 1, index + 1
-
-    def ends_epoch(self, step: int) -> bool:
-        """Returns whether a step is the last of its epoch or of the run."""
-        return step % self.steps_per_epoch == 0 or step == self.total_steps
 
     def images(self, step: int) -> int:
         """Returns the number of training images up to and including a step."""

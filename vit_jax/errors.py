@@ -20,8 +20,8 @@ class Stopped(Exception):
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-# Errors of a failed write.
-DISK_REFUSES = (*_DISK_FULL, errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE)
+# The errno values of a failed write.
+WRITE_FAILURES = (*_DISK_FULL, errno.EACCES, errno.ENOENT, errno.EIO, errno.ESTALE)
 
 
 def expand_home(path: str | pathlib.Path) -> pathlib.Path:
@@ -30,14 +30,6 @@ def expand_home(path: str | pathlib.Path) -> pathlib.Path:
         return pathlib.Path(path).expanduser()
     except RuntimeError as e:
         raise UserError(f"{path}: this user has no home directory; set HOME") from e
-
-
-def make_folder(path: str | pathlib.Path) -> None:
-    """Creates a directory and its parents. Raises UserError if that fails."""
-    try:
-        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot create the directory {path}: {e.strerror}") from e
 
 
 def run_command(main: Callable[..., Any], *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 import pathlib
 import shutil
@@ -259,11 +260,12 @@ def _check_data(config, splits):
                 f"the images of {name} are {tuple(train.image_shape)} for training and "
                 f"{tuple(split.image_shape)} in the {kind} split: set config.data.image_size"
             )
-        if split is not train and data.overlap(train, split):
+    for first, second in itertools.combinations(splits, 2):
+        if data.overlap(splits[first], splits[second]):
             raise UserError(
-                f"config.data.{kind}_split={config.data[f'{kind}_split']} overlaps "
-                f"train_split={config.data.train_split}: hold images out, such as train[:90%] and "
-                "train[90%:]"
+                f"config.data.{second}_split={config.data[f'{second}_split']} overlaps "
+                f"{first}_split={config.data[f'{first}_split']}: hold images out, such as "
+                "train[:90%] and train[90%:]"
             )
     if config.batch_size > train.num_examples:
         raise UserError(
@@ -289,8 +291,13 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
         f"{c.data[f'{name}_split']}: {split.num_examples:,}"
         for name, split in experiment.splits.items()
     )
+    augmentation = [
+        f"{name.removeprefix('augment.')}={value}"
+        for name, value in config_lib.flat(c).items()
+        if name.startswith("augment.") and value != config_lib.FIELDS[name].default
+    ]
     stored = f"data decoded by {c.data.streaming_threads} threads per host"
-    if isinstance(train, data.Dataset):
+    if not c.data.streaming:
         stored = f"data {train.images.nbytes / 1e6:,.1f} MB on each device"
     lines = {
         "model": f"ViT, patch {m.patch_size}, width {m.width}, depth {m.depth}, {m.num_heads} "
@@ -307,7 +314,7 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
         f"epoch ({plan.total_steps / plan.steps_per_epoch:g} epochs; the last batch of an epoch "
         f"has {last_batch})",
         "optimizer": _describe_optimizer(experiment),
-        "augmentation": ", ".join(_changed(c, "augment.")) or "none",
+        "augmentation": ", ".join(augmentation) or "none",
         "initial weights": ", ".join(experiment.initial_weights),
         "data": f"{train.source}; {counts} images, {len(train.class_names)} classes",
         "seed": ", ".join(map(str, seeds.seeds_of(c)))
@@ -330,13 +337,6 @@ def description_lines(description: dict[str, str]) -> list[str]:
         break_on_hyphens=False,
     )
     return [wrap(text, initial_indent=f"{name:{width}}") for name, text in description.items()]
-
-
-def _changed(config, group):
-    """Returns 'field=value' for each field of a group that differs from its default."""
-    values, defaults = config_lib.flat(config), config_lib.flat(config_lib.defaults())
-    names = [name for name in values if name.startswith(group) and values[name] != defaults[name]]
-    return [f"{name.removeprefix(group)}={values[name]}" for name in names]
 
 
 def _describe_optimizer(experiment):

@@ -43,7 +43,7 @@ def make_feed(
         padding = num_rows - plan.batch_size
         return np.pad(order, ((0, 0), (0, padding)), constant_values=-1)
 
-    make = _resident_feed if isinstance(split, data.Dataset) else _streamed_feed
+    make = _streamed_feed if config.data.streaming else _resident_feed
     return make(split, config, plan, mesh, epoch_order)
 
 
@@ -98,7 +98,7 @@ def make_eval_batches(
 ) -> Callable[[], Iterator[dict[str, jax.Array]]]:
     """Returns a function that yields every example of a split once, in masked batches."""
     order = data.eval_order(split.num_examples, _round_up(config.eval_batch_size, mesh.size))
-    if not isinstance(split, data.Dataset):
+    if config.data.streaming:
         steps = range(len(order))
         return lambda: _streamed(split, order.__getitem__, steps, config, mesh)
     everywhere = mesh_lib.replicated(mesh)

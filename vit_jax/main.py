@@ -23,21 +23,24 @@ def main(argv=None):
 
     from vit_jax.config import flat
     from vit_jax.parallel import backend, processes
+    from vit_jax.train import train
 
-    backend.enable_compilation_cache()
     if config.deterministic:
         backend.require_determinism()
     # What all processes must share before reading data; its directory may differ between hosts.
     shared = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
     shared |= {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}
     with processes.joined():
-        backend.check_backend()
+        backend.start_backend()
         processes.check_same(shared)
-        _run(config, args, argv)
-        is_first = jax.process_index() == 0
-    if is_first and not args.dry_run:
-        for purpose, command in next_commands(config, args.config.stem, args.workdir).items():
-            print(f"Next, {purpose}: {command}")
+        if args.dry_run:
+            _describe(config, args)
+            return
+        command = shlex.join(["python", "-m", "vit_jax.main", *argv])
+        train(config, args.workdir, command=command, profile_steps=args.profile_steps)
+        if jax.process_index() == 0:
+            for purpose, command in next_commands(config, args.config.stem, args.workdir).items():
+                print(f"Next, {purpose}: {command}")
 
 
 def make_parser():
@@ -90,9 +93,10 @@ def make_parser():
 
 
 def parse(argv):
-    """Returns (config, arguments) of a command line: config, workdir (never None), dry_run.
+    """Returns the validated config and the parsed arguments of a command line.
 
-    Raises UserError for invalid arguments.
+    In the arguments, `config` is the path or name of the recipe, `workdir` is never None, and
+    `profile_steps` is (first, last) or None. Raises UserError for invalid arguments.
     """
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -109,7 +113,9 @@ def parse(argv):
     only_dry_run = ("layers", "target", "fit", "kernels", "rates", "shape", "examples")
     used = [f"--{name}" for name in only_dry_run if getattr(args, name) != parser.get_default(name)]
     if used and not args.dry_run:
-        raise UserError(f"{', '.join(used)} only with --dry_run")
+        raise UserError(f"{', '.join(used)}: use only with --dry_run")
+    if args.profile_steps and args.dry_run:
+        raise UserError("--profile_steps: not with --dry_run, which trains no steps")
     if args.profile_steps:
         if not re.fullmatch(r"\d{1,10}-\d{1,10}", args.profile_steps):
             raise UserError(f"--profile_steps {args.profile_steps}: use FIRST-LAST, such as 20-25")
@@ -130,16 +136,6 @@ def recipe_list(folder):
         rows.append((not measured, path.stem, text.partition("\n")[0].removesuffix("."), result))
     for _, name, purpose, result in sorted(rows):
         yield f"{name:20}  {purpose:52}  {result}"
-
-
-def _run(config, args, argv):
-    if args.dry_run:
-        _describe(config, args)
-        return
-    from vit_jax.train import train
-
-    command = shlex.join(["python", "-m", "vit_jax.main", *argv])
-    train(config, args.workdir, command=command, profile_steps=args.profile_steps)
 
 
 def _describe(config, args):

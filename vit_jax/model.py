@@ -550,4 +550,6 @@ def train_flops_per_image(model, image_shape):
         for inputs, outputs in itertools.pairwise(channels):
             pixels //= 4
             embed += 2 * pixels * 9 * inputs * outputs
-    return 3 * (blocks + embed + 2 * D * model.num_classes)
+    widths = [D, *[model.pre_logits] * (model.pre_logits > 0), model.num_classes]
+    head = sum(2 * inputs * outputs for inputs, outputs in itertools.pairwise(widths))
+    return 3 * (blocks + embed + head)

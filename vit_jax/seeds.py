@@ -132,7 +132,8 @@ class RunWorkdir:
     def save(self, step: int, state: TrainState, documents: dict[str, Any], log: TrainLog) -> None:
         """Starts saving a state and a TrainLog. Raises BadStep if the weights are not finite.
 
-        Waits for the previous save of every seed first, so that a kill loses at most one of them.
+        Waits for every seed's previous save first, so that after a kill the seeds differ by at most
+        one checkpoint.
         """
         parts = self._split((mesh_lib.to_host(state), log.val_accuracy))
         bad = np.array([not _all_finite(state.params) for _, (state, _) in parts])
@@ -151,7 +152,7 @@ class RunWorkdir:
         return any(workdir.checkpoints.is_best(accuracy) for workdir, accuracy in each)
 
     def steps_since_best(self, step: int) -> int:
-        """Returns the steps since any seed's best validation accuracy, or 0 before the first."""
+        """Returns the steps since the latest of the seeds' best steps; 0 before any is saved."""
         return step - max(workdir.checkpoints.best_step or step for workdir in self._each)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -196,7 +197,7 @@ class RunWorkdir:
             if "steps" not in result:
                 raise ValueError("it has no steps")
             return result
-        except (ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, RecursionError) as e:
             raise UserError(f"{path} is not a result ({e}): delete it, then rerun") from e
 
     def wait(self) -> None:

@@ -75,8 +75,8 @@ def loss_and_grads(
     """Returns (loss, gradients, logits) of a batch, whose `inputs` are (images, soft labels, mask).
 
     The loss is the sum of the cross-entropies over the mask, divided by `count`. Microbatches run
-    in sequence, in the memory of one. Microbatch i takes every `num_microbatches`-th row from row
-    i, so each device's share is among its own rows. Its dropout key is fold_in(dropout_key, i).
+    in sequence, in the memory of one. Microbatch i has rows i, i + num_microbatches, ..., so no
+    rows move between devices. Its dropout key is fold_in(dropout_key, i).
     """
 
     def one_pass(inputs, dropout_key):

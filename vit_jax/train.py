@@ -68,7 +68,8 @@ def train(
             splits = experiment.data_identity["splits"]
             same = {f"the data of the {k} split": v["digest"] for k, v in splits.items()}
             # The workdir, and the file or run of init_from, may be on each host's own disk.
-            same |= {f"the newest checkpoint in {path}": start, "a result there": bool(result)}
+            same |= {f"the newest checkpoint in {path}": start}
+            same |= {f"a result of the newest checkpoint in {path}": bool(result)}
             check_same(same | {"the weights of config.init_from": experiment.initial_digest})
         with shared_errors():
             if start:
@@ -110,6 +111,10 @@ def _train(experiment, workdir, start, profile_steps):
             raise Stopped(stop.signal)
     except BadStep as e:
         raise _bad_step_error(experiment, workdir, e) from e
+    except UserError:
+        with contextlib.suppress(UserError):  # the same full disk may fail both
+            workdir.wait()  # otherwise the exit of the process cancels a pending save
+        raise
     finally:
         log.close()
     result = _results(experiment, workdir, log, state, validated)
@@ -212,7 +217,7 @@ def _say(*lines):
 
 
 def _summary(result):
-    """Returns 'Test Accuracy: 63.68%', or of the validation split if there is no test split."""
+    """Returns 'Test Accuracy: 63.68%', or the validation accuracy if there is no test split."""
     name, title = ("test", "Test") if "test_accuracy" in result else ("val", "Validation")
     text = f"{title} Accuracy: {100 * result[f'{name}_accuracy']:.2f}%"
     if f"{name}_accuracy_std" in result:

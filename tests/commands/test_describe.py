@@ -144,6 +144,7 @@ def test_what_an_older_gpu_lacks_is_said(require, capsys):
         (["--dry_run", "--target", "h100sxm"], r"unknown target h100sxm \(did you mean h100\?\)"),
         (["--dry_run", "--target", "h100x0"], "unknown target h100x0"),
         (["--dry_run", "--fit"], "need a --target"),
+        (["--dry_run", "--profile_steps", "2-3"], "--profile_steps: not with --dry_run"),
         (["--target", "h100"], "only with --dry_run"),
     ],
 )
@@ -157,9 +158,7 @@ def test_shape_must_have_four_sizes(tiny_config):
         describe.stand_in(tiny_config, "32x32", 100)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_stand_in_needs_no_memory(tiny_config, streaming):
-    tiny_config.data.streaming = streaming
+def test_stand_in_needs_no_memory(tiny_config):
     split = describe.stand_in(tiny_config, "224x224x3x1000", 10**9)["train"]
     assert split.num_examples == 10**9 and split.image_shape == (224, 224, 3)
     assert len(split.class_names) == 1000

@@ -115,7 +115,7 @@ def test_a_file_in_place_of_the_attention_folder_is_an_error(
     (tmp_path / "looks").touch()
     arguments = ("--workdir", tiny_run, "--attention", tmp_path / "looks", pictures)
     lines, errors = run(monkeypatch, capsys, *arguments)
-    assert lines == [] and f"cannot create the directory {tmp_path / 'looks'}" in errors
+    assert lines == [] and f"cannot write {tmp_path / 'looks'}: File exists" in errors
 
 
 def test_paths_that_are_not_utf8_are_printed_unchanged(tiny_run, pictures, tmp_path):

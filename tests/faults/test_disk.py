@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import orbax.checkpoint as ocp
 import pytest
@@ -16,7 +18,8 @@ import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.experiment import Experiment
 from vit_jax.train import train
-from vit_jax.workdir import Workdir, saved_steps
+from vit_jax.workdir import Workdir, checkpoints, saved_steps
+from vit_jax.workdir import files as files_lib
 from vit_jax.workdir.files import find_corruption
 from vit_jax.workdir.metrics import JsonLines
 
@@ -186,6 +189,27 @@ def test_deleted_workdir_is_reported(saves, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No such file"):
         train_shared(saves, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_error_after_a_save_has_started_does_not_lose_it(saves, tmp_path, monkeypatch):
+    slow, write = threading.Event(), JsonLines.write
+
+    def write_checksums(folder):
+        slow.set()
+        time.sleep(1)
+        files_lib.write_checksums(folder)
+
+    def fail(self, step, scalars):
+        if "train/loss" in scalars and step == 3:
+            assert slow.wait(30)
+            raise UserError("an image cannot be decoded")
+        write(self, step, scalars)
+
+    monkeypatch.setattr(checkpoints, "write_checksums", write_checksums)
+    monkeypatch.setattr(JsonLines, "write", fail)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        train_shared(saves, tmp_path / "run")
+    assert saved_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
 def test_read_only_disk_is_reported(saves, tmp_path):

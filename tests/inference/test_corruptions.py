@@ -6,10 +6,11 @@ import pytest
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from tensorflow_datasets.image_classification import corruptions as tfds_corruptions
 
+import vit_jax
 from vit_jax.data import open_split
 from vit_jax.data.shapes10 import draw
 from vit_jax.errors import UserError
-from vit_jax.inference.corruptions import SEVERITIES, check_resident, corrupt
+from vit_jax.inference.corruptions import SEVERITIES, corrupt, corruption_errors
 
 IMAGES = draw(np.arange(12) % 10, np.random.default_rng(0))
 
@@ -74,4 +75,4 @@ def test_higher_severity_changes_images_more(kind):
 def test_streamed_split_is_refused(tiny_run, tiny_folder):
     stream = open_split(f"folder:{tiny_folder}", "test", streaming=True)
     with pytest.raises(UserError, match=r"with config\.data\.streaming=false"):
-        check_resident(stream)
+        corruption_errors(vit_jax.load(tiny_run), stream)

@@ -70,6 +70,13 @@ def test_load_accepts_a_step_best_and_last(workdir):
         vit_jax.load(workdir, "best")
 
 
+@pytest.mark.parametrize("step", ["best", "last"])
+def test_run_of_several_seeds_names_its_folders(tmp_path, step):
+    (tmp_path / "seed_4" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="a run of several seeds; pass one of seed_4"):
+        vit_jax.load(tmp_path, step)
+
+
 def test_forward_pass_in_docs_matches_the_model(tiny_run, tiny_config, tmp_path):
     """Checks a plain model, and one with all variants that the page covers."""
     variant = {"pool": "gap", "gelu": "tanh", "image_size": 16, "norm_eps": 1e-3}

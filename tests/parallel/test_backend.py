@@ -32,14 +32,14 @@ def test_unused_gpu_stops_the_command(tmp_path, monkeypatch):
 
 def test_cpu_can_be_selected_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "_NVIDIA_DRIVER", os.devnull)
-    backend.check_backend()  # the tests set JAX_PLATFORMS=cpu
+    backend.start_backend()  # the tests set JAX_PLATFORMS=cpu
     chosen = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     try:
         with pytest.raises(UserError, match="an NVIDIA GPU"):
-            backend.check_backend()
+            backend.start_backend()
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hides the GPU
-        backend.check_backend()
+        backend.start_backend()
     finally:
         jax.config.update("jax_platforms", chosen)
 

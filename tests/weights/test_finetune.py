@@ -47,8 +47,8 @@ def test_start_from_keeps_what_fits_and_replaces_the_rest(small_google_file):
     assert "pre_logits" not in got and got["pos_embed"].shape == (1, 25, 24)
     assert same_bits(got["block_1"], params["block_1"])
     assert notes == [
-        "a new head, zeros, for 3 classes (it has 5 classes)",
-        "positions of 3x3 patches resized to 4x6 (zoom)",
+        "a new head of zeros for 3 classes (the weights have 5 classes)",
+        "position embeddings resized from 3x3 to 4x6 patches (zoom)",
     ]
     vit, _ = random_model(num_classes=3, pre_logits=16, **GOOGLE)  # keeps that layer
     got, _ = start_from(loaded, vit, (12, 12, 3), ["a", "b", "c"], **PIXELS)
@@ -130,8 +130,8 @@ def test_run_from_a_google_file(tiny_config, google_file, tmp_path, capsys):
     c.save_every = "3 steps"
     train(c, tmp_path / "run")
     printed = capsys.readouterr().out
-    assert f"initial weights: {google_file} (google), a new head, zeros, for 3 classes" in printed
-    assert "positions of 3x3 patches resized to 4x4 (zoom)" in printed
+    assert f"initial weights: {google_file} (google), a new head of zeros for 3 classes" in printed
+    assert "position embeddings resized from 3x3 to 4x4 patches (zoom)" in printed
     assert "17 tokens of 8x8x3 images resized to 16x16" in printed
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["init_from"] == str(google_file)

@@ -148,7 +148,7 @@ class TestSeveralSeeds:
 
     def test_seed_with_lost_checkpoints_stops_the_run(self, directories):
         shutil.rmtree(directories[1])
-        message = r"missing \(.*/b/6, .*/b/4\) that the other seeds have"
+        message = r"missing or corrupted \(.*/b/6, .*/b/4\) that other seeds have"
         with pytest.raises(UserError, match=message):
             newest_intact_step(directories)
 

@@ -92,6 +92,17 @@ def test_metrics_are_written_one_step_late_or_before_a_pause(plan, clock):
     assert (log.images, log.seconds) == (112, pytest.approx(17.0))
 
 
+def test_no_throughput_is_written_before_a_step_is_timed(plan, clock):
+    workdir, plan.log = Workdir(), durations.Every(1)
+    log = make_log(workdir, plan)
+    for step in (1, 2, 3):
+        clock[0] += 1.0
+        log.push(step, metrics())
+    (_, first), (_, second) = workdir.written
+    assert "train/loss" in first and not {"time/images_per_second", "time/mfu"} & first.keys()
+    assert second["time/images_per_second"] == 4
+
+
 def test_log_file_gets_a_line_every_30_seconds(plan, clock, monkeypatch, capsys):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     log = make_log(Workdir(), plan)

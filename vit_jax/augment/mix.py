@@ -17,7 +17,7 @@ def _beta_quantiles(alpha):
 def _draw_from(key, quantiles):
     """Draws float32[] from a distribution, given its quantiles: interpolates between two of them.
 
-    jax.random.beta rejects draws, in a loop of unknown length.
+    jax.random.beta uses rejection sampling, a loop of unknown length.
     """
     place = jax.random.uniform(key) * (len(quantiles) - 1)
     i = place.astype(jnp.int32)

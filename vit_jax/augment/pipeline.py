@@ -14,10 +14,12 @@ _CROP, _FLIP, _POLICY, _ERASE, _MIX = 0, 1, 2, 4, 6
 
 
 def normalize(images, mean, std):
-    """Normalizes uint8[B,H,W,C]: float32 (x / 255 - mean) / std, bit-equal to ToTensor, Normalize.
+    """Returns (x / 255 - mean) / std of uint8[B,H,W,C] as float32.
 
-    Looks up a table of 256 values per channel, computed by numpy: XLA would turn the divisions by
-    constants into multiplications by their reciprocals, which round differently.
+    It equals torchvision's ToTensor and Normalize in every bit: it looks up a table of 256 values
+    per channel, computed by numpy, because XLA would turn the divisions by constants into
+    multiplications by their reciprocals, which round differently. Raises UserError unless the
+    images are uint8.
     """
     if images.dtype != jnp.uint8:
         raise UserError(f"normalize takes uint8 images, got {images.dtype}")

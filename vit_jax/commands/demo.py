@@ -53,8 +53,7 @@ def main(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     args = parser.parse_args(argv)
-    backend.enable_compilation_cache()
-    backend.check_backend()
+    backend.start_backend()
     trained = load(args.workdir, args.step)
     app = make_app(trained, args.host, greet(trained, args.workdir))
     name = url_host(args.host)
@@ -140,7 +139,8 @@ def _restrict(app, host):
     @app.before_request
     def check_origin():
         # Another name that resolves to this address is another site (DNS rebinding). Flask's own
-        # TRUSTED_HOSTS does not support IPv6 addresses. The names of all addresses are unknown.
+        # TRUSTED_HOSTS does not support IPv6 addresses. If the demo listens on all addresses, its
+        # names are unknown, so any is accepted.
         name = re.sub(r":\d*$", "", flask.request.headers.get("Host", "")).lower()
         if host not in ("", "0.0.0.0", "::") and name not in (url_host(host), "localhost"):
             return {"error": "unknown host name: use the address that the demo printed"}, 400

@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_jax.errors import expand_home
 from vit_jax.inference.classify import classify_examples, load_examples
-from vit_jax.inference.corruptions import check_resident, corruption_errors
+from vit_jax.inference.corruptions import corruption_errors
 from vit_jax.inference.scores import score
 from vit_jax.inference.trained import load
 from vit_jax.parallel import backend
@@ -21,7 +21,8 @@ def main(argv=None):
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
-    parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
+    text = "TFDS split (default: the run's test or validation split; with --data, its test split)"
+    parser.add_argument("--split", help=text)
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -30,16 +31,14 @@ def main(argv=None):
         help="also evaluate on corrupted images; writes WORKDIR/corruptions.json for the report",
     )
     args = parser.parse_args(argv)
-    backend.enable_compilation_cache()
-    backend.check_backend()
+    backend.start_backend()
     trained = load(args.workdir, args.step)
     examples, split = load_examples(trained, args.data, args.split)
-    if args.corruptions:
-        check_resident(examples)
+    errors = corruption_errors(trained, examples) if args.corruptions else {}
     logits, labels = classify_examples(trained, examples)
     result = score(logits, labels, trained.class_names)
-    if args.corruptions:
-        errors = {"clean": [1 - result["accuracy"]]} | corruption_errors(trained, examples)
+    if errors:
+        errors = {"clean": [1 - result["accuracy"]]} | errors
         result["corruption_errors"] = errors
     if args.json:
         print(json.dumps({"split": split, "step": trained.step, **result}))
@@ -52,14 +51,6 @@ def main(argv=None):
             write_json(path, saved)
 
 
-def _corruption_table(errors):
-    """Yields a line per corruption: the mean error, and the errors at severities 1 to 5."""
-    if errors:
-        yield f"\n{'error on corrupted images':25}   mean  at severities 1 to 5"
-        for kind, each in errors.items():
-            yield f"{kind:25} {np.mean(each):6.2%}  {' '.join(f'{e:6.2%}' for e in each)}"
-
-
 def _table(result):
     """Yields the lines of a table of `score`."""
     low, high = result["accuracy_interval"]
@@ -67,11 +58,14 @@ def _table(result):
         f"accuracy {result['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), "
         f"loss {result['loss']:.4f}, ECE {result['ece']:.2%}, {result['count']:,} images"
     )
-    yield from _corruption_table(result.get("corruption_errors", {}))
+    if errors := result.get("corruption_errors"):
+        yield f"\n{'error on corrupted images':25}   mean  at severities 1 to 5"
+        for kind, each in errors.items():
+            yield f"{kind:25} {np.mean(each):6.2%}  {' '.join(f'{e:6.2%}' for e in each)}"
     confusion = np.array(result["confusion"])
     np.fill_diagonal(confusion, 0)
     width = max(len("class"), *(len(c["class"]) for c in result["classes"]))
-    yield f"\n{'class':{width}}  accuracy  95% interval       images  most taken for"
+    yield f"\n{'class':{width}}  accuracy  95% interval       images  most confused with"
     for c, row in zip(result["classes"], confusion, strict=True):
         if not c["count"]:
             yield f"{c['class']:{width}}         -                          0"

@@ -96,13 +96,13 @@ def model_card(trained, workdir):
             low, high = wilson(round(accuracy * count), count)
             rows[f"{name} accuracy"] = f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
     rows |= {name: run[name] for name in ("command", "commit", "date") if run.get(name)}
-    fields, defaults = config_lib.flat(c), config_lib.flat(config_lib.defaults())
+    fields = config_lib.flat(c).items()
     rows["weights"] = "exponential moving average" if c.optim.ema_decay else "of the last step"
     return _CARD.format(
         name=workdir.resolve().name,
         data=f"{c.data.name} ({', '.join(counts)})",
         rows="\n".join(f"| {name} | {text} |".replace("\n", " ") for name, text in rows.items()),
-        fields="\n".join(f"{k} = {v!r}" for k, v in fields.items() if v != defaults[k]),
+        fields="\n".join(f"{k} = {v!r}" for k, v in fields if v != config_lib.FIELDS[k].default),
     )
 
 

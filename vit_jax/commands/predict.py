@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import data
-from vit_jax.errors import UserError, make_folder
+from vit_jax.errors import UserError
 from vit_jax.inference import attention
 from vit_jax.inference.classify import make_classify, prepare
 from vit_jax.inference.scores import log_softmax, top
@@ -44,11 +44,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: use at least 1")
-    backend.enable_compilation_cache()
-    backend.check_backend()
+    backend.start_backend()
     trained = load(args.workdir, args.step)
     if args.attention:
-        make_folder(args.attention)
+        with write_errors(args.attention):
+            args.attention.mkdir(parents=True, exist_ok=True)
     count = num_failed = 0
     for answer in _answers(trained, args):
         count += 1

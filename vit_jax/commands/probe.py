@@ -23,15 +23,15 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
     parser.add_argument("--train_split", help="TFDS split (default: the run's train_split)")
-    parser.add_argument("--test_split", help="TFDS split (default: the run's test_split)")
+    text = "TFDS split (default: the run's test or validation split; with --data, its test split)"
+    parser.add_argument("--test_split", help=text)
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--neighbors", type=int, default=20, help="k (default: 20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     if args.neighbors < 1:
         raise UserError(f"--neighbors must be at least 1; got {args.neighbors}")
-    backend.enable_compilation_cache()
-    backend.check_backend()
+    backend.start_backend()
     trained = load(args.workdir, args.step)
     encoder = without_head(trained)
     train_split = args.train_split or trained.config.data.train_split

@@ -20,8 +20,8 @@ import warnings
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.errors import UserError, expand_home, make_folder
-from vit_jax.workdir.metrics import read_lines
+from vit_jax.errors import UserError, expand_home
+from vit_jax.workdir import read_lines, write_errors
 
 try:
     import matplotlib
@@ -87,7 +87,8 @@ class Sweep:
             checked = points = grid({f: d.choices for f, d in self.space.items()})
         for point in checked:  # before the first run starts
             self._check(self._fields(point))
-        make_folder(self.folder)
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / "study.lock"):
             self.study = self._open([args.search, args.config, *args.set, *overrides], points)
 

@@ -10,7 +10,7 @@ from vit_jax.data.source import Source, fingerprint, printable, user_cache, user
 
 _HELD_OUT = ("test", "testing", "val", "valid", "validation")
 _SPLITS = ("train", "training", *_HELD_OUT)
-_FIX = "use one subfolder of images per class, or one subfolder per split that has these"
+_FIX = "use one subfolder of images per class, or one subfolder per split with class subfolders"
 
 
 def open_folder(root: Path) -> Source:

@@ -64,11 +64,13 @@ def load_examples(trained, name=None, split=None):
 
     Args:
       trained: a TrainedModel. If its run streamed its data, the split is a Stream.
-      name: an image folder or a TFDS name, its images cropped to the model's size. None: the data
-        that the run was trained on. Classes that are only numbered are the model's, in order.
-      split: a TFDS split. None: the run's test split, or its validation split if it has no test
-        split. For a folder: its test or validation split if there is one, else `train`.
-    Raises UserError for data that does not exist or has a class that the model lacks.
+      name: an image folder or a TFDS name; its images are cropped to the model's size. None: the
+        data that the run was trained on. If classes have only numbers as names, class i is taken
+        as the model's class i.
+      split: a TFDS split. None: for the run's own data, its test split, or its validation split if
+        it has no test split; for a folder, see `data.held_out_split`; for a TFDS name, "test".
+    Raises UserError if the data does not exist, has a class that the model lacks, or has images of
+    another shape than the model's.
     """
     config, (H, W, _) = trained.config, trained.image_shape
     if name is None:

@@ -1,7 +1,7 @@
 """Error on corrupted images: seven corruptions at five severities.
 
-Severities are those of Hendrycks and Dietterich (arXiv 1903.12261): of CIFAR-10-C for images of at
-most 64 pixels per side, otherwise of ImageNet-C. The corrupted images are computed from the split
+Severities follow Hendrycks and Dietterich (arXiv 1903.12261): CIFAR-10-C for images of at most 64
+pixels per side, otherwise ImageNet-C. The corrupted images are computed from the split
 that is evaluated, so errors are not comparable to those on the published images.
 """
 
@@ -63,20 +63,16 @@ def _jpeg(image, quality):
 _PER_IMAGE = {"pixelate": _pixelate, "jpeg": _jpeg}
 
 
-def check_resident(examples):
-    """Raises UserError if the examples are streamed."""
+def corruption_errors(trained, examples):
+    """Returns {kind: errors at severities 1 to 5} of a TrainedModel.
+
+    `examples` are from `classify.load_examples`. Raises UserError if they are streamed.
+    """
     if isinstance(examples, data.Stream):
         raise UserError(
             "--corruptions needs all images in memory, but this run streams its data: use a run "
             "with config.data.streaming=false"
         )
-
-
-def corruption_errors(trained, examples):
-    """Returns {kind: errors at severities 1 to 5} of a TrainedModel.
-
-    `examples` are from `classify.load_examples`, not streamed.
-    """
     classify = make_classify(trained, batch_size=trained.config.eval_batch_size)
     labels = class_numbers(trained, examples)[examples.labels]
 

@@ -39,9 +39,9 @@ def load(workdir, step="last"):
     Raises UserError if there is no complete checkpoint of this step.
     """
     workdir = expand_home(workdir)
-    if step == "best":
+    if step == "best" and saved_steps(workdir / "checkpoints"):
         step = _best_step(workdir)
-    elif step in ("last", None):
+    elif step in ("best", "last", None):  # without checkpoints, restoring raises the reason
         step = None
     elif not str(step).isdecimal():
         raise UserError(f"step must be a number, best, or last; got {step!r}")

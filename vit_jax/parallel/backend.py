@@ -1,4 +1,4 @@
-"""JAX's backend: the persistent compilation cache, and GPUs that JAX does not use."""
+"""JAX's backend: compilation cache, deterministic programs, and checks of the devices."""
 
 import os
 import re
@@ -47,11 +47,13 @@ def require_fused_attention(device: jax.Device) -> None:
         )
 
 
-def check_backend() -> None:
-    """Starts JAX; raises UserError if it cannot, or falls back to the CPU despite an NVIDIA GPU.
+def start_backend() -> None:
+    """Starts JAX with the compilation cache.
 
+    Raises UserError if JAX cannot start, or falls back to the CPU despite an NVIDIA GPU.
     JAX_PLATFORMS=cpu chooses the CPU, and an empty CUDA_VISIBLE_DEVICES hides the GPUs.
     """
+    enable_compilation_cache()
     try:
         backend = jax.default_backend()
     except RuntimeError as e:  # a platform that JAX_PLATFORMS requires does not start

@@ -83,7 +83,7 @@ def put_rows(tree: Any, rows: np.ndarray, num_rows: int, sharding: NamedSharding
 
 
 def _transfer(shape, sharding, shard):
-    """Returns a global array, of which `shard` returns this process's shards by their index."""
+    """Returns a global array; `shard(index)` returns its part for one of this process's devices."""
     # jax.make_array_from_callback would transfer implicitly, which a transfer guard rejects.
     indices = sharding.addressable_devices_indices_map(shape)
     shards = [jax.device_put(shard(index), device) for device, index in indices.items()]

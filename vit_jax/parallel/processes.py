@@ -135,7 +135,10 @@ class _RaisedInAll(UserError):
 
 
 def check_same(values: Mapping[str, Any]) -> None:
-    """Raises UserError in every process unless all pass the same {name: JSON value}."""
+    """Raises UserError in every process unless all pass the same {name: JSON value}.
+
+    Also raises it if the processes have different numbers of devices.
+    """
     if jax.process_count() == 1:
         return
     devices = collections.Counter(device.process_index for device in jax.devices())

@@ -33,16 +33,6 @@ class Gpu:
     l2_mb: float
     clock_ghz: float
 
-    @property
-    def missing(self) -> list[str]:
-        """What the GPU lacks, as sentences."""
-        if self.capability >= 8:
-            return []
-        return [
-            "it has no bfloat16 units, so bfloat16 products run at the float32 rate",
-            "fused attention needs compute capability 8.0",
-        ]
-
 
 TARGETS = {
     "t4": Gpu("Tesla T4", 8.1, 8.1, 8.1, 320, 15.8, 7.5, 40, 4, 1.59),

@@ -33,14 +33,14 @@ def start_from(weights, vit, image_shape, class_names, *, mean, std):
         kernel = np.zeros((vit.pre_logits or vit.width, vit.num_classes), np.float32)
         params["head"] = {"kernel": kernel, "bias": np.zeros(vit.num_classes, np.float32)}
         old = f"{weights.num_classes} classes" if weights.num_classes else "no head"
-        notes.append(f"a new head, zeros, for {vit.num_classes} classes (it has {old})")
+        notes.append(f"a new head of zeros for {vit.num_classes} classes (the weights have {old})")
     grid = model.patch_grid(vit, image_shape)
     learned = vit.posemb == weights.model["posemb"] == "learned"
     if learned and weights.grid not in (grid, None):
         method = getattr(layouts.LAYOUTS.get(weights.kind), "resize", "bilinear")
         params["pos_embed"] = resize_positions(params["pos_embed"], weights.grid, grid, method)
         old, new = (f"{rows}x{columns}" for rows, columns in (weights.grid, grid))
-        notes.append(f"positions of {old} patches resized to {new} ({method})")
+        notes.append(f"position embeddings resized from {old} to {new} patches ({method})")
     pixels = weights.preprocessing or {"mean": mean, "std": std}  # not every file records them
     if not np.allclose([pixels["mean"], pixels["std"]], [mean, std], atol=1e-3):
         old = f"config.data.mean={tuple(pixels['mean'])} and std={tuple(pixels['std'])}"

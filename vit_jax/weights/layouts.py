@@ -279,8 +279,8 @@ def to_params(tensors, kind, where):
 def from_params(params, kind, *, num_heads=None):
     """Converts our parameters to a flat dict of float32 arrays in a layout.
 
-    `num_heads` is required for GOOGLE. The arrays share no memory with `params`. Raises UserError
-    if the layout has no tensor for a parameter, or the parameters lack one.
+    `num_heads` is required for the layouts with `flax`. The arrays share no memory with `params`.
+    Raises UserError if the layout has no tensor for a parameter, or the parameters lack one.
     """
     problem = f"the {kind} layout cannot represent this model"
     layout, flat = LAYOUTS[kind], flatten_dict(params, sep="/")

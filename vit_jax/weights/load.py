@@ -54,7 +54,8 @@ def load_weights(path, *, num_heads=None):
         ours; a workdir, or one of its checkpoints. "~" is expanded. "hf:OWNER/NAME" and
         "hf:OWNER/NAME@REVISION" are models on the Hugging Face hub; see `weights.hub`.
       num_heads: the model's, for sources that do not record it: timm, the notebook, a Hugging Face
-        file without its config.json. Defaults to the published models' number for the width.
+        file without its config.json. Default: 8 for the notebook, else the number of heads of the
+        published model of this width.
     Returns Weights.
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """

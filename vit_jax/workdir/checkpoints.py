@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from vit_jax.durations import Every
-from vit_jax.errors import DISK_REFUSES, UserError
+from vit_jax.errors import WRITE_FAILURES, UserError
 from vit_jax.workdir.files import find_corruption, read_errors, write_checksums
 
 _DELETED = ".deleted"
@@ -61,7 +61,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             cleanup_tmp_directories=True,
-            todelete_subdir=_DELETED,  # renamed first: none is partly deleted under its name
+            todelete_subdir=_DELETED,  # rename first: a kill then leaves no half-deleted step
             temporary_path_class=_ChecksummedPath,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -82,7 +82,6 @@ class Checkpoints:
 
     def save(self, step: int, arrays: dict, documents: dict, val_accuracy: float | None) -> None:
         """Starts saving {item: tree of host arrays, or None} and {item: JSON value}."""
-        self.wait()
         if val_accuracy is not None and self.is_best(val_accuracy):
             self._best = {"step": step, "val_accuracy": float(val_accuracy)}
         documents = documents | {"progress": {**documents["progress"], "best": self._best}}
@@ -120,7 +119,7 @@ class Checkpoints:
             with jax.transfer_guard("allow"):  # orbax's sync_global_devices fetches implicitly
                 yield
         except Exception as e:  # orbax and tensorstore raise many types for a failed write
-            reasons = [text for text in map(os.strerror, DISK_REFUSES) if text in str(e)]
+            reasons = [text for text in map(os.strerror, WRITE_FAILURES) if text in str(e)]
             if not reasons:
                 raise
             steps = saved_steps(self._directory)
@@ -140,11 +139,12 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
-    """Returns the newest step that is intact in every directory, one per seed; 0 if none is saved.
+    """Returns the newest step that is intact in every directory, one per seed.
 
-    Also returns {folder: problem} of the later checkpoints that are corrupted. Raises UserError if
-    a checkpoint cannot be read, if all are corrupted, or if a seed lacks more than one step: a kill
-    between the saves of two seeds loses only one.
+    Returns 0 if no step is saved, or only one, and not for every seed. Also returns
+    {folder: problem} of the later checkpoints that are corrupted. Raises UserError if a checkpoint
+    cannot be read, if all are corrupted, or if a seed lacks more than one step: a kill between the
+    saves of two seeds loses only one.
     """
     saved = {d: saved_steps(d) for d in directories}
     corrupted: dict[pathlib.Path, str] = {}
@@ -156,10 +156,10 @@ def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathl
         if not problems and not lacking:
             return step, corrupted
         if missing and lacking:
+            names = ", ".join(map(str, [*missing, *lacking, *corrupted]))
             raise UserError(
-                f"checkpoints are missing ({', '.join(map(str, missing + lacking))}) that the "
-                "other seeds have: restore them from a copy, or delete every seed's checkpoints "
-                "to start over"
+                f"checkpoints are missing or corrupted ({names}) that other seeds have: restore "
+                "them from a copy, or delete every seed's checkpoints to start over"
             )
         corrupted |= problems
         missing += lacking
@@ -175,9 +175,9 @@ def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathl
 def clear_after(directory: pathlib.Path, step: int, corrupted: dict[pathlib.Path, str]) -> None:
     """Prepares `directory` for resuming from `step`, before any process opens it.
 
-    Later checkpoints are renamed to STEP.corrupted if they are in `corrupted`, from
-    `newest_intact_step`: verified again, one could seem intact. The others, which another seed
-    lacks or has corrupted, are deleted.
+    Later checkpoints in `corrupted`, from `newest_intact_step`, are renamed to STEP.corrupted. They
+    are not verified again, because a second check could find one intact. The others, which are
+    missing or corrupted for another seed, are deleted.
     """
     deleted = directory / _DELETED
     shutil.rmtree(deleted, ignore_errors=True)

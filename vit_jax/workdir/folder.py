@@ -70,7 +70,7 @@ class Workdir:
             return
         try:
             saved = json.loads(path.read_text())
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not the config of a run: {e}") from e
         self._compare_config(saved, path)
 

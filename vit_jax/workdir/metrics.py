@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, Weights & Biases, each with `write` and `close`."""
+"""Metric writers: metrics.jsonl, TensorBoard, Weights & Biases, each with `write` and `close`."""
 
 import contextlib
 import errno
@@ -72,10 +72,10 @@ class JsonLines:
 
 
 class TensorBoard:
-    """An event file of TensorBoard, which hides the steps after `step` in earlier ones.
+    """A TensorBoard event file that hides the steps after `step` in older files.
 
-    Events are written at once: SummaryWriter's thread would end at the first failed write, and its
-    full queue would then block the run. What cannot be written is lost here.
+    Events are written immediately: SummaryWriter's thread would end at the first failed write, and
+    its full queue would then block the run. Events that cannot be written are lost.
     """
 
     def __init__(self, folder: pathlib.Path, config: ConfigDict, *, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Progress of a run: the metrics of each step, one step late, the throughput, the terminal."""
+"""Progress of a run: metrics (read one step late), throughput, and console output."""
 
 import contextlib
 import sys
@@ -14,7 +14,10 @@ from vit_jax.durations import Plan
 
 
 class BadStep(Exception):
-    """A step whose loss or gradient is not finite, or too many such steps in a row."""
+    """A step whose loss or gradient is not finite, or the last of too many such steps in a row.
+
+    Also raised before a save if the weights are not finite: then `loss` and `grad_norm` are None.
+    """
 
     def __init__(self, step: int, bad: Any, loss: Any, grad_norm: Any) -> None:
         self.step, self.bad, self.loss, self.grad_norm = step, bad, loss, grad_norm
@@ -35,7 +38,7 @@ class TrainLog:
         plan: Plan,
         *,
         step: int,  # the last one trained
-        progress: dict[str, Any],  # the property, of that step's checkpoint
+        progress: dict[str, Any],  # `TrainLog.progress`, as saved at that step
         patience: int,  # consecutive bad steps that end the run
         peak_rate: float | None,  # images/s at the devices' peak FLOP/s, if known
     ) -> None:
@@ -110,8 +113,9 @@ class TrainLog:
         self._logged = (self.images, self.seconds)
         rate = images / seconds if seconds else 0.0
         line = {f"train/{name}": value for name, value in metrics.items()}
-        line["time/images_per_second"] = rate
-        if self._peak_rate:
+        if rate:  # 0 until a step is timed
+            line["time/images_per_second"] = rate
+        if rate and self._peak_rate:
             line["time/mfu"] = rate / self._peak_rate
         self._workdir.write(step, line)
         if rate and not self._bar.disable:

@@ -51,7 +51,7 @@ def main(argv=None):
     config_lib.override(config, overrides, "--config, --against, --rounds, --json")
     if config.deterministic:
         backend.require_determinism()
-    backend.check_backend()
+    backend.start_backend()
     experiment = make_experiment(config)
     sides = start_torch_sides(experiment) if args.against else {}
     result = measure(experiment, sides, args.rounds)

@@ -111,9 +111,10 @@ def gathered_batches(images, labels, batch_size, device):
 
 
 def train(variant, images, labels, arguments, batch_size, device, bfloat16, tf32):
-    """Trains a variant of torch_side.py, "written" in float32, and yields the loss of each step.
+    """Trains a variant of torch_side.py and yields the loss of each step.
 
-    Every variant computes float32 products and the convolution in TF32 on a GPU, or none does.
+    The variant "written" ignores `bfloat16`. With `tf32`, every variant computes float32 products
+    and the convolution in TF32 on a GPU; otherwise none does.
     """
     written, criterion = variant == "written", nn.CrossEntropyLoss()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")

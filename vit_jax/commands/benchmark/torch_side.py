@@ -46,7 +46,7 @@ class TorchSide:
             self._pipe.send(n)
             return self._pipe.recv()
         except (EOFError, OSError) as e:
-            raise UserError("its process exited with the error above") from e
+            raise UserError("the PyTorch process failed; its error is above") from e
 
 
 def _serve(pipe, seed, options):

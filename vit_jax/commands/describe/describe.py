@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import time
-import types
 
 import jax
 import numpy as np
@@ -61,7 +60,11 @@ def print_description(config, args):
     if gpu:
         description["estimate"] = _estimate(experiment, program, rates)
         description["compilation"] = f"{seconds:.0f} s, without the GPU"
-        description["lacking"] = "; ".join(gpu.missing)
+    if gpu and gpu.capability < 8:
+        description["lacking"] = (
+            "it has no bfloat16 units, so bfloat16 products run at the float32 rate; fused "
+            "attention needs compute capability 8.0"
+        )
     if args.fit:
         description |= _fit(experiment, make, sum(step_memory(compiled)), gpu)
     if jax.process_index() == 0:
@@ -104,15 +107,9 @@ def stand_in(config, shape, examples):
     H, W = (config.data.image_size or side for side in (H, W))
     names = tuple(map(str, range(classes)))
     source = f"{H}x{W}x{C} images of {classes} classes, not read"
-    if config.data.streaming:
-        split = types.SimpleNamespace(
-            num_examples=examples, image_shape=(H, W, C), class_names=names, source=source
-        )
-    else:
-        images = np.broadcast_to(np.uint8(0), (examples, H, W, C))
-        labels = np.broadcast_to(np.int32(0), examples)
-        split = data.Dataset(images, labels, names, source, [("train", range(examples))])
-    return {"train": split}
+    images = np.broadcast_to(np.uint8(0), (examples, H, W, C))
+    labels = np.broadcast_to(np.int32(0), examples)
+    return {"train": data.Dataset(images, labels, names, source, [("train", range(examples))])}
 
 
 def _compute(experiment, program):
@@ -207,7 +204,8 @@ def _fit(experiment, make, num_bytes, gpu):
 def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
     """Returns the largest batch that needs at most `usable` bytes, to a relative tolerance, or 0.
 
-    Compiles at most six more sizes, added to {batch: bytes}, each predicted by a line through two.
+    Compiles at most six more batch sizes and adds them to `sizes`, {batch: bytes}. From the second
+    on, each is predicted by a line through the two measurements closest to `usable`.
     """
     (batch, num_bytes) = max(sizes.items())
     guess = 4 * batch if num_bytes <= usable else batch // 4

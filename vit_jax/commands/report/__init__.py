@@ -15,15 +15,15 @@ def main(argv=None):
         "page, WORKDIR/report/index.html.",
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
-    parser.add_argument("--compare", nargs="+", default=(), metavar="D", help="runs to add")
+    parser.add_argument("--compare", nargs="+", default=(), metavar="DIR", help="other runs")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
-    parser.add_argument("--split", help="TFDS split (default: the run's test_split)")
+    text = "TFDS split (default: the run's test or validation split; with --data, its test split)"
+    parser.add_argument("--split", help=text)
     args = vars(parser.parse_args(argv))
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
     from vit_jax.commands.report.build import write_report
 
-    backend.enable_compilation_cache()
-    backend.check_backend()
+    backend.start_backend()
     print(write_report(**args))

@@ -5,7 +5,7 @@ import numpy as np
 
 from vit_jax.commands.report import figures, page, sections
 from vit_jax.commands.report.records import group_by_experiment, read_records
-from vit_jax.errors import UserError, expand_home, make_folder
+from vit_jax.errors import UserError, expand_home
 from vit_jax.inference.classify import classify_examples, load_examples
 from vit_jax.inference.trained import load
 from vit_jax.workdir import write_errors, write_text
@@ -51,7 +51,8 @@ def _printable(text):
 
 def _prepare_folder(folder):
     """Creates the folder. Raises UserError for a symbolic link, which could redirect a write."""
-    make_folder(folder)
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *folder.iterdir()):
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link: remove it so that a report can go there")
