@@ -356,11 +356,11 @@ class TransformerBlock(_Part):
     """[B, N, D] -> [B, n, D]: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Only the first n tokens (all by default) are computed; they attend to all N. `grid` is the
-    number of (rows, columns) of patches.
+    number of (rows, columns) of patches, for `position_bias` and `token_shift`.
     """
 
     @nn.compact
-    def __call__(self, x, *, train, grid, n=None):
+    def __call__(self, x, *, train, n=None, grid=None):
         def residual(y, name):
             if self.layer_scale:  # arXiv 2103.17239
                 scale = nn.initializers.constant(self.layer_scale)
@@ -370,9 +370,9 @@ class TransformerBlock(_Part):
             return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(y, deterministic=not train)
 
         y = LayerNorm(self.norm_eps, self.dtype, name="norm1")(x)
-        attention = MultiHeadAttention(**_options(self), name="attn")
         if self.token_shift:
             y = shift_tokens(y, grid)
+        attention = MultiHeadAttention(**_options(self), name="attn")
         y = attention(y, train=train, n=n, grid=grid)
         x = x[:, :n] + residual(y, "layer_scale1")
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
