@@ -23,8 +23,7 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
     parser.add_argument("--train_split", help="TFDS split (default: the run's train_split)")
-    text = "TFDS split (default: the run's test or validation split; with --data, its test split)"
-    parser.add_argument("--test_split", help=text)
+    parser.add_argument("--test_split", help="TFDS split (default: the test or validation split)")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--neighbors", type=int, default=20, help="k (default: 20)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

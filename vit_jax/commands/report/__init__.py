@@ -18,8 +18,7 @@ def main(argv=None):
     parser.add_argument("--compare", nargs="+", default=(), metavar="DIR", help="other runs")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
-    text = "TFDS split (default: the run's test or validation split; with --data, its test split)"
-    parser.add_argument("--split", help=text)
+    parser.add_argument("--split", help="TFDS split (default: the test or validation split)")
     args = vars(parser.parse_args(argv))
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib: pip install 'vit-jax[report]'")
