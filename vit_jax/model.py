@@ -410,7 +410,7 @@ class VisionTransformer(_Part, kw_only=True):
 
     @nn.compact
     def __call__(self, images, *, train=False):
-        x = self._embed(images)
+        x, grid = self._embed(images), patch_grid(self, images.shape[1:])
         if train:
             # The gradients of the embeddings sum over the batch. On a GPU, XLA would lay out all
             # activations as [N, D, B] for that, which a 2-D view prevents.
@@ -424,7 +424,7 @@ class VisionTransformer(_Part, kw_only=True):
             # attention maps are requested.
             last = i == self.depth - 1 and self.pool == "cls"
             n = 1 if last and not self.is_mutable_collection("intermediates") else None
-            call = {"train": train, "n": n, "grid": patch_grid(self, images.shape[1:])}
+            call = {"train": train, "n": n, "grid": grid}
             if self.remat:  # keep only the input of a block for the backward pass
                 x = nn.remat(lambda block, x, call=call: block(x, **call))(block, x)
             else:

@@ -141,10 +141,10 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
     """Returns the newest step that is intact in every directory, one per seed.
 
-    Returns 0 if no step is saved, or only one, and not for every seed. Also returns
-    {folder: problem} of the later checkpoints that are corrupted. Raises UserError if a checkpoint
-    cannot be read, if all are corrupted, or if a seed lacks more than one step: a kill between the
-    saves of two seeds loses only one.
+    Returns 0 if no step is saved, or if the only saved step is missing for some seeds. Also returns
+    {folder: problem} for the later checkpoints that are corrupted. Raises UserError if a checkpoint
+    cannot be read, if all are corrupted, or if a seed is missing more than one step: a kill between
+    the saves of two seeds loses only one.
     """
     saved = {d: saved_steps(d) for d in directories}
     corrupted: dict[pathlib.Path, str] = {}

@@ -14,9 +14,9 @@ from vit_jax.durations import Plan
 
 
 class BadStep(Exception):
-    """A step whose loss or gradient is not finite, or the last of too many such steps in a row.
+    """Raised at a step whose loss or gradient is not finite, or after too many such steps in a row.
 
-    Also raised before a save if the weights are not finite: then `loss` and `grad_norm` are None.
+    Also raised before a save if the weights are not finite; `loss` and `grad_norm` are then None.
     """
 
     def __init__(self, step: int, bad: Any, loss: Any, grad_norm: Any) -> None:
@@ -115,8 +115,8 @@ class TrainLog:
         line = {f"train/{name}": value for name, value in metrics.items()}
         if rate:  # 0 until a step is timed
             line["time/images_per_second"] = rate
-        if rate and self._peak_rate:
-            line["time/mfu"] = rate / self._peak_rate
+            if self._peak_rate:
+                line["time/mfu"] = rate / self._peak_rate
         self._workdir.write(step, line)
         if rate and not self._bar.disable:
             self._bar.set_description_str(progress_line(self._plan, step, line))
