@@ -91,7 +91,7 @@ def test_the_root_has_at_most_14_files_and_functions_at_most_60_lines():
 
 def test_public_functions_of_the_core_are_annotated():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    core = tuple(settings["tool"]["mypy"]["files"])
+    core = tuple(settings["tool"]["pyrefly"]["project-includes"])
 
     def functions(body):
         for node in body:

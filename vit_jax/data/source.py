@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def user_errors(problem: str, fix: str = "copy or prepare the dataset again") -> Iterator[None]:
+def user_errors(problem: str, fix: str = "copy or prepare the dataset again") -> Generator[None]:
     """Turns any exception into a UserError: "problem (text of the exception): fix"."""
     try:
         yield

@@ -15,7 +15,7 @@ _NVIDIA_DRIVER = "/dev/nvidiactl"  # exists on a machine, or in a container, tha
 
 def enable_compilation_cache() -> None:
     """Caches compiled programs on disk, to shorten later startups."""
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if not jax.config.jax_compilation_cache_dir:  # pyrefly: ignore[missing-attribute]
         cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
 
@@ -58,7 +58,7 @@ def start_backend() -> None:
         backend = jax.default_backend()
     except RuntimeError as e:  # a platform that JAX_PLATFORMS requires does not start
         raise UserError(f"JAX cannot start: {e}") from e
-    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    chosen = jax.config.jax_platforms  # pyrefly: ignore[missing-attribute]
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if backend != "cpu" or chosen or hidden or not os.path.exists(_NVIDIA_DRIVER):
         return

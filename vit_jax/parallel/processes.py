@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -74,7 +74,7 @@ def _find_launcher(environment):
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined() -> Generator[None]:
     """A context in which this process has joined the run's other processes, if any.
 
     Must be entered before anything uses a device. If the body raises in one process, that process
@@ -163,7 +163,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def shared_errors() -> Iterator[None]:
+def shared_errors() -> Generator[None]:
     """Raises a UserError from the body in every process. The body must not wait for the others."""
     if jax.process_count() == 1:
         yield

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from vit_jax.errors import UserError
@@ -86,7 +86,7 @@ def _files(folder):
 
 
 @contextlib.contextmanager
-def write_errors(path: pathlib.Path) -> Iterator[None]:
+def write_errors(path: pathlib.Path) -> Generator[None]:
     """Turns an OSError into a UserError that names `path`, the file or directory being written."""
     try:
         yield
@@ -95,7 +95,7 @@ def write_errors(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def read_errors(path: pathlib.Path) -> Iterator[None]:
+def read_errors(path: pathlib.Path) -> Generator[None]:
     """Turns an OSError into a UserError that names the unreadable file of a checkpoint."""
     try:
         yield

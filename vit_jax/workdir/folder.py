@@ -12,7 +12,7 @@ import platform
 import shlex
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ class Workdir:
         self._sinks: list[Any] = []  # metrics.jsonl first
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         """Locks the workdir during the context, after creating it or checking its config.
 
         Raises UserError if the workdir cannot be written, is locked, contains a symbolic link, or

@@ -105,7 +105,7 @@ class TensorBoard:
 
 def _import_tensorboardx() -> Any:
     """Returns tensorboardX, imported without PyTorch, which it would import first."""
-    torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as if not installed
+    torch = sys.modules.setdefault("torch", None)  # pyrefly: ignore[no-matching-overload]  # as if not installed
     try:
         import tensorboardX
     finally:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ def trace(
     start: int,
     steps: tuple[int, int],
     paused: Callable[[], contextlib.AbstractContextManager[None]],
-) -> Iterator[None]:
+) -> Generator[None]:
     """Writes a profiler trace of `steps` = (first, last) to `folder`, during the context.
 
     The first call of `experiment.train_step` is step `start` + 1. The trace starts and stops under

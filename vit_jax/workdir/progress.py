@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ class TrainLog:
         self._read(then=(step, metrics))
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Waits for the last step, reads its metrics, and stops the clock during the context."""
         self._read()
         yield
