@@ -76,7 +76,7 @@ class Experiment:
         o = config.optim
         schedule = optim.make_schedule(o, **lengths)
         muon_schedule = optim.make_schedule(o, **lengths, peak_lr=o.muon_lr)
-        optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule)
+        optimizer = optim.make_optimizer(o, schedule, muon_schedule=muon_schedule, mesh=mesh)
         self._pretrained = params
         self.init, self.state_shapes = self._make_init(optimizer, params)
         self.train_step = self._make_train_step(optimizer, schedule)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.parallel import mesh as mesh_lib
+
 
 def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None):
     """Builds the learning rate as a function of the step, float32[], from the `optim` group.
@@ -68,8 +70,11 @@ def _clip_by_global_norm(max_norm):
     return optax.stateless(clip)
 
 
-def _stack_equal_shapes(tx):
-    """Wraps a transformation so that it receives arrays of equal shape stacked on a new axis 0."""
+def _stack_equal_shapes(tx, mesh):
+    """Wraps a transformation so that it receives arrays of equal shape stacked on a new axis 0.
+
+    Each device of the mesh computes the updates of its part of this axis, and receives all.
+    """
 
     def key(x):
         return "x".join(map(str, x.shape))
@@ -80,9 +85,16 @@ def _stack_equal_shapes(tx):
             groups.setdefault(key(x), []).append(x)
         return {name: jnp.stack(group) for name, group in groups.items()}
 
+    def place(tree, sharding):
+        return jax.lax.with_sharding_constraint(tree, sharding(mesh)) if mesh else tree
+
     def update(grads, state, params):
-        stacked, state = tx.update(stack(grads), state, stack(params))
-        groups = {name: iter(jnp.unstack(group)) for name, group in stacked.items()}
+        # Only the updates are divided; otherwise XLA would divide the gradients and the state too.
+        stacked = [place(stack(tree), mesh_lib.replicated) for tree in (grads, params)]
+        updates, state = tx.update(stacked[0], state, stacked[1])
+        state = place(state, mesh_lib.replicated)
+        updates = place(place(updates, mesh_lib.batch_sharding), mesh_lib.replicated)
+        groups = {name: iter(jnp.unstack(group)) for name, group in updates.items()}
         return jax.tree.map(lambda g: next(groups[key(g)]), grads), state
 
     return optax.GradientTransformation(lambda params: tx.init(stack(params)), update)
@@ -95,8 +107,10 @@ def _muon_labels(params):
     return jax.tree_util.tree_map_with_path(label, params)
 
 
-def make_optimizer(o, schedule, *, muon_schedule=None):
+def make_optimizer(o, schedule, *, muon_schedule=None, mesh=None):
     """Builds an optax.GradientTransformation from the `optim` group of a config.
+
+    With a mesh, its devices divide Muon's products among them.
 
     Weight decay is decoupled and multiplied by the learning rate, except in sgd, where it is added
     to the gradient; both are torch's conventions.
@@ -115,7 +129,7 @@ def make_optimizer(o, schedule, *, muon_schedule=None):
             weight_decay=o.weight_decay,
             muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: matrix, params),
         )
-        muon = _stack_equal_shapes(muon)  # one product for all blocks, on a GPU one kernel
+        muon = _stack_equal_shapes(muon, mesh)  # one product for all blocks, on a GPU one kernel
         steps = [optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)]
     if o.grad_clip_norm:
         steps.insert(0, _clip_by_global_norm(o.grad_clip_norm))

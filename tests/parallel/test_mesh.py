@@ -40,6 +40,9 @@ def found(optimized, tiny_folder, tmp_path_factory):
     for n, parts in ((1, 1), (1, 4), (4, 1)):
         half = AUGMENTED | {"model.dtype": "bfloat16", "accumulate_steps": parts}
         jobs.append({"name": f"bfloat16 {n},{parts}", "devices": n, "steps": 10, "set": half})
+    for n, fsdp in ((1, 1), (4, 1), (4, 4)):
+        muon = {"optim.name": "muon", "model.depth": 2, "mesh.fsdp": fsdp}
+        jobs.append({"name": f"muon {n},{fsdp}", "devices": n, "steps": 10, "set": muon})
     jobs.append({"name": "not mixed", "devices": 4, "steps": 0, "set": crop_and_flip})
     path = tmp_path_factory.mktemp("jobs") / "jobs.json"
     path.write_text(json.dumps({"config": c.to_dict(), "jobs": jobs}))
@@ -67,6 +70,13 @@ def test_accumulated_and_rematerialized_steps_train_the_same(found):
 @pytest.mark.parametrize("name", ["bfloat16 4,1", "bfloat16 1,4"])
 def test_bfloat16_on_devices_and_in_microbatches_trains_like_one_device(found, name):
     one, several = found["bfloat16 1,1"]["losses"], found[name]["losses"]
+    np.testing.assert_allclose(several, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["muon 4,1", "muon 4,4"])
+def test_muon_divided_among_devices_trains_like_one_device(found, name):
+    """Four devices divide two matrices of each shape."""
+    one, several = found["muon 1,1"]["losses"], found[name]["losses"]
     np.testing.assert_allclose(several, one, atol=1e-5)
 
 
