@@ -52,6 +52,14 @@ def test_operations_have_the_names_of_the_model(profiled):
     assert times["transpose(jvp)/head/dot_general"] == 1
 
 
+def test_combined_collectives_are_named_by_their_kind():
+    program = """
+  %all-reduce.1 = (f32[8]{0}) all-reduce(%a, %b), metadata={op_name="(jit(f)/x/dot:jit(f)/y/dot)"}
+  ROOT %dot.2 = f32[8] dot(%c, %d), metadata={op_name="jit(f)/jvp(VisionTransformer)/block_3/dot"}
+"""
+    assert profile._names(program) == {"all-reduce.1": "all-reduce", "dot.2": "jvp/block/dot"}
+
+
 def test_profile_changes_no_result(profiled, tmp_path):
     c, _, result = profiled
     other = train_shared(c, tmp_path)

@@ -79,7 +79,7 @@ def _operations(folder, program, num_steps):
 
     Operations that run concurrently all count in full.
     """
-    names = dict(_INSTRUCTION.findall(program))
+    names = _names(program)
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     times = collections.defaultdict(list)
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
@@ -89,10 +89,23 @@ def _operations(folder, program, num_steps):
             for event in line.events:
                 if instruction := dict(event.stats).get("hlo_op"):
                     name = names.get(str(instruction), str(instruction))
-                    name = re.sub(r"^jit\(\w+\)/|\(VisionTransformer\)", "", name)
-                    times[re.sub(r"block_\d+", "block", name)].append(event.duration_ns / 1e6)
+                    times[name].append(event.duration_ns / 1e6)
     rows = [
         {"operation": name, "milliseconds": sum(t) / num_steps, "times": len(t) / num_steps}
         for name, t in times.items()
     ]
     return sorted(rows, key=lambda row: -row["milliseconds"])
+
+
+def _names(program):
+    """Returns {instruction: operation} of a compiled program, in the terms of the model.
+
+    Collectives that XLA combined have the names of all their parts. They are named by their kind.
+    """
+    names = {}
+    for instruction, name in _INSTRUCTION.findall(program):
+        if name.startswith("("):
+            name = instruction.split(".")[0]
+        name = re.sub(r"^jit\(\w+\)/|\(VisionTransformer\)", "", name)
+        names[instruction] = re.sub(r"block_\d+", "block", name)
+    return names
