@@ -2,8 +2,9 @@
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_300ep.py --config.num_seeds=3
 
-Not measured. Expected test accuracy: 94 to 95% (an estimate). The best published plain ViT with
-patch size 4 reports 93.58%, at its best test epoch, after 300 passes over the data.
+Not measured. Expected test accuracy: 94 to 95% (an estimate). The highest published accuracy that
+we found for a plain ViT with patch size 4 is 93.58%, in its best test epoch, after 300 passes over
+the data.
 """
 
 import pathlib

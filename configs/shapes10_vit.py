@@ -1,8 +1,8 @@
-"""The default recipe: a small ViT on drawn images.
+"""The default recipe: a small ViT on synthetic images.
 
     ./launch.sh python -m vit_jax.main --config configs/shapes10_vit.py
 
-Measured: 99.05% in 2 min on two CPU cores. The dataset, shapes10, is drawn by this package, so
+Measured: 99.05% in 2 min on two CPU cores. This package generates the dataset, shapes10, so
 nothing is downloaded. docs/results.md has the command and the hardware.
 """
 

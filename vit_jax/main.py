@@ -61,7 +61,7 @@ def make_parser():
         nargs="?",
         const=False,  # --config without a value
         help="name of a shipped recipe, such as cifar10_vit, or path of a recipe file "
-        "(default: a small ViT on drawn images); without a value, list the shipped recipes and "
+        "(default: a small ViT on synthetic images); without a value, list the shipped recipes and "
         "exit",
     )
     text = "directory for the run (default: workdirs/NAME_OF_RECIPE)"
