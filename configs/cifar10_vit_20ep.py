@@ -1,4 +1,4 @@
-"""A wider ViT, local attention, shifted tokens, convolutional stem, Muon, 20 epochs.
+"""The CPU recipe with a much wider ViT, for a GPU, 20 epochs.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_20ep.py --config.num_seeds=3
 

@@ -111,7 +111,9 @@ def train(folder, index, steps, dtype):
         for p in running:
             p.kill()
     if any(codes):
-        sys.exit((folder / f"row{index}_{np.argmax(codes)}.txt").read_text())
+        # An exit code above 0 is the cause; a signal is often its consequence.
+        failed = max(range(processes), key=lambda i: (codes[i] > 0, codes[i] < 0))
+        sys.exit((folder / f"row{index}_{failed}.txt").read_text())
     lines = read_lines(workdir / "metrics.jsonl")
     return np.array([values["train/loss"] for _, values in lines if "train/loss" in values])
 

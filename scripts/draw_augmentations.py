@@ -68,8 +68,7 @@ CONFIGS = {
 def augmented(images, mean, std, fields, *, epoch):
     """Augments uint8[B,H,W,C] with `fields` of the config set, and converts back to uint8."""
     group = defaults().augment
-    for name, value in fields.items():
-        group[name] = value
+    group.update(fields)
     fn = jax.jit(make_augment(group, mean=mean, std=std, num_classes=NUM_IMAGES))
     batch = {
         "image": jnp.asarray(images),

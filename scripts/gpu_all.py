@@ -336,7 +336,7 @@ def main():
         # Three times the expected minutes, and two to start and compile.
         limit = min(60 * (3 * minutes[name] + 2), deadline - time.monotonic())
         if limit < 20:
-            print(f"no time is left for {name} and what follows", flush=True)
+            print(f"no time is left for {name} and the items after it", flush=True)
             break
         if run_item(name, out, args.steps, against_torch=against_torch, limit=limit):
             done.append(name)

@@ -1,17 +1,17 @@
-"""Measures two GPU optimizations that no recipe field selects.
+"""Measures two GPU optimizations: several steps per dispatch, and other attention kernels.
 
     python scripts/gpu_levers.py --config RECIPE [--config.FIELD=VALUE ...]
 
-The optimizations are several steps per dispatch (a scan over the training step, also unrolled), and
-other implementations of attention (forward and backward, at 64 and 65 tokens). An implementation
-that this device cannot run is listed with its error.
+Several steps per dispatch are a scan over the training step, also unrolled. Attention is timed
+forward and backward, at 64 and 65 tokens; an implementation that this device cannot run is listed
+with its error. A recipe can select only cuDNN's (`model.attention`).
 """
 
 import argparse
 import functools
 import pathlib
 import statistics
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -24,33 +24,28 @@ from vit_jax.model import attention_weights
 
 def seconds(call, *, repeats=5):
     """Returns the median seconds of a call that returns arrays, after one call that compiles."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
+    _, *times = timeit.repeat(lambda: jax.block_until_ready(call()), number=1, repeat=repeats + 1)
     return statistics.median(times)
 
 
 def steps_per_dispatch(experiment, counts):
     """Prints milliseconds per step for each number of steps in one dispatched program."""
     print("| steps per dispatch | unrolled | ms per step |\n|---|---|---|")
-    split, order = next(experiment.feed.inputs(after=0))
+    inputs = next(experiment.feed.inputs(after=0))
     for count in counts:
         for unroll in (False, True) if 1 < count <= 16 else (False,):
             state = [experiment.init()]
 
             @functools.partial(jax.jit, donate_argnums=0)
-            def several(state, split, order, count=count, unroll=unroll):
+            def several(state, inputs, count=count, unroll=unroll):
                 def body(state, _):
-                    return experiment.train_step(state, split, order)
+                    return experiment.train_step(state, *inputs)
 
                 return jax.lax.scan(body, state, length=count, unroll=unroll)
 
             def call(state=state, several=several, count=count):
                 for _ in range(max(1, 64 // count)):
-                    state[0], metrics = several(state[0], split, order)
+                    state[0], metrics = several(state[0], inputs)
                 return metrics
 
             per_step = seconds(call) / count / max(1, 64 // count)

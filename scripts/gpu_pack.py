@@ -1,16 +1,16 @@
-"""Carries vit_jax's packages and a dataset to a machine without network, in small pieces.
+"""Packs vit_jax's packages and a dataset in small pieces, for a machine without network access.
 
-Where there is a network, with the Python version and architecture of the other machine:
+Run this on a machine with network access and the target machine's Python version and architecture:
 
     python scripts/gpu_pack.py pack --to PIECES --have HAVE.txt --data TFDS_DIR/cifar10
 
-HAVE.txt is `pip list --format=freeze` of the other machine; what it has is not carried. There, with
-a copy of this repository and of PIECES, which may arrive one by one:
+HAVE.txt is the output of `pip list --format=freeze` on the target machine; packages listed there
+are not packed. Copy this repository and the files of PIECES to the target machine, and run there:
 
     python scripts/gpu_pack.py join --to FOLDER PIECES
 
-and then the line that it prints, which sets PYTHONPATH and TFDS_DATA_DIR. Only the standard library
-and pip are needed.
+Then run the line that it prints, which sets PYTHONPATH and TFDS_DATA_DIR. Both commands need only
+the standard library and pip.
 """
 
 import argparse

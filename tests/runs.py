@@ -45,7 +45,7 @@ def command(c, workdir):
     """The train command with the config `c`, a variant of cifar10_vit."""
     recipe = config_lib.from_file(ROOT / "configs" / "cifar10_vit.py")
     names = [d.split(":")[0] for d in config_lib.difference(c, recipe)]
-    overrides = [f"--config.{n}={config_lib.get_field(c, n)}" for n in names]
+    overrides = [f"--config.{n}={c[n]}" for n in names]
     base = [sys.executable, "-m", "vit_jax.main", "--config", "configs/cifar10_vit.py"]
     return [*base, "--workdir", str(workdir), *overrides]
 

@@ -67,7 +67,7 @@ def test_json_round_trip_keeps_every_field():
 def test_overrides_are_converted_to_the_type_of_their_field(name, text, value):
     c = config.defaults()
     config.set_field(c, name, text)
-    assert config.get_field(c, name) == value and type(config.get_field(c, name)) is type(value)
+    assert c[name] == value and type(c[name]) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_plan_counts_epochs_and_images(make_plan):
 
 
 def test_run_of_more_steps_than_devices_count_is_rejected(make_plan):
-    message = r"config.epochs = 1e\+09 are 6,000,000,000 steps: the limit is 2,147,483,647"
+    message = r"config.epochs=1e\+09 makes 6,000,000,000 steps: at most 2,147,483,647 are allowed"
     with pytest.raises(UserError, match=message):
         make_plan(epochs=1e9)
     assert make_plan(epochs=1e9, steps=2**31 - 1).total_steps == 2**31 - 1

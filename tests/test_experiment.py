@@ -57,7 +57,7 @@ def test_description_is_a_table_on_a_terminal(monkeypatch):
     [
         ({"batch_size": 91}, "batch_size=91 is larger than the 90 examples"),
         ({"model.patch_size": 3}, "8x8"),
-        ({"data.mean": (0.5,), "data.std": (0.5,)}, "has 1 entries"),
+        ({"data.mean": (0.5,), "data.std": (0.5,)}, "has length 1"),
         ({"augment.crop": "pad", "augment.crop_padding": 8}, "crop_padding"),
         ({"mesh.fsdp": 3}, "must equal the device count, 1"),
         ({"data.val_split": "test+train[80:]"}, r"val_split=.* overlaps train_split=train: hold"),

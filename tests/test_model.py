@@ -282,5 +282,5 @@ def test_sincos2d_distinguishes_positions_and_equals_its_formula():
 
 
 def test_image_that_patches_do_not_divide_is_rejected():
-    with pytest.raises(UserError, match="16x18 pixels do not divide into patches of 4"):
+    with pytest.raises(UserError, match="16x18 pixels cannot be divided into patches of 4"):
         check_image_shape(VisionTransformer(**SMALL), (16, 18, 3))

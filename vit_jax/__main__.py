@@ -15,7 +15,7 @@ COMMANDS = {
     "report": ("vit_jax.commands.report", "write an HTML report of a run"),
     "demo": ("vit_jax.commands.demo", "serve a local page to try a model"),
     "export": ("vit_jax.commands.export", "write a run's weights for other libraries"),
-    "sweep": ("vit_jax.commands.sweep", "search the values of fields, and tabulate the runs"),
+    "sweep": ("vit_jax.commands.sweep", "search values of config fields and tabulate the runs"),
     "describe": ("vit_jax.main", "describe a run without training", "--dry_run"),
     "benchmark": ("vit_jax.commands.benchmark.measure", "measure training throughput and memory"),
     "completion": ("vit_jax.__main__", "print a script for completion in bash and zsh"),

@@ -6,7 +6,6 @@ A recipe in configs/ overrides some of `defaults()`.
 import ast
 import dataclasses
 import difflib
-import functools
 import itertools
 import operator
 import pathlib
@@ -261,7 +260,7 @@ def model_shape(model: Mapping[str, Any]) -> dict[str, int]:
 def validate(config: ConfigDict) -> None:
     """Raises a one-line UserError for an invalid value or combination of values."""
     for name, field in FIELDS.items():
-        value = _converted(name, get_field(config, name))
+        value = _converted(name, config[name])
         if not field.is_allowed(value):
             hint = nearest(str(value), field.choices)
             raise UserError(f"config.{name} must be {field.allowed}; got {value!r}{hint}")
@@ -400,8 +399,7 @@ def set_field(config: ConfigDict, name: str, value: Any) -> None:
     """
     if name not in FIELDS:
         raise UserError(f"unknown config field {name}{_renamed(name, value)}")
-    group, _, leaf = name.rpartition(".")
-    (config[group] if group else config)[leaf] = _converted(name, value)
+    config.update_from_flattened_dict({name: _converted(name, value)})
 
 
 def _converted(name: str, value: Any) -> Any:
@@ -450,11 +448,6 @@ def difference(config: ConfigDict, other: ConfigDict, *, ignore: Sequence[str] =
     return [f"{name}: {new[name]!r}, was {old[name]!r}" for name in changed]
 
 
-def get_field(config: ConfigDict, name: str) -> Any:
-    """Returns a field's value by its dotted name."""
-    return functools.reduce(lambda group, part: group[part], name.split("."), config)
-
-
 def flat(config: ConfigDict) -> dict[str, Any]:
     """Returns {dotted name: value} of every field."""
-    return {name: get_field(config, name) for name in FIELDS}
+    return {name: config[name] for name in FIELDS}

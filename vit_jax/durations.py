@@ -56,8 +56,8 @@ class Plan:
         self.total_steps = config.steps or max(1, round(config.epochs * self.steps_per_epoch))
         if self.total_steps >= 2**31:  # the step is an int32
             raise UserError(
-                f"config.epochs = {config.epochs:g} are {self.total_steps:,} steps: the limit is "
-                f"{2**31 - 1:,}; reduce epochs, or set config.steps"
+                f"config.epochs={config.epochs:g} makes {self.total_steps:,} steps: at most "
+                f"{2**31 - 1:,} are allowed; reduce epochs, or set config.steps"
             )
         self.warmup_steps = min(self.in_steps(config.optim.warmup), self.total_steps)
         # Mixup and CutMix apply up to this step.

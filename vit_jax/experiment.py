@@ -270,12 +270,12 @@ def _check_data(config, splits):
     if config.batch_size > train.num_examples:
         raise UserError(
             f"config.batch_size={config.batch_size} is larger than the {train.num_examples} "
-            f"examples of {name} {config.data.train_split}"
+            f"examples of {name} {config.data.train_split}: use at most {train.num_examples}"
         )
     if given != channels:
         raise UserError(
-            f"config.data.mean has {given} entries, but the images of {name} have {channels} "
-            "channels"
+            f"config.data.mean has length {given}, but the images of {name} have {channels} "
+            "channels: set one value per channel in data.mean and data.std"
         )
 
 

@@ -27,7 +27,7 @@ def main(argv=None):
 
     if config.deterministic:
         backend.require_determinism()
-    # What all processes must share before reading data; its directory may differ between hosts.
+    # All processes must agree on these before reading data. data.dir may differ between hosts.
     shared = {f"config.{name}": v for name, v in flat(config).items() if name != "data.dir"}
     shared |= {"NUM_PROCESSES": os.environ.get("NUM_PROCESSES"), "jax version": jax.__version__}
     with processes.joined():
@@ -81,7 +81,7 @@ def make_parser():
     group.add_argument("--fit", action="store_true", help=text)
     text = "estimate the step's time by part and by kernel"
     group.add_argument("--kernels", action="store_true", help=text)
-    text = "other peak rates: bf16, tf32, f32 in TFLOP/s, bandwidth in GB/s, launch in us"
+    text = "replace peak rates: bf16, tf32, f32 in TFLOP/s, bandwidth in GB/s, launch in us"
     group.add_argument("--rates", nargs="+", metavar="NAME=NUMBER", default=[], help=text)
     text = "HEIGHTxWIDTHxCHANNELSxCLASSES of images that are not read, such as 32x32x3x10"
     group.add_argument("--shape", help=text)
@@ -114,6 +114,8 @@ def parse(argv):
     used = [f"--{name}" for name in only_dry_run if getattr(args, name) != parser.get_default(name)]
     if used and not args.dry_run:
         raise UserError(f"{', '.join(used)}: use only with --dry_run")
+    if "--examples" in used and not args.shape:
+        raise UserError("--examples needs --shape, which replaces the data")
     if args.profile_steps and args.dry_run:
         raise UserError("--profile_steps: not with --dry_run, which trains no steps")
     if args.profile_steps:

@@ -302,8 +302,8 @@ class MultiHeadAttention(_Part):
 
     Queries come from the first n tokens (all by default), keys and values from those after the
     first `skip`. `qkv/kernel` is [D, 3 D], ordered q, k, v and by head within each: torch's
-    MultiheadAttention, transposed. With a `grid` of (rows, columns), the scores have a
-    PositionBias.
+    MultiheadAttention, transposed. With `position_bias="gaussian"` and a `grid` of (rows, columns),
+    the scores have a PositionBias.
     The attention maps, float32[B, h, n, N], are sown as the intermediate `attention`. With
     `attention="cudnn"`, training steps use cuDNN's fused kernel, which does not store them.
     """
@@ -503,7 +503,7 @@ def check_image_shape(model, image_shape):
     H, W, _ = resolution(model, image_shape)
     if H % model.patch_size or W % model.patch_size:
         raise UserError(
-            f"images of {H}x{W} pixels do not divide into patches of {model.patch_size}: "
+            f"images of {H}x{W} pixels cannot be divided into patches of {model.patch_size}: "
             "set config.model.patch_size to a divisor, or config.model.image_size to a multiple"
         )
     N = num_tokens(model, image_shape)

@@ -60,7 +60,7 @@ def train(
         _say(*description_lines(describe(experiment, path)))
         with shared_errors():
             start = workdir.find_resume_step()
-            if resuming and not start:  # the folders found are not checkpoints
+            if resuming and not start:  # the only saved step is missing for some seeds
                 experiment = make_experiment(config, splits=experiment.splits)
             result = workdir.read_result()
         result = result if result and result["steps"] == start else None

@@ -122,7 +122,8 @@ def test_target_describes_a_run_on_other_gpus(require, capsys):
     assert re.match(r"all-reduce 0.1\d+ MB \(f32, s32\) in \d+ messages", lines["communication"])
     assert "1,008 GB/s, 1 us per launch, not a forecast" in lines["estimate"]
     assert lines["largest batch"].startswith("4,000, with ")
-    assert lines["largest batch"].endswith("the entire training split; compiled 64, 256, 4,000")
+    tried = "the entire training split; compiled batches: 64, 256, 4,000"
+    assert lines["largest batch"].endswith(tried)
     assert {"with accumulate_steps=2", "with model.remat=True", "with mesh.fsdp=4"} < set(lines)
     rows = [line.split() for line in table.splitlines()]
     parts = {row[0]: float(row[-5]) for row in rows[1:] if row and row[-3].isdigit()}
@@ -146,6 +147,7 @@ def test_what_an_older_gpu_lacks_is_said(require, capsys):
         (["--dry_run", "--fit"], "need a --target"),
         (["--dry_run", "--profile_steps", "2-3"], "--profile_steps: not with --dry_run"),
         (["--target", "h100"], "only with --dry_run"),
+        (["--dry_run", "--examples", "50"], "--examples needs --shape"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message, tiny_folder):

@@ -34,7 +34,7 @@ def test_classes_without_names_are_taken_by_number(tiny_run, tiny_folder, tmp_pa
         shutil.copytree(tiny_folder / "test" / name, tmp_path / str(number))
     evaluate.main(["--workdir", str(tiny_run), "--data", str(tmp_path), "--json"])
     printed = capsys.readouterr()
-    assert "have no names: they are taken by number" in printed.err
+    assert "have no names: they are matched by number" in printed.err
     result = json.loads((tiny_run / "result.json").read_text())
     assert json.loads(printed.out)["accuracy"] == result["test_accuracy"]
 

@@ -89,14 +89,14 @@ def test_interrupted_run_has_a_notice(tiny_run, tmp_path):
     (workdir / "metrics.jsonl").write_text("".join(kept) + '{"step": 10, "train/lo')
     shutil.rmtree(workdir / "checkpoints")
     content = report_text(workdir)
-    assert "This run is incomplete or still training: last logged step 8, 2 epochs" in content
+    assert "still training: last logged step 8, 2 of 3 epochs finished" in content
     assert "no checkpoints in" in content
 
 
 def test_run_without_metrics_has_a_page(tiny_run, tmp_path):
     for name in ("config.json", "run.json"):
         shutil.copy(tiny_run / name, tmp_path)
-    assert "last logged step 0, 0 epochs finished of 3 epochs" in report_text(tmp_path)
+    assert "last logged step 0, 0 of 3 epochs finished" in report_text(tmp_path)
 
 
 def test_notice_names_the_last_bad_batch_of_an_unfinished_run_only(tiny_run, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import optuna
 import pytest
 
 from vit_jax.commands import sweep
@@ -95,6 +96,11 @@ def test_failed_run_is_last_in_the_table_and_trained_again(make_command, tmp_pat
     (workdir / "optim.peak_lr=0.3" / "result.json").rmdir()
     sweep.main(command)
     assert "30.00%" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_table_keeps_a_run_whose_folder_was_deleted(tmp_path):
+    trial = optuna.trial.create_trial(value=0.625)
+    assert "62.50%" in sweep.table([], [(trial, tmp_path / "deleted")])[-1]
 
 
 def test_every_run_is_checked_before_the_first_starts(tmp_path):

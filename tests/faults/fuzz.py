@@ -133,7 +133,7 @@ class Targets:
 
         lines = "".join(json.dumps({**METRICS, "step": step}) + "\n" for step in (1, 2))
         fields = list(config.FIELDS)
-        settings = [f"{n}={config.get_field(c, n)}".encode() for n in fields]
+        settings = [f"{n}={c[n]}".encode() for n in fields]
         (folder / "in" / "huggingface").mkdir()
         hugging = layouts.from_params(params, layouts.HUGGINGFACE, num_heads=2)
         (folder / "in" / "huggingface" / "model.safetensors").write_bytes(save(hugging))

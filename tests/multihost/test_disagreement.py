@@ -87,7 +87,7 @@ def test_different_numbers_of_devices(small, tmp_path):
     flags = [f"--xla_force_host_platform_device_count={n}" for n in (1, 2)]
     for lines in refusals(start([command(small, tmp_path / "w")] * 2, XLA_FLAGS=flags)):
         (line,) = lines
-        assert "process 1 has 2 devices and process 0 1" in line
+        assert "process 1 has 2 devices, but process 0 has 1" in line
 
 
 def test_error_of_one_process_ends_all(small, tiny_folder, tmp_path):

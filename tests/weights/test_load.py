@@ -102,6 +102,9 @@ def test_runs_and_checkpoints_are_sources(tiny_config, tmp_path):
         assert same_bits(got.params, params)
         assert got.make_model() == model.clone(weight_init="trunc_normal")
         assert (got.class_names, got.grid) == (["blue", "green", "red"], (2, 2))
+    (tmp_path / "seeds" / "seed_4").mkdir(parents=True)
+    with pytest.raises(UserError, match="a run of several seeds; pass one of seed_4"):
+        vit_jax.load_weights(tmp_path / "seeds")
     kept = tmp_path / "run" / "checkpoints" / "2"
     shutil.rmtree(kept / "params" / "d")
     with pytest.raises(UserError, match=r"checkpoints/2 is corrupted: .* is missing"):

@@ -96,11 +96,11 @@ def test_jax_function_runs_without_vit_jax(tmp_path):
 @pytest.mark.parametrize(
     ("form", "fields", "message"),
     [
-        ("huggingface", {"pool": "gap"}, "has pool=cls, this model gap"),
-        ("huggingface", {"qk_norm": True}, "has qk_norm=False, this model True"),
+        ("huggingface", {"pool": "gap"}, "has pool=cls, but this model has gap"),
+        ("huggingface", {"qk_norm": True}, "has qk_norm=False, but this model has True"),
         ("huggingface", {"layer_scale": 0.1}, "has layer_scale=0.0"),
         ("huggingface", {"stem": "conv"}, "unused conv_stem/conv_0/kernel"),
-        ("google", {}, "has norm_eps=1e-06, this model 1e-05"),
+        ("google", {}, "has norm_eps=1e-06, but this model has 1e-05"),
         ("google", {"token_shift": True, "pool": "gap", **GOOGLE}, "has token_shift=False"),
         ("google", GOOGLE | {"qk_norm": True}, "unused block_0/attn/k_norm/scale"),
         (
@@ -108,7 +108,7 @@ def test_jax_function_runs_without_vit_jax(tmp_path):
             {"norm_eps": 1e-6, "stem": "conv"},
             "missing patch_embed/kernel",
         ),
-        ("timm", GOOGLE, "has gelu=exact, this model tanh"),
+        ("timm", GOOGLE, "has gelu=exact, but this model has tanh"),
         ("notebook", {"norm_eps": 1e-6}, "has norm_eps=1e-05"),
         ("notebook", {"mlp_dim": 40}, r"fc1/kernel has shape \(24, 40\), expected \(24, 96\)"),
     ],

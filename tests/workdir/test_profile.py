@@ -85,6 +85,6 @@ def test_profile_of_the_last_steps_is_not_part_of_the_training_time(
 @pytest.mark.parametrize("steps", [(0, 2), (4, 3), (5, 7)])
 def test_steps_outside_the_run_are_refused(profiled, tmp_path, steps):
     c = profiled[0].copy_and_resolve_references()
-    with pytest.raises(UserError, match=r"--profile_steps .*: this run trains the steps 1 to 6"):
+    with pytest.raises(UserError, match=r"--profile_steps .*: this run trains steps 1 to 6"):
         train_shared(c, tmp_path / "run", profile_steps=steps)
     assert not (tmp_path / "run" / "run.json").exists()

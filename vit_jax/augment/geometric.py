@@ -15,7 +15,7 @@ ERASING_RATIO = (0.3, 3.3)  # rows / columns
 
 
 def pad_crop(key, image, augment):
-    """Pads uint8[H,W,C] and crops H, W at a uniform offset. Source: torchvision's RandomCrop."""
+    """Pads uint8[H,W,C], crops H x W at a random offset. Source: torchvision's RandomCrop."""
     padding, zero = augment.crop_padding, augment.crop_padding_mode == "zero"
     pads = ((padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(image, pads, mode="constant" if zero else "reflect")
@@ -49,8 +49,8 @@ def make_crop(augment, *, size: int, seed: int, steps_per_epoch: int) -> Callabl
 def crop_box(uniform, height, width, scale):
     """Returns (top, left, rows, columns) of a crop with an area share in `scale`.
 
-    Source: torchvision's RandomResizedCrop. It is the first of ten candidates that fits, drawn from
-    uniform, float64[10,4] on [0, 1), else the largest centered box of an allowed aspect ratio.
+    It is the first of ten candidates that fits, else the largest centered box of an allowed aspect
+    ratio. `uniform`, float64[10,4] in [0, 1), draws them. Source: torchvision's RandomResizedCrop.
     """
     low, high = map(math.log, CROP_RATIO)
     for share, log_aspect, down, right in uniform:

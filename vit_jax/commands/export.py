@@ -39,7 +39,7 @@ A Vision Transformer, trained by vit_jax on {data}.
 |---|---|
 {rows}
 
-The license is that of vit_jax; the data have their own.
+The model has the license of vit_jax; the data has its own.
 
 ## Recipe
 
@@ -97,7 +97,7 @@ def model_card(trained, workdir):
             rows[f"{name} accuracy"] = f"{accuracy:.2%} (95% interval {low:.2%} to {high:.2%})"
     rows |= {name: run[name] for name in ("command", "commit", "date") if run.get(name)}
     fields = config_lib.flat(c).items()
-    rows["weights"] = "exponential moving average" if c.optim.ema_decay else "of the last step"
+    rows["weights"] = "exponential moving average" if c.optim.ema_decay else "not averaged"
     return _CARD.format(
         name=workdir.resolve().name,
         data=f"{c.data.name} ({', '.join(counts)})",

@@ -30,8 +30,8 @@ def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
     parser = argparse.ArgumentParser(
         prog="vit-jax predict",
-        description="Print the most probable classes of image files. A centered crop of each image "
-        "goes through the model.",
+        description="Print the most probable classes of image files. Each image is center-cropped "
+        "and resized to the model's input size.",
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")

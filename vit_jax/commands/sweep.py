@@ -75,7 +75,7 @@ class Sweep:
         self.folder, self.recipe, self.overrides = expand_home(args.workdir), args.config, overrides
         self.prune, self.runs = args.search == "tpe", args.runs
         if self.prune != (self.runs > 0):
-            raise UserError("--search tpe needs --runs N, and the other searches take none")
+            raise UserError("--search tpe needs --runs N; the other searches do not take --runs")
         self.space = parse_settings(args.set, ranges=self.prune)
         if args.search == "one":  # a single parameter: the one change, or none
             single = [f"{field}={v}" for field, d in self.space.items() for v in d.choices]
@@ -185,7 +185,7 @@ class Sweep:
                 raise
             if pruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
-            elif child.returncode:  # then result.json may be that of another config
+            elif child.returncode:  # a result.json may then belong to another config
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 result = json.loads((folder / "result.json").read_text())
@@ -302,6 +302,8 @@ def _columns(trial, folder):
         for step, accuracy in sorted(trial.intermediate_values.items())[-1:]:
             text += f" at step {step:,}: {accuracy:.2%}"
         return text, "", "", ""
+    if not (folder / "result.json").exists():  # the folder was deleted
+        return f"{trial.value:.2%}", "", "", ""
     result = json.loads((folder / "result.json").read_text())
     std = result.get("val_accuracy_std")
     return (

@@ -53,7 +53,7 @@ class Dataset:
 
 
 def load_resident(source: Source, parts: list, image_size: int | None) -> Dataset:
-    """Loads the parts of a split, as `Stream` does; base splits are decoded unless cached."""
+    """Loads a split, given as for `Stream`. Base splits are decoded unless they are cached."""
     bases = {name: _load_base(source, name, image_size) for name, _ in parts}
     images = [bases[name][0][rows.start : rows.stop] for name, rows in parts]
     labels = [bases[name][1][rows.start : rows.stop] for name, rows in parts]
@@ -91,7 +91,7 @@ def _decode(stream):
 
 def _read_cache(path, fingerprint, count):
     """Returns (images, labels), or None if the cache was made from other files."""
-    with user_errors(f"the cache {path} is corrupted", "delete it, and it is made again"):
+    with user_errors(f"the cache {path} is corrupted", "delete it to decode the images again"):
         with np.load(path, allow_pickle=False) as cache:  # zipfile checks a CRC-32 of each array
             if str(cache["fingerprint"]) != fingerprint:
                 return None

@@ -48,7 +48,7 @@ def user_cache(name: str, path: Path | None = None) -> Path:
 
 
 def writable(folder: Path) -> bool:
-    """Returns whether files can be created in a folder: root too respects its write bits."""
+    """Returns whether files can be created in a folder; its write bits apply to root too."""
     folder = next(f for f in (folder, *folder.parents) if f.exists())
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 

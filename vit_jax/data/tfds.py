@@ -27,7 +27,7 @@ from vit_jax.errors import UserError, expand_home
 
 _WAYS = (
     "set TFDS_DATA_DIR or --config.data.dir to a prepared copy; or run with network access and"
-    " TensorFlow installed (pip install 'vit-jax[prepare]'); or use the embedded dataset:"
+    " TensorFlow installed (pip install 'vit-jax[prepare]'); or use the built-in dataset:"
     " python -m vit_jax.main --config shapes10_vit"
 )
 
@@ -66,7 +66,7 @@ def _image_and_label(info, title):
         if image.np_dtype == np.uint8 and image.shape[-1] in (1, 3) and label.num_classes:
             return features
     raise UserError(
-        f"{title} has no supervised uint8 images of 1 or 3 channels with a class label, it has"
+        f"{title} has no supervised uint8 images of 1 or 3 channels with a class label; it has"
         f" {', '.join(info.features)}: use another dataset"
     )
 

@@ -94,7 +94,7 @@ def load_examples(trained, name=None, split=None):
     )
     unknown = sorted(set(examples.class_names) - set(trained.class_names))
     if unknown and _only_numbered(trained, examples):
-        print(f"the classes of {name} have no names: they are taken by number", file=sys.stderr)
+        print(f"the classes of {name} have no names: they are matched by number", file=sys.stderr)
     elif unknown:
         raise UserError(
             f"{name} has classes that the model lacks ({', '.join(unknown[:5])}); "
@@ -102,7 +102,7 @@ def load_examples(trained, name=None, split=None):
         )
     given, expected = tuple(examples.image_shape), tuple(trained.image_shape)
     if given != expected:
-        raise UserError(f"the images of {name} are {given}, the model takes {expected}")
+        raise UserError(f"the images of {name} are {given}, but the model takes {expected}")
     return examples, split
 
 

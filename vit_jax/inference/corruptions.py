@@ -1,8 +1,8 @@
 """Error on corrupted images: seven corruptions at five severities.
 
 Severities follow Hendrycks and Dietterich (arXiv 1903.12261): CIFAR-10-C for images of at most 64
-pixels per side, otherwise ImageNet-C. The corrupted images are computed from the split
-that is evaluated, so errors are not comparable to those on the published images.
+pixels per side, otherwise ImageNet-C. The evaluated split is corrupted here, so errors are not
+comparable with errors on the published images.
 """
 
 import io

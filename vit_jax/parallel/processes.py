@@ -1,8 +1,8 @@
 """Several processes: joining them, and checking that they agree.
 
-JAX's runtime (`jax.distributed`) connects the processes and detects a lost one. It ends a process
-whose peer is missing or lost with SIGABRT (exit code 134) and a message of its own, so each process
-prints beforehand which processes it waits for.
+JAX's runtime (`jax.distributed`) connects the processes and detects a lost one. If a peer is
+missing or lost, it ends the process with SIGABRT (exit code 134) and its own message, so each
+process first prints its number and how long it waits for the others.
 """
 
 import collections
@@ -145,8 +145,8 @@ def check_same(values: Mapping[str, Any]) -> None:
     for index, count in sorted(devices.items()):
         if count != devices[0]:
             raise _RaisedInAll(
-                f"process {index} has {count} devices and process 0 {devices[0]}: give every "
-                "process the same number of devices"
+                f"process {index} has {count} devices, but process 0 has {devices[0]}: start every "
+                "process with the same number of devices"
             )
     first, *others = _gather(values)
     for index, own in enumerate(others, start=1):

@@ -18,8 +18,8 @@ from vit_jax.errors import UserError
 class Gpu:
     """A GPU, from NVIDIA's data sheet or architecture white paper unless noted.
 
-    Rates are dense (half of those with 2:4 sparsity) with float32 accumulation. `capability`,
-    `cores`, `l2_mb` and `clock_ghz` are what the compiler asks for.
+    Rates are dense (half of the rates with 2:4 sparsity) with float32 accumulation. The compiler
+    also needs `capability`, `cores`, `l2_mb`, and `clock_ghz`.
     """
 
     kind: str  # `device_kind` as JAX reports it: the driver's product name
@@ -127,7 +127,7 @@ def target_devices(gpu: Gpu, count: int) -> list[jax.Device]:
         ).devices
     except (NotImplementedError, RuntimeError) as e:
         raise UserError(
-            "--target needs the compiler for GPUs, of JAX's own version: "
+            "--target needs the GPU compiler, in the same version as JAX: "
             f"pip install 'vit-jax[gpu-check]' ({str(e).splitlines()[0]})"
         ) from e
 

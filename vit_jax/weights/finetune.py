@@ -44,7 +44,7 @@ def start_from(weights, vit, image_shape, class_names, *, mean, std):
     pixels = weights.preprocessing or {"mean": mean, "std": std}  # not every file records them
     if not np.allclose([pixels["mean"], pixels["std"]], [mean, std], atol=1e-3):
         old = f"config.data.mean={tuple(pixels['mean'])} and std={tuple(pixels['std'])}"
-        notes.append(f"trained with {old}, which differ here")
+        notes.append(f"trained with {old}, unlike this config")
     given = layouts.shapes(flatten_dict(params, sep="/"))
     problems = layouts.mismatches(given, layouts.model_shapes(vit, image_shape))
     other = [name for name in FIELDS if weights.model[name] != getattr(vit, name)]

@@ -60,7 +60,7 @@ def load_weights(path, *, num_heads=None):
     Raises UserError, one line, if the source is corrupted or has another architecture.
     """
     path = hub.download(path) if str(path).startswith("hf:") else expand_home(path)
-    if (path / "checkpoints").is_dir() or (path / "params").is_dir():
+    if any(path.glob("seed_*")) or (path / "checkpoints").is_dir() or (path / "params").is_dir():
         return _load_run(path)
     if path.is_dir():
         names = ("model.safetensors", "pytorch_model.bin")
@@ -172,7 +172,7 @@ def _grid(patches, patch_size, image_size):
 def _load_run(path):
     """Returns Weights from a workdir or one of its checkpoints."""
     directory, step = path / "checkpoints", None
-    if not directory.is_dir():
+    if (path / "params").is_dir():
         directory, name = path.absolute().parent, path.absolute().name
         if not name.isdecimal():
             raise UserError(f"{path} is not a checkpoint: give WORKDIR/checkpoints/STEP")

@@ -112,7 +112,7 @@ def _onnx(trained):
         (got,) = session.run(None, {"images": images})
         error = np.abs(got - predict(images)).max()
         if not error < 1e-5:
-            raise UserError(f"the ONNX model differs by {error:.1e} from this one")
+            raise UserError(f"the ONNX model's probabilities differ by {error:.1e} from ours")
     return content
 
 
@@ -125,8 +125,8 @@ def _tensors(trained, kind):
     for name, value in (required | {"token_shift": False}).items():
         if getattr(vit, name) != value:
             raise UserError(
-                f"the {kind} model has {name}={value}, this model {getattr(vit, name)}: export to "
-                f"a .safetensors or .jax, or train with --config.model.{name}={value}"
+                f"the {kind} model has {name}={value}, but this model has {getattr(vit, name)}: "
+                f"export a .safetensors or .jax, or train with --config.model.{name}={value}"
             )
     if vit.posemb != "learned":  # written as a learned table
         grid = model.patch_grid(vit, trained.image_shape)

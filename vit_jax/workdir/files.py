@@ -101,6 +101,6 @@ def read_errors(path: pathlib.Path) -> Generator[None]:
         yield
     except OSError as e:
         raise UserError(
-            f"cannot read {e.filename or path} ({e.strerror}), and a checkpoint is used only if "
-            "every file of it can be read: restore access to it, or move its checkpoint elsewhere"
+            f"cannot read {e.filename or path} ({e.strerror}): a checkpoint is used only if all "
+            "its files can be read; restore access to it, or move the checkpoint elsewhere"
         ) from e

@@ -134,7 +134,7 @@ class WeightsAndBiases:
             )
         except wandb.errors.Error as e:
             raise UserError(
-                f"Weights & Biases does not start: {e}; log in, or set WANDB_MODE=offline"
+                f"Weights & Biases cannot start: {e}; log in, or set WANDB_MODE=offline"
             ) from e
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

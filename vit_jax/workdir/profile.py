@@ -24,9 +24,7 @@ def check_steps(steps: tuple[int, int], total_steps: int) -> None:
     """Raises UserError unless a run trains all of `steps`."""
     first, last = steps
     if not 0 < first <= last <= total_steps:
-        raise UserError(
-            f"--profile_steps {first}-{last}: this run trains the steps 1 to {total_steps}"
-        )
+        raise UserError(f"--profile_steps {first}-{last}: this run trains steps 1 to {total_steps}")
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def measure(experiment, rivals, rounds, round_seconds=2.0):
         "mfu": peak and flops / peak,
         "compile_seconds": compile_seconds,
         "memory_estimated_bytes": sum(step_memory(compiled)),
-        # Of the device, or of the process on a CPU, which has no memory of its own.
+        # The device's peak. A CPU reports none: there, the peak of the process.
         "memory_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", process_peak),
         "rivals": measured,
     }

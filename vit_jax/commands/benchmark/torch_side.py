@@ -13,7 +13,7 @@ import time
 from vit_jax import config as config_lib
 from vit_jax.errors import UserError
 
-# Fields that must be the notebook's, except for some, which are arguments of its code.
+# Fields that must equal the notebook's, except _ARGUMENTS, which its code takes as arguments.
 _COMPARED = ("model.", "augment.", "optim.", "num_seeds", "accumulate_steps")
 _COMPARED += ("data.mean", "data.std", "data.streaming")
 _ARGUMENTS = ("size", "width", "depth", "num_heads", "mlp_dim", "patch_size")

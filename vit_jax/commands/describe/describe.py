@@ -36,7 +36,7 @@ def step_memory(compiled):
 
 
 def print_description(config, args):
-    """Prints what the arguments of `train --dry_run` ask for."""
+    """Prints the description that the arguments of `train --dry_run` request."""
     gpu, rates = None, None
     if args.target:
         gpu, _ = targets.find_target(args.target)
@@ -191,7 +191,7 @@ def _fit(experiment, make, num_bytes, gpu):
     text = f"{largest:,}, with {sizes[largest] / 1e9:,.2f} GB per device" if largest else "none"
     if largest == plan.num_examples // step * step:
         text += ", the entire training split"
-    lines = {"largest batch": f"{text}; compiled {', '.join(f'{b:,}' for b in sizes)}"}
+    lines = {"largest batch": f"{text}; compiled batches: {', '.join(f'{b:,}' for b in sizes)}"}
     ways = [{"accumulate_steps": 2 * config.accumulate_steps}, {"model.remat": True}]
     ways += [{"mesh.data": 0, "mesh.fsdp": num_devices}] * (num_devices > config.mesh.fsdp)
     for fields in ways:

@@ -52,7 +52,7 @@ class Rates:
         return sum(n / (getattr(self, p, self.f32) * 1e12) for p, n in flops.items())
 
     def seconds(self, kernel: Kernel) -> float:
-        """Returns the least seconds of one execution of a kernel."""
+        """Returns the minimum seconds of one execution of a kernel."""
         traffic = kernel.num_bytes / (self.bandwidth * 1e9)
         return max(self.arithmetic(kernel.flops), traffic, self.launch * 1e-6)
 

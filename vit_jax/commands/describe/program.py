@@ -1,8 +1,7 @@
 """Reads the text of a compiled program (`compiled.as_text()`): its kernels and what they do.
 
 A kernel is an instruction of the scheduled program that runs by itself: a fusion, a copy, a library
-call, a collective. What a program does not say, such as occupancy or what stays in a cache, is not
-modeled.
+call, a collective. Occupancy and caches, which a program does not record, are not modeled.
 """
 
 import collections
@@ -119,7 +118,7 @@ class Program:
             yield from computation.instructions.values()
 
     def loops(self) -> Iterator[tuple[Instruction, int | None]]:
-        """Yields each loop and its number of iterations, None if the program does not say."""
+        """Yields each loop and its number of iterations, None if it is unknown."""
         for instruction in self.instructions():
             if instruction.opcode == "while":
                 yield instruction, _trip_count(instruction)

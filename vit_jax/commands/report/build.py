@@ -55,7 +55,7 @@ def _prepare_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for path in (folder, *folder.iterdir()):
         if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link: remove it so that a report can go there")
+            raise UserError(f"{path} is a symbolic link: remove it to write the report")
 
 
 def _about_model(workdir, step, data, split):

@@ -1,4 +1,4 @@
-"""Reads the files of a workdir: config.json, run.json, result.json, metrics.jsonl.
+"""Reads the files of a workdir for the report; `Record` lists them.
 
 Values are checked here: a workdir can come from an untrusted source.
 """
@@ -74,7 +74,7 @@ def _read_config(workdir):
 
 
 def _read_record(workdir, config, run):
-    """Reads the Record of one seed; the profile is that of the run."""
+    """Reads the Record of one seed. The seeds of a run share its profile."""
     lines = []
     if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):

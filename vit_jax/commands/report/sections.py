@@ -29,7 +29,7 @@ _COLUMNS = {
     "parameters": ("num_params", 1, 0, ""),
     "images/s": ("images_per_second", 1, 0, ""),
 }
-# Of each curve: the metric's group, its label, and a line of `figures.curves`.
+# The curves of a plot: (group of the metric, label, style as in `figures.curves`).
 _CURVES = (
     ("train", "one batch", "thin"),
     ("epoch", "train, epoch mean", "dots"),
@@ -64,10 +64,9 @@ def _progress(name, record):
         text = f"{name} diverged at step {step:,}. The batch is in bad_batch_{step}.npz."
         return page.notice(text)
     epochs, c = len(record.series("epoch/loss")[0]), record.config
-    length = f"{c.steps:,} steps" if c.steps else f"{c.epochs:g} epochs"
+    done = f" of {c.steps:,}" if c.steps else f", {epochs} of {c.epochs:g} epochs finished"
     return page.notice(
-        f"{name} is incomplete or still training: last logged step {last_step:,}, "
-        f"{epochs} epochs finished of {length}."
+        f"{name} is incomplete or still training: last logged step {last_step:,}{done}."
     )
 
 
@@ -83,7 +82,7 @@ def results(groups):
         configs.append(("default", config_lib.defaults()))
     differing = []
     for field in config_lib.FIELDS:
-        values = [config_lib.get_field(config, field) for _, config in configs]
+        values = [config[field] for _, config in configs]
         if field not in NOT_EXPERIMENTAL and any(v != values[0] for v in values):
             differing.append([field, *map(_text, values)])
     title = "Fields that are not the default" if len(groups) == 1 else "Fields that differ"
@@ -129,7 +128,7 @@ def curves(groups):
 
 
 def _series(groups, lines):
-    """Returns (metric, label, style) lines for `figures.curves`, colored by run or line."""
+    """Returns the `series` of `figures.curves` for (metric, label, style) lines."""
     several, series, labeled = len(groups) > 1, [], set()
     for i, (name, records) in enumerate(groups):
         for record, (j, (metric, label, line)) in itertools.product(records, enumerate(lines)):
@@ -288,9 +287,9 @@ def profile(records):
     ]
     total = sum(row["milliseconds"] for row in operations)
     note = (
-        f"Time of operations per step, of {total:,.1f} ms in all. Blocks are summed, and "
-        "concurrent operations all count in full. TensorBoard opens the folder profile, and "
-        "Perfetto its .trace.json.gz."
+        f"Time of each operation per step; all operations together take {total:,.1f} ms. The "
+        "blocks of the model share a row, and concurrent operations each count in full. Open the "
+        "folder profile in TensorBoard, or its .trace.json.gz in Perfetto."
     )
     head = ("operation", "ms", "times")
     return page.section("Profile", page.note(note), page.table("Longest operations", head, rows))
