@@ -89,7 +89,7 @@ def train(folder, index, steps, dtype):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     running = []
     for i in range(processes):
-        place = {
+        process = {
             "COORDINATOR": f"127.0.0.1:{port}",
             "NUM_PROCESSES": str(processes),
             "PROCESS_ID": str(i),
@@ -100,7 +100,7 @@ def train(folder, index, steps, dtype):
                 subprocess.Popen(
                     [*main, "--workdir", str(workdir), *arguments],
                     cwd=ROOT,
-                    env=environment | place,
+                    env=environment | process,
                     stdout=log,
                     stderr=log,
                 )

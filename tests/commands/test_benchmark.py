@@ -19,7 +19,7 @@ class Rival:
 
     count = 0
 
-    def steps(self, n):
+    def time_steps(self, n):
         self.count += n
         return 0.1 * n
 
@@ -92,7 +92,7 @@ def test_vit_jax_is_measured_if_every_rival_fails(experiment, monkeypatch, capsy
         def __init__(self, variant, experiment):
             pass
 
-        def steps(self, n):
+        def time_steps(self, n):
             raise UserError("no GPU")
 
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -167,14 +167,18 @@ def test_stand_in_needs_no_memory(tiny_config):
 
 
 def test_largest_batch_is_found_by_a_line():
-    def peak(batch_size):
+    def memory_of(batch_size):
         return 1000 + 7 * batch_size
 
-    found = describe.largest_batch(peak, {64: peak(64)}, step=8, most=10**6, usable=100_000)
+    def largest(most, usable):
+        sizes = {64: memory_of(64)}
+        return describe.largest_batch(memory_of, sizes, multiple=8, most=most, usable=usable)
+
+    found = largest(10**6, usable=100_000)
     assert found % 8 == 0 and 0.96 < found / (99_000 / 7) <= 1
-    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=100_000) == 800
-    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=1_100) == 8
-    assert describe.largest_batch(peak, {64: peak(64)}, step=8, most=800, usable=500) == 0
+    assert largest(800, usable=100_000) == 800
+    assert largest(800, usable=1_100) == 8
+    assert largest(800, usable=500) == 0
 
 
 def test_missing_compiler_names_the_extra(monkeypatch):

@@ -28,8 +28,8 @@ def attention_received(maps, grid):
 
     With a class token, only its attention counts; without one, the mean over all query patches.
     """
-    has_token = maps.shape[-1] > grid[0] * grid[1]
-    weights = maps[..., 0, 1:] if has_token else maps.mean(axis=-2)
+    has_class_token = maps.shape[-1] > grid[0] * grid[1]
+    weights = maps[..., 0, 1:] if has_class_token else maps.mean(axis=-2)
     return weights.reshape(*weights.shape[:-1], *grid)
 
 

@@ -69,7 +69,7 @@ class JaxSide:
         # After the last step, training starts again from the first batch.
         self._inputs = (x for _ in itertools.count() for x in experiment.feed.inputs(after=0))
 
-    def steps(self, n):
+    def time_steps(self, n):
         """Returns the seconds that n steps take."""
         start, previous = time.perf_counter(), None
         with jax.transfer_guard("disallow"):  # implicit transfers raise, as in training
@@ -117,12 +117,12 @@ def _measure_sides(sides, images, rounds, round_seconds):
     """Returns {name: {"seconds_per_step": {"median", "min", "max"}, "images_per_second"}}."""
     counts, times = {}, {name: [] for name in sides}
     for name, side in sides.items():
-        side.steps(2)  # compiles and allocates
-        counts[name] = max(1, round(round_seconds / (side.steps(2) / 2)))
+        side.time_steps(2)  # compiles and allocates
+        counts[name] = max(1, round(round_seconds / (side.time_steps(2) / 2)))
     for _ in range(rounds):
         for name, side in sides.items():
-            side.steps(1)  # refills the CPU's caches with this side's data
-            times[name].append(side.steps(counts[name]) / counts[name])
+            side.time_steps(1)  # refills the CPU's caches with this side's data
+            times[name].append(side.time_steps(counts[name]) / counts[name])
     return {
         name: {
             "seconds_per_step": {"median": statistics.median(t), "min": min(t), "max": max(t)},

@@ -40,7 +40,7 @@ class TorchSide:
         spawn.Process(target=_serve, args=(other_end, config.seed, options), daemon=True).start()
         other_end.close()
 
-    def steps(self, n):
+    def time_steps(self, n):
         """Returns the seconds that n steps take."""
         try:
             self._pipe.send(n)
@@ -76,7 +76,7 @@ def start_torch_sides(experiment):
     for variant in ("written", "eager", "compiled"):
         side, name = TorchSide(variant, experiment), f"PyTorch {variant}"
         try:
-            side.steps(1)
+            side.time_steps(1)
             sides[name] = side
         except UserError as e:
             print(f"{name} is not measured: {e}", file=sys.stderr, flush=True)

@@ -174,7 +174,7 @@ def _fit(experiment, make, num_bytes, gpu):
     """Returns lines about the largest batch that fits, and about each way to save memory."""
     config, plan, num_devices = experiment.config, experiment.plan, experiment.mesh.size
 
-    def peak(**fields):
+    def memory_of(**fields):
         """Returns the bytes per device with other fields, or infinity if they are not allowed."""
         changed = config.copy_and_resolve_references()
         for name, value in fields.items():
@@ -185,23 +185,23 @@ def _fit(experiment, make, num_bytes, gpu):
         except UserError:
             return math.inf
 
-    step, usable = math.lcm(num_devices, config.accumulate_steps), usable_memory(gpu)
-    sizes = {config.batch_size: num_bytes}
-    largest = largest_batch(peak, sizes, step, plan.num_examples // step * step, usable)
+    multiple, usable = math.lcm(num_devices, config.accumulate_steps), usable_memory(gpu)
+    most, sizes = plan.num_examples // multiple * multiple, {config.batch_size: num_bytes}
+    largest = largest_batch(memory_of, sizes, multiple, most, usable)
     text = f"{largest:,}, with {sizes[largest] / 1e9:,.2f} GB per device" if largest else "none"
-    if largest == plan.num_examples // step * step:
+    if largest == most:
         text += ", the entire training split"
     lines = {"largest batch": f"{text}; compiled batches: {', '.join(f'{b:,}' for b in sizes)}"}
     ways = [{"accumulate_steps": 2 * config.accumulate_steps}, {"model.remat": True}]
     ways += [{"mesh.data": 0, "mesh.fsdp": num_devices}] * (num_devices > config.mesh.fsdp)
     for fields in ways:
-        (*_, (name, value)), needed = fields.items(), peak(**fields)
+        (*_, (name, value)), needed = fields.items(), memory_of(**fields)
         text = f"{needed / 1e6:,.1f} MB per device instead of {num_bytes / 1e6:,.1f} MB"
         lines[f"with {name}={value}"] = text if needed < math.inf else "not possible"
     return lines
 
 
-def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
+def largest_batch(memory_of, sizes, multiple, most, usable, tolerance=0.03):
     """Returns the largest batch that needs at most `usable` bytes, to a relative tolerance, or 0.
 
     Compiles at most six more batch sizes and adds them to `sizes`, {batch: bytes}. From the second
@@ -209,14 +209,14 @@ def largest_batch(peak, sizes, step, most, usable, tolerance=0.03):
     """
     (batch, num_bytes) = max(sizes.items())
     guess = 4 * batch if num_bytes <= usable else batch // 4
-    guess = max(min(guess, most) // step * step, step)
+    guess = max(min(guess, most) // multiple * multiple, multiple)
     for _ in range(6):
-        sizes[guess] = sizes.get(guess) or peak(batch_size=guess)
+        sizes[guess] = sizes.get(guess) or memory_of(batch_size=guess)
         fits = max((b for b, n in sizes.items() if n <= usable), default=0)
-        above = min((b for b, n in sizes.items() if n > usable), default=most + step)
-        if above - max(fits, 1) <= max(step, tolerance * fits):
+        above = min((b for b, n in sizes.items() if n > usable), default=most + multiple)
+        if above - max(fits, 1) <= max(multiple, tolerance * fits):
             break
         (b0, n0), (b1, n1) = sorted(sizes.items(), key=lambda s: abs(s[1] - usable))[:2]
         line = b0 + (usable - n0) * (b1 - b0) / (n1 - n0 or 1)
-        guess = int(min(max(line, fits + step), above - step)) // step * step
+        guess = int(min(max(line, fits + multiple), above - multiple)) // multiple * multiple
     return fits
