@@ -61,8 +61,9 @@ def trace(
         with paused():
             jax.profiler.stop_trace()
             lowered = train_step.lower(experiment.state_shapes, *experiment.feed.input_shapes)
+            program = lowered.compile().as_text()  # in every process: they may compile together
             if jax.process_index() == 0:
-                rows = _operations(folder, lowered.compile().as_text(), traced)
+                rows = _operations(folder, program, traced)
                 write_json(folder / "operations.json", rows)
         traced = 0
 
