@@ -90,8 +90,10 @@ def _stack_equal_shapes(tx, mesh):
 
     def update(grads, state, params):
         # Only the updates are divided; otherwise XLA would divide the gradients and the state too.
-        stacked = [place(stack(tree), mesh_lib.replicated) for tree in (grads, params)]
-        updates, state = tx.update(stacked[0], state, stacked[1])
+        grad_groups, param_groups = (
+            place(stack(tree), mesh_lib.replicated) for tree in (grads, params)
+        )
+        updates, state = tx.update(grad_groups, state, param_groups)
         state = place(state, mesh_lib.replicated)
         updates = place(place(updates, mesh_lib.batch_sharding), mesh_lib.replicated)
         groups = {name: iter(jnp.unstack(group)) for name, group in updates.items()}

@@ -51,7 +51,9 @@ def test_corrupted_cache(tiny):
         flips.append(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
     for bad in (b"", b"no zip at all", good[: len(good) // 2], good[:-10], *flips):
         path.write_bytes(bad)
-        user_error("tiny", "train", data_dir=tiny, says=[path, "delete it to decode the images"])
+        user_error(
+            "tiny", "train", data_dir=tiny, says=[path, "delete it to decode the images again"]
+        )
     path.write_bytes(good)
     with np.load(path) as cache:
         arrays = dict(cache)
@@ -63,7 +65,9 @@ def test_corrupted_cache(tiny):
         {"labels": np.array([None] * 600)},
     ):
         np.savez(path, **{**arrays, **change})
-        user_error("tiny", "train", data_dir=tiny, says=[path, "delete it to decode the images"])
+        user_error(
+            "tiny", "train", data_dir=tiny, says=[path, "delete it to decode the images again"]
+        )
     path.unlink()
     check_tiny(open_split("tiny", "train", data_dir=tiny), 600)
 

@@ -64,7 +64,7 @@ _PER_IMAGE = {"pixelate": _pixelate, "jpeg": _jpeg}
 
 
 def corruption_errors(trained, examples):
-    """Returns {kind: errors at severities 1 to 5} of a TrainedModel.
+    """Returns a TrainedModel's errors as {kind: [error at severity 1, ..., 5]}.
 
     `examples` are from `classify.load_examples`. Raises UserError if they are streamed.
     """

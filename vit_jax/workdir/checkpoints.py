@@ -139,7 +139,7 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def newest_intact_step(directories: list[pathlib.Path]) -> tuple[int, dict[pathlib.Path, str]]:
-    """Returns the newest step that is intact in every directory, one per seed.
+    """Returns the newest step that is intact in every directory. Each seed has one directory.
 
     Returns 0 if no step is saved, or if the only saved step is missing for some seeds. Also returns
     {folder: problem} for the later checkpoints that are corrupted. Raises UserError if a checkpoint

@@ -105,7 +105,8 @@ class TensorBoard:
 
 def _import_tensorboardx() -> Any:
     """Returns tensorboardX, imported without PyTorch, which it would import first."""
-    torch = sys.modules.setdefault("torch", None)  # pyrefly: ignore[no-matching-overload]  # as if not installed
+    # None: as if it were not installed.
+    torch = sys.modules.setdefault("torch", None)  # pyrefly: ignore[no-matching-overload]
     try:
         import tensorboardX
     finally:
