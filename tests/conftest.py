@@ -118,16 +118,16 @@ def require():
 
 @pytest.fixture
 def tiny_config(make_tiny_config):
-    """The notebook's recipe, shrunk: width 16, depth 2, three epochs of 90 images, batch 16."""
+    """The notebook's recipe, shrunk: width 16, one block, three epochs of 90 images, batch 16."""
     return make_tiny_config()
 
 
 @pytest.fixture(scope="session")
 def make_tiny_config(tiny_folder):
-    return lambda: _tiny_config(tiny_folder)
+    return lambda depth=1: _tiny_config(tiny_folder, depth)
 
 
-def _tiny_config(tiny_folder):
+def _tiny_config(tiny_folder, depth):
     from vit_jax import config
 
     c = config.from_file(ROOT / "configs" / "cifar10_vit.py")
@@ -136,7 +136,7 @@ def _tiny_config(tiny_folder):
     c.eval_batch_size = 16
     c.epochs = 3
     c.log_every = "2 steps"
-    c.model.patch_size, c.model.width, c.model.depth = 4, 16, 2
+    c.model.patch_size, c.model.width, c.model.depth = 4, 16, depth
     c.model.num_heads, c.model.mlp_dim = 2, 32
     c.optim.peak_lr = 1e-2
     return c
@@ -144,10 +144,10 @@ def _tiny_config(tiny_folder):
 
 @pytest.fixture(scope="session")
 def tiny_run(make_tiny_config, tmp_path_factory):
-    """The workdir of a finished run of the tiny config, validated. Not to be written to."""
+    """The workdir of a finished run of two blocks, validated. Not to be written to."""
     from vit_jax.train import train
 
-    c = make_tiny_config()
+    c = make_tiny_config(depth=2)
     c.data.train_split, c.data.val_split = "train[:60]", "train[60:]"
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     with pytest.MonkeyPatch.context() as patch:

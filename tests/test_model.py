@@ -65,15 +65,10 @@ def test_sizes_have_the_published_parameter_counts(size, millions):
     "variant",
     [
         dict(),
-        dict(pool="gap"),
+        dict(posemb="sincos2d", pool="gap", stem="conv"),
         dict(pool="map"),
         dict(position_bias="gaussian", token_shift=True, pool="gap"),
-        dict(posemb="sincos2d"),
-        dict(posemb="sincos2d", pool="gap"),
-        dict(stem="conv"),
-        dict(qk_norm=True),
-        dict(layer_scale=1e-4),
-        dict(weight_init="trunc_normal"),
+        dict(posemb="sincos2d", qk_norm=True, layer_scale=0.1, weight_init="trunc_normal"),
         dict(dropout=0.1, drop_path=0.2),
         dict(dtype=jnp.dtype("bfloat16")),
     ],
@@ -110,47 +105,6 @@ def test_every_product_has_the_precision_of_the_model(stem, matmul_precision, ex
         assert set(re.findall("HIGHEST|HIGH|DEFAULT", product)) == {expected}, product
 
 
-@pytest.mark.usefixtures("optimized")  # until the end of the module
-def test_bfloat16_logits_are_close_to_float32():
-    model = VisionTransformer(**SMALL)
-    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
-    half = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"))
-    a, b = (jax.jit(m.apply)({"params": params}, IMAGES) for m in (model, half))
-    assert 1e-6 < np.abs(a - b).max() < 0.05  # they differ, but only by rounding
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        dict(layer_scale=0.1, qk_norm=True, pre_logits=8),
-        CONV | {"pool": "map", "position_bias": "gaussian"},
-    ],
-)
-def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
-    """A gradient that was rounded to bfloat16 on its way is equal to itself in bfloat16."""
-    model = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"), **variant)
-    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
-    loss = jax.grad(lambda params: jnp.sin(model.apply({"params": params}, IMAGES)).sum())
-    for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(loss)(params)):
-        rounded = g.astype(jnp.bfloat16).astype(jnp.float32)
-        assert (rounded != g).any(), jax.tree_util.keystr(path)
-
-
-def test_shift_tokens_is_a_depthwise_convolution():
-    x = np.random.default_rng(1).normal(size=(2, 3 * 4, 25)).astype(np.float32)
-    kernel = np.zeros((3, 3, 1, 25), np.float32)
-    for i, (row, column) in enumerate([(0, 1), (2, 1), (1, 0), (1, 2)]):
-        kernel[row, column, 0, 2 * i : 2 * i + 2] = 1
-    kernel[1, 1, 0, 8:] = 1
-    expected = jax.lax.conv_general_dilated(
-        *(x.reshape(2, 3, 4, 25), kernel, (1, 1), "SAME"),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=25,
-    )
-    np.testing.assert_array_equal(shift_tokens(x, (3, 4)), expected.reshape(x.shape))
-
-
 def test_position_bias_is_a_gaussian_window_per_head():
     model = VisionTransformer(**SMALL, pool="gap", position_bias="gaussian")
     params = init_params(model, jax.random.key(0), (12, 16, 3))
@@ -180,52 +134,6 @@ def test_patch_order_matters_only_with_a_position_embedding():
     params["pos_embed"] = jax.random.normal(jax.random.key(1), params["pos_embed"].shape)
     a, b = (apply({"params": params}, x) for x in (IMAGES, rolled))
     assert np.abs(a - b).max() > 1e-3
-
-
-def _gradients(fn, *args):
-    """Returns the results of fn, and the derivatives of a random combination of them."""
-    y, vjp = jax.vjp(jax.jit(fn), *args)
-    return y, *vjp(jax.random.normal(jax.random.key(9), y.shape, y.dtype))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3)])
-def test_layer_norm_and_its_derivative_equal_the_plain_formula(dtype, tolerance):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = (3 + 2 * jax.random.normal(keys[0], (4, 7, 64))).astype(dtype)
-    scale, bias = (jax.random.normal(key, (64,)) for key in keys[1:])
-
-    def plain(x, scale, bias):
-        norm = nn.LayerNorm(1e-5, use_fast_variance=False, dtype=jnp.float32)
-        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
-
-    def ours(x, scale, bias):
-        norm = LayerNorm(1e-5, jnp.float32)
-        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
-
-    results = _gradients(plain, x, scale, bias), _gradients(ours, x, scale, bias)
-    for expected, result in zip(*results, strict=True):
-        assert expected.dtype == result.dtype
-        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
-        assert error < tolerance * jnp.abs(expected).max()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
-def test_attention_weights_and_their_derivative_equal_the_plain_formula(dtype, tolerance):
-    q, k = (
-        2 * jax.random.normal(jax.random.key(i), (2, 3, n, 16), dtype) for i, n in ((0, 5), (1, 9))
-    )
-
-    def plain(q, k):
-        scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(scores).astype(dtype)
-
-    def ours(q, k):
-        return attention_weights(q, k, None)
-
-    for expected, result in zip(_gradients(plain, q, k), _gradients(ours, q, k), strict=True):
-        assert expected.dtype == result.dtype
-        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
-        assert error < tolerance * jnp.abs(expected).max()
 
 
 def test_attention_maps_are_sown_and_their_rows_sum_to_one():
@@ -284,3 +192,90 @@ def test_sincos2d_distinguishes_positions_and_equals_its_formula():
 def test_image_that_patches_do_not_divide_is_rejected():
     with pytest.raises(UserError, match="16x18 pixels cannot be divided into patches of 4"):
         check_image_shape(VisionTransformer(**SMALL), (16, 18, 3))
+
+
+def test_shift_tokens_is_a_depthwise_convolution():
+    x = np.random.default_rng(1).normal(size=(2, 3 * 4, 25)).astype(np.float32)
+    kernel = np.zeros((3, 3, 1, 25), np.float32)
+    for i, (row, column) in enumerate([(0, 1), (2, 1), (1, 0), (1, 2)]):
+        kernel[row, column, 0, 2 * i : 2 * i + 2] = 1
+    kernel[1, 1, 0, 8:] = 1
+    expected = jax.lax.conv_general_dilated(
+        *(x.reshape(2, 3, 4, 25), kernel, (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=25,
+    )
+    np.testing.assert_array_equal(shift_tokens(x, (3, 4)), expected.reshape(x.shape))
+
+
+@pytest.mark.usefixtures("optimized")  # until the end of the module
+def test_bfloat16_logits_are_close_to_float32():
+    model = VisionTransformer(**SMALL)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    half = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"))
+    a, b = (jax.jit(m.apply)({"params": params}, IMAGES) for m in (model, half))
+    assert 1e-6 < np.abs(a - b).max() < 0.05  # they differ, but only by rounding
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(layer_scale=0.1, qk_norm=True, pre_logits=8),
+        CONV | {"pool": "map", "position_bias": "gaussian"},
+    ],
+)
+def test_bfloat16_gradients_of_all_parameters_are_float32(variant):
+    """A gradient that was rounded to bfloat16 on its way is equal to itself in bfloat16."""
+    model = VisionTransformer(**SMALL, dtype=jnp.dtype("bfloat16"), **variant)
+    params = init_params(model, jax.random.key(0), IMAGES.shape[1:])
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
+    loss = jax.grad(lambda params: jnp.sin(model.apply({"params": params}, IMAGES)).sum())
+    for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(loss)(params)):
+        rounded = g.astype(jnp.bfloat16).astype(jnp.float32)
+        assert (rounded != g).any(), jax.tree_util.keystr(path)
+
+
+def _gradients(fn, *args):
+    """Returns the results of fn, and the derivatives of a random combination of them."""
+    y, vjp = jax.vjp(jax.jit(fn), *args)
+    return y, *vjp(jax.random.normal(jax.random.key(9), y.shape, y.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 8e-3)])
+def test_layer_norm_and_its_derivative_equal_the_plain_formula(dtype, tolerance):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = (3 + 2 * jax.random.normal(keys[0], (4, 7, 64))).astype(dtype)
+    scale, bias = (jax.random.normal(key, (64,)) for key in keys[1:])
+
+    def plain(x, scale, bias):
+        norm = nn.LayerNorm(1e-5, use_fast_variance=False, dtype=jnp.float32)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    def ours(x, scale, bias):
+        norm = LayerNorm(1e-5, jnp.float32)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+    results = _gradients(plain, x, scale, bias), _gradients(ours, x, scale, bias)
+    for expected, result in zip(*results, strict=True):
+        assert expected.dtype == result.dtype
+        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
+        assert error < tolerance * jnp.abs(expected).max()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_attention_weights_and_their_derivative_equal_the_plain_formula(dtype, tolerance):
+    q, k = (
+        2 * jax.random.normal(jax.random.key(i), (2, 3, n, 16), dtype) for i, n in ((0, 5), (1, 9))
+    )
+
+    def plain(q, k):
+        scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores).astype(dtype)
+
+    def ours(q, k):
+        return attention_weights(q, k, None)
+
+    for expected, result in zip(_gradients(plain, q, k), _gradients(ours, q, k), strict=True):
+        assert expected.dtype == result.dtype
+        error = jnp.abs(jnp.float32(result) - jnp.float32(expected)).max()
+        assert error < tolerance * jnp.abs(expected).max()

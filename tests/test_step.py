@@ -19,7 +19,6 @@ from vit_jax.step import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("optimized")
 MODEL = VisionTransformer(
     num_classes=4, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1
 )
@@ -32,10 +31,8 @@ PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
 @functools.cache
-def make(ema_decay=0.0, skip_bad=False, **augmentation):
+def make(ema_decay=0.0, skip_bad=False):
     c = config.defaults()
-    for name, value in augmentation.items():
-        config.set_field(c, f"augment.{name}", value)
     schedule = optax.constant_schedule(1e-2)
     optimizer = make_optimizer(c.optim, schedule)
     train_step = make_train_step(
@@ -60,7 +57,7 @@ def test_gather_masks_missing_rows():
 
 
 def test_step_depends_only_on_the_seed_and_the_step():
-    train_step, state = make(flip="random")
+    train_step, state = make()
     batch = gather(DATA, np.arange(8))
     (a, first), (_, again) = train_step(state, batch), train_step(state, batch)
     assert first["loss"] == again["loss"]
@@ -93,7 +90,7 @@ def test_sums_restart_with_each_epoch():
 
 
 def test_ema_weights_with_warmup_of_the_decay():
-    train_step, state = make(ema_decay=0.5)
+    train_step, state = make(ema_decay=0.5, skip_bad=True)
     batch = gather(DATA, np.arange(8))
     expected = state.params
     for i in range(12):
@@ -127,6 +124,20 @@ def test_evaluation_counts_only_the_mask():
     assert float(sums["loss"]) == pytest.approx(float(expected.sum()), rel=1e-5)
 
 
+def test_skipped_step_changes_only_the_counts():
+    train_step, state = make(ema_decay=0.5, skip_bad=True)
+    batch = gather(DATA, np.arange(8))
+    state, _ = train_step(state, batch)
+    before = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    after, metrics = train_step(before, batch)
+    assert metrics["bad"] and metrics["skipped"] == 1
+    assert (after.step, after.sums["skipped"]) == (2, 1)
+    assert after.sums["loss"] == before.sums["loss"] > 0
+    for name in ("params", "opt_state", "ema_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+
+
+@pytest.mark.usefixtures("optimized")  # until the end of the module
 def test_microbatch_gradients_equal_the_gradients_of_the_batch():
     c = config.defaults()
     c.augment.flip, c.augment.mixup_alpha = "random", 0.8
@@ -175,16 +186,3 @@ def test_microbatches_are_strided_and_have_separate_dropout():
     )
     for i in range(2):
         np.testing.assert_allclose(logits[i::2], parts[i][2], rtol=1e-5, atol=1e-6)
-
-
-def test_skipped_step_changes_only_the_counts():
-    train_step, state = make(ema_decay=0.5, skip_bad=True)
-    batch = gather(DATA, np.arange(8))
-    state, _ = train_step(state, batch)
-    before = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
-    after, metrics = train_step(before, batch)
-    assert metrics["bad"] and metrics["skipped"] == 1
-    assert (after.step, after.sums["skipped"]) == (2, 1)
-    assert after.sums["loss"] == before.sums["loss"] > 0
-    for name in ("params", "opt_state", "ema_params"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))

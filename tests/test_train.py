@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def finished(make_tiny_config, tmp_path_factory):
     """(config, workdir, result, printed lines) of a run of three epochs. Do not write to it."""
-    c = make_tiny_config()
+    c = make_tiny_config(depth=2)
     c.data.train_split, c.data.val_split = "train[:60]", "train[60:]"
     c.log_every = "1 step"
     c.augment.flip, c.optim.ema_decay = "random", 0.5
@@ -151,10 +151,10 @@ def test_home_is_expanded_in_paths(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     c = config_lib.from_dict(c.to_dict())
-    c.steps, c.tensorboard = 1, False
+    c.optim.peak_lr = 0.5
     with pytest.raises(UserError, match="a different config"):
-        train(c, "~/run")
-    c.init_from = "~/run"
+        train_shared(c, "~/run")
+    c.init_from, c.steps, c.tensorboard = "~/run", 1, False
     train(c, "~/tuned")
     assert vit_jax.load("~/tuned").step == 1
     assert not (tmp_path / "~").exists()
@@ -237,8 +237,9 @@ def test_copied_workdir_resumes(finished, tmp_path, monkeypatch):
     assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
 
 
-def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):
-    """Tracing it before the first write, for its errors, must not cost a second trace later."""
+@pytest.fixture
+def traces(monkeypatch):
+    """A list with an element for each time that a step has been traced."""
     traces, make_augment = [], augment.make_augment
 
     def counted(*args, **options):
@@ -246,24 +247,25 @@ def test_step_is_traced_once(tiny_config, tmp_path, monkeypatch):
         return lambda *a, **k: traces.append(1) or augment_fn(*a, **k)
 
     monkeypatch.setattr(augment, "make_augment", counted)
-    tiny_config.steps, tiny_config.tensorboard = 2, False
-    train(tiny_config, tmp_path)
-    assert len(traces) == 1
+    return traces
 
 
-def test_steps_field_sets_the_length_of_any_recipe(tiny_config, tmp_path, capsys):
+def test_steps_field_sets_the_length_of_any_recipe(tiny_config, tmp_path, capsys, traces):
     c = tiny_config
     c.steps, c.tensorboard = 2, False
     c.optim.warmup, c.augment.mix_off_last = "4 epochs", "2 epochs"  # longer than the run
     result = train(c, tmp_path)
     assert result["steps"] == 2 and (tmp_path / "checkpoints" / "2").is_dir()
     assert "(2 of its 6 steps)" in capsys.readouterr().out
+    assert len(traces) == 1  # the check before the first write, for its errors, is the only one
 
 
 class TestOtherData:
     """A run resumes only on its original data."""
 
-    def test_resuming_on_other_data_is_rejected(self, tiny_config, tiny_folder, tmp_path):
+    def test_resuming_on_other_data_is_rejected(
+        self, tiny_config, tiny_folder, tmp_path, monkeypatch
+    ):
         c, folder, workdir = tiny_config, tmp_path / "data", tmp_path / "run"
         shutil.copytree(tiny_folder, folder)
         c.data.name, c.tensorboard, c.steps = f"folder:{folder}", False, 2
@@ -284,6 +286,7 @@ class TestOtherData:
             replace: "test: other images or labels",
         }
         original = shutil.copytree(folder, folder.with_name("original"))
+        monkeypatch.setattr(Experiment, "check", lambda _: None)  # a trace that nothing needs
         for change, reason in changes.items():
             change()
             with pytest.raises(UserError, match=f"contains a run on other data .{reason}") as error:
@@ -330,7 +333,7 @@ class TestErrors:
         c.optim.peak_lr = 0.5
         before = files(workdir)
         with pytest.raises(UserError, match=r"optim.peak_lr: 0.5, was 0.01"):
-            train(c, workdir)
+            train_shared(c, workdir)
         assert files(workdir) == before
 
     def test_workdir_that_cannot_be_written(self, tiny_config, tmp_path):

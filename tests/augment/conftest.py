@@ -4,11 +4,6 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _optimized(optimized):
-    """The operations equal PIL's in a user's programs."""
-
-
 @pytest.fixture(scope="session")
 def images():
     """64 images: noise, smooth ramps, narrow ranges, a single value, two values."""

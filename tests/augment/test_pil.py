@@ -7,6 +7,7 @@ from augment_helpers import by_pil
 
 from vit_jax.augment import pil
 
+pytestmark = pytest.mark.usefixtures("optimized")  # the operations of a user's programs
 BATCH = 64
 ENHANCEMENTS = ("Brightness", "Color", "Contrast", "Sharpness")
 apply_ops = jax.jit(pil.apply_ops)

@@ -9,6 +9,7 @@ from augment_helpers import batch_of, make, options, small_images
 from vit_jax.augment import check_image_shape, normalize
 from vit_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimized")  # the operations of a user's programs
 EVERYTHING = dict(
     crop="pad",
     crop_padding=2,

@@ -161,8 +161,8 @@ def run_on_two_megabytes(c, place, *, before=""):
 
 
 def test_full_disk_ends_the_run_with_one_line(saves, tmp_path):
-    saves.model.mlp_dim, saves.model.depth = 512, 1  # checkpoints of 0.2 MB
-    saves.steps, saves.keep_every = 30, "2 steps"
+    saves.model.mlp_dim = 1024  # checkpoints of 0.4 MB
+    saves.steps, saves.keep_every = 16, "2 steps"
     code, line, copy = run_on_two_megabytes(saves, tmp_path / "disk")
     assert code == 2, line
     assert (

@@ -26,7 +26,7 @@ def recipe(make_tiny_config):
     c.save_every, c.keep_every = "4 steps", "12 steps"
     c.augment.flip, c.augment.crop, c.augment.crop_padding = "random", "pad", 1
     c.tensorboard = False  # each start writes a new event file
-    c.optim.ema_decay, c.optim.peak_lr, c.model.depth = 0.5, 1e-3, 1
+    c.optim.ema_decay, c.optim.peak_lr = 0.5, 1e-3
     return c
 
 

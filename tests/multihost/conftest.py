@@ -5,7 +5,7 @@ import pytest
 def small(tiny_config):
     c = tiny_config
     c.steps, c.log_every = 20, "1 step"
-    c.model.depth, c.model.mlp_dim = 1, 256  # wide enough for fsdp to split it
+    c.model.mlp_dim = 256  # wide enough for fsdp to split it
     c.model.pool = "gap"  # the one block is computed for all tokens
     c.model.position_bias = "gaussian"
     c.model.token_shift = True

@@ -105,7 +105,7 @@ def initial_params(experiment):
 
 
 def test_same_classes_keep_the_head(tiny_config, tiny_run):
-    tiny_config.init_from = str(tiny_run)
+    tiny_config.init_from, tiny_config.model.depth = str(tiny_run), 2
     experiment = make_experiment(tiny_config)
     assert same_bits(initial_params(experiment), vit_jax.load(tiny_run).params)
     assert experiment.initial_weights == (f"{tiny_run} (vit_jax)",)
@@ -119,6 +119,7 @@ def test_other_classes_of_the_same_number_replace_the_head(tiny_config, tiny_run
         if (renamed / split / "red").exists():
             (renamed / split / "red").rename(renamed / split / "crimson")
     tiny_config.data.name, tiny_config.init_from = f"folder:{renamed}", str(tiny_run)
+    tiny_config.model.depth = 2
     params = initial_params(make_experiment(tiny_config))
     old = vit_jax.load(tiny_run).params
     assert not params["head"]["kernel"].any() and same_bits(params["block_1"], old["block_1"])

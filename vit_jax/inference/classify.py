@@ -1,5 +1,6 @@
 """Classification of images and of splits: uint8 pixels in, logits and attention maps out."""
 
+import functools
 import sys
 
 import cv2
@@ -36,14 +37,7 @@ def make_classify(trained, *, batch_size=64, attention=False):
     batch_size += -batch_size % mesh.size
     params = jax.device_put(params, mesh_lib.replicated(mesh))
 
-    @jax.jit
-    def forward(params, images):
-        x = augment.normalize(images, config.data.mean, config.data.std)
-        if not attention:
-            return model.apply({"params": params}, x)
-        logits, state = model.apply({"params": params}, x, mutable="intermediates")
-        blocks = [state["intermediates"][f"block_{i}"] for i in range(model.depth)]
-        return logits, jnp.stack([block["attn"]["attention"][0] for block in blocks], axis=1)
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
 
     def classify(images):
         outputs = []
@@ -53,10 +47,20 @@ def make_classify(trained, *, batch_size=64, attention=False):
             padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
             padded = jax.device_put(padded, mesh_lib.batch_sharding(mesh))
-            outputs.append(jax.device_get(forward(params, padded)))
+            outputs.append(jax.device_get(_forward(model, mean, std, attention, params, padded)))
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *outputs)
 
     return classify
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(model, mean, std, attention, params, images):
+    x = augment.normalize(images, mean, std)
+    if not attention:
+        return model.apply({"params": params}, x)
+    logits, state = model.apply({"params": params}, x, mutable="intermediates")
+    blocks = [state["intermediates"][f"block_{i}"] for i in range(model.depth)]
+    return logits, jnp.stack([block["attn"]["attention"][0] for block in blocks], axis=1)
 
 
 def load_examples(trained, name=None, split=None):
