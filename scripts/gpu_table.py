@@ -53,7 +53,7 @@ def measure(recipe, fields, target):
         "gb": sums["bytes"] / 1e9,
         "milliseconds": sums["seconds"] * 1e3,
         "parts_ms": {name: part["seconds"] * 1e3 for name, part in parts.items()},
-        "unknown_loops": sum(count is None for _, count in program.loops()),
+        "unknown_loops": sum(count is None for count in program.loops()),
         "collectives": program.transfers(),
         "compile_seconds": seconds,
     }

@@ -128,6 +128,7 @@ def test_invalid_overrides_are_rejected(name, text, says):
         ({"augment.crop_scale": (0.1, 2.0)}, "between 0 and 1"),
         ({"augment.crop_padding": -1}, "at least 1"),
         ({"stop_after": "3 epochs"}, "config.stop_after needs a config.data.val_split"),
+        ({"epochs": 1e308}, "config.epochs must be above 0 and below 2147483648"),
         ({"steps": 10**30}, "config.steps must be at least 0 and below 2147483648; got 1000"),
         ({"eval_batch_size": 10**400}, "config.eval_batch_size must be at least 1 and below"),
         ({"augment.randaugment_magnitude": 11.0}, "at most 10"),
@@ -186,6 +187,7 @@ def test_help_lists_every_field_once():
             "def get_config():\n    return ConfigDict({'sede': 1})",
             "did you mean seed?",
         ),
+        ("import math\ndef get_config():\n    return math.foo", "no field or function foo"),
     ],
 )
 def test_invalid_recipe_files_are_rejected(tmp_path, source, says):

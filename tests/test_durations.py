@@ -33,6 +33,7 @@ def test_duration_in_steps(text, steps):
         ("10_000 examples", "10000 examples"),
         ("0.5 epoch", "0.5 epochs"),
         ("15 %", "15%"),
+        ("0.00005 epochs", "5e-05 epochs"),
         ("  ", ""),
     ],
 )

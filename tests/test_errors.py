@@ -73,6 +73,18 @@ def test_errors_print_one_line_and_set_the_exit_code(error, code, message, monke
     assert printed.startswith(message) and printed.count("\n") == (message != "")
 
 
+def test_exit_code_of_a_closed_pipe_that_is_also_stderr(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored after the test
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: Closed().write(""))
+    assert end.value.code == 141
+
+
 def test_other_errors_keep_their_traceback():
     def command():
         raise OSError(errno.ECONNREFUSED, "Connection refused")

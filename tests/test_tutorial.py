@@ -26,7 +26,7 @@ BOUNDS = {
 SMALLER = {
     'from_file("cifar10_vit")\n': 'from_file("cifar10_vit")\nrecipe.model.depth = 2\n',
     "embed_dim=256, depth=6, num_heads=8": "embed_dim=256, depth=2, num_heads=8",
-    "recipe.steps = STEPS\n": "recipe.steps, recipe.batch_size, recipe.model.depth = STEPS, 20, 1\n",
+    "= STEPS\n": "= STEPS\nrecipe.batch_size, recipe.model.depth = 20, 1\n",
 }
 WRONG_DEFAULTS = ("with epsilon 1e-6", "with the tanh GELU")
 SKIPPED = "Skipped: PyTorch is not installed."

@@ -118,7 +118,7 @@ FIELDS: dict[str, Field] = {
     "batch_size": number(64, "global batch size, over all devices and hosts", at_least=1),
     "accumulate_steps": number(1, "microbatches per batch, to save memory", at_least=1),
     "eval_batch_size": number(500, "global batch size of evaluation", at_least=1),
-    "epochs": number(20.0, "length of the run in epochs", above=0),
+    "epochs": number(20.0, "length of the run in epochs", above=0, below=2**31),
     "steps": number(0, "length of the run in steps; overrides epochs (0: use epochs)", at_least=0),
     "init_from": Field("", "initial weights, as vit_jax.load_weights takes (empty: random)"),
     "tensorboard": Field(True, "write TensorBoard events"),
@@ -361,7 +361,8 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
     except UserError:
         raise
     except (KeyError, AttributeError) as e:  # get_config, or a field of the locked config
-        name = (re.findall(r"\w+", str(e).removeprefix("'Key \"")) or [repr(e)])[0]
+        words = re.findall(r"\w+", str(e).removeprefix("'Key \""))
+        name = getattr(e, "name", None) or [*words, repr(e)][0]
         raise UserError(
             f"the config file {path} fails: no field or function {name}{_renamed(name, 'N')}"
         ) from e

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from vit_jax.errors import UserError
 
 KIND = 'a number with its unit (steps, epochs, examples, %), such as "5 epochs" or "15%"'
-_PATTERN = re.compile(r"\s*([0-9.][0-9._]*)\s*(step|epoch|example|%)s?\s*")
+# The exponent is how `repr`, in `canonical`, writes a small number.
+_PATTERN = re.compile(r"\s*([0-9.][0-9._]*(?:e-[0-9]+)?)\s*(step|epoch|example|%)s?\s*")
 
 
 def parse(text: str) -> tuple[float, str]:

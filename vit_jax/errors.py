@@ -1,5 +1,6 @@
 """Exceptions that end a command with one line, an exit code, and no traceback."""
 
+import contextlib
 import errno
 import pathlib
 import sys
@@ -56,6 +57,7 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
         message, code = f"{e.strerror}: {e.filename or 'make room where the run writes'}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # stderr may be closed too
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.unraisablehook = lambda _: None  # silences libraries at exit
     sys.exit(code)

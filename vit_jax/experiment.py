@@ -24,12 +24,7 @@ from vit_jax import weights as weights_lib
 from vit_jax.durations import Plan
 from vit_jax.errors import UserError
 from vit_jax.evaluate import make_evaluate
-from vit_jax.model import (
-    check_image_shape,
-    make_model,
-    num_tokens,
-    train_flops_per_image,
-)
+from vit_jax.model import check_image_shape, make_model, num_tokens, train_flops_per_image
 from vit_jax.parallel import backend
 from vit_jax.parallel import mesh as mesh_lib
 
@@ -342,14 +337,11 @@ def description_lines(description: dict[str, str]) -> list[str]:
 def _describe_optimizer(experiment):
     c, o = experiment.config, experiment.config.optim
     params = seeds.unstack_shapes(experiment.state_shapes.params, c)
-
-    def count(mask):
-        return sum(jax.tree.leaves(jax.tree.map(lambda p, counts: p.size * counts, params, mask)))
-
     mask = optim.decay_mask(o.decay, params)
+    count = sum(jax.tree.leaves(jax.tree.map(lambda p, decays: p.size * decays, params, mask)))
     excluded = {path[-1].key for path, d in jax.tree_util.tree_leaves_with_path(mask) if not d}
     peak = f"{o.peak_lr:g}" + (f" (matrices: {o.muon_lr:g})" if o.name == "muon" else "")
     text = f"{o.name}, {o.schedule} {peak}, {experiment.plan.warmup_steps} steps of warmup"
     which = f"not on {', '.join(sorted(excluded))}" if excluded else "all of them"
-    decayed = f"{count(mask):,} of {experiment.num_params:,} parameters ({which})"
+    decayed = f"{count:,} of {experiment.num_params:,} parameters ({which})"
     return f"{text}; weight decay {o.weight_decay:g} on {decayed}"

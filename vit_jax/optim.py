@@ -40,8 +40,8 @@ def make_schedule(o, *, total_steps, steps_per_epoch, warmup_steps, peak_lr=None
 def decay_mask(decay, params):
     """Returns a tree of bools: the parameters that weight decay applies to.
 
-    "all" is every parameter, the default of torch.optim.AdamW. "kernels" excludes biases, norms,
-    layer scales, and the position and class embeddings.
+    "all" is every parameter, the default of torch.optim.AdamW. "kernels" is every parameter named
+    `kernel`: no biases, norms, layer scales, embeddings, pooling query, or `position_bias`.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: decay == "all" or path[-1].key == "kernel", params

@@ -97,7 +97,7 @@ def test_loop_counts_every_iteration():
         return jax.lax.fori_loop(0, 10, lambda i, x: jnp.tanh(x @ w), x)
 
     program = compile_function(f, floats(512, 256), floats(256, 256))
-    assert [count for _, count in program.loops()] == [10]
+    assert list(program.loops()) == [10]
     assert sum(k.times * k.flops.get("tf32", 0) for k in program.kernels) == 10 * 2 * 512 * 256**2
 
 
@@ -106,7 +106,7 @@ def test_loop_of_unknown_length_counts_once():
         return jax.lax.while_loop(lambda x: x.sum() < 1000, lambda x: 2 * x, x)
 
     program = compile_function(f, floats(1024))
-    assert [count for _, count in program.loops()] == [None]
+    assert list(program.loops()) == [None]
     assert any(k.num_bytes == 2 * 4 * 1024 for k in program.kernels)
 
 

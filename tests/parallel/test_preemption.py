@@ -1,5 +1,6 @@
 """Signals during training; tests/faults sends them to complete runs."""
 
+import errno
 import os
 import signal
 
@@ -19,6 +20,16 @@ def test_first_signal_is_recorded_and_the_second_has_its_usual_effect(capfd):
     assert capfd.readouterr().err == (
         "SIGTERM: finishing the step and saving; a second signal exits immediately\n"
     )
+
+
+def test_closed_stderr_does_not_prevent_the_stop(monkeypatch):
+    def write(descriptor, data):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(preemption.os, "write", write)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(1) and stop.signal == signal.SIGTERM
 
 
 def test_with_several_processes_all_stop_or_none(monkeypatch):

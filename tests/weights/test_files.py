@@ -42,7 +42,9 @@ def test_pickled_objects_are_rejected(tmp_path, monkeypatch):
 
 
 def test_paths_without_weights_are_rejected(tmp_path):
+    (tmp_path / "w.txt").touch()
     cases = {"no.npz": "does not exist", "w.txt": "must end in", "": "contains no weights"}
+    cases["typo"] = "does not exist"
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
             vit_jax.load_weights(tmp_path / name)

@@ -11,6 +11,7 @@ from runs import train_shared
 
 from vit_jax.errors import UserError
 from vit_jax.workdir import profile
+from vit_jax.workdir.metrics import JsonLines
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,17 @@ def test_profile_changes_no_result(profiled, tmp_path):
     c, _, result = profiled
     other = train_shared(c, tmp_path)
     assert np.array_equal(other["test_loss"], result["test_loss"])
+
+
+def test_trace_ends_with_a_run_that_fails(profiled, tmp_path, monkeypatch):
+    def fail(self, step, scalars):
+        raise UserError("a sink fails")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a sink fails"):
+        patch.setattr(JsonLines, "write", fail)
+        train_shared(profiled[0], tmp_path / "failed", profile_steps=(1, 6))
+    train_shared(profiled[0], tmp_path / "next", profile_steps=(1, 2))
+    assert (tmp_path / "next" / "profile" / "operations.json").exists()
 
 
 def test_profile_of_the_last_steps_is_not_part_of_the_training_time(

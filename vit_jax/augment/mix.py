@@ -24,13 +24,13 @@ def _draw_from(key, quantiles):
     return quantiles[i] + (place - i) * (quantiles[i + 1] - quantiles[i])
 
 
-def draw_mix(key, augment, height, width):
+def draw_mix(key, augment, height, width, *, mix=True):
     """Draws (float32[H,W], float32[]): an image's own weight at each pixel, and the mean weight.
 
     With mixup (Zhang et al. 2017) the weight is lam ~ Beta(alpha, alpha) everywhere. With cutmix
     (Yun et al. 2019) it is 0 in a box of area share 1 - lam with a uniform center, clipped to the
-    image, and 1 elsewhere. A draw mixes with probability `mix_prob`; if both are on, half of the
-    draws use cutmix, as in timm.
+    image, and 1 elsewhere. A draw mixes with probability `mix_prob`, unless `mix` is false; if both
+    are on, half of the draws use cutmix, as in timm.
     """
     mixes, switch, *center = jax.random.uniform(jax.random.fold_in(key, 0), (4,))
     both = augment.mixup_alpha > 0 and augment.cutmix_alpha > 0
@@ -44,7 +44,7 @@ def draw_mix(key, augment, height, width):
     kept = ~in_box(*low, *cut, height, width)
     weights = jnp.where(cutmix, kept, lam)
     lam = jnp.where(cutmix, jnp.sum(kept) / (height * width), lam)
-    mixes = mixes < augment.mix_prob
+    mixes = mix & (mixes < augment.mix_prob)
     return jnp.where(mixes, weights, 1.0), jnp.where(mixes, lam, 1.0)
 
 
@@ -60,8 +60,8 @@ def partner(x, mask):
 
 def mix_batch(key, images, labels, mask, augment, *, mix):
     """Mixes float32[B,H,W,C] and float32[B,classes] by one draw, or not if `mix` is false."""
-    weights, lam = draw_mix(key, augment, *images.shape[1:3])
-    weights, lam = jnp.where(mix, weights, 1.0)[..., None], jnp.where(mix, lam, 1.0)
+    weights, lam = draw_mix(key, augment, *images.shape[1:3], mix=mix)
+    weights = weights[..., None]
     return (
         weights * images + (1 - weights) * partner(images, mask),
         lam * labels + (1 - lam) * partner(labels, mask),

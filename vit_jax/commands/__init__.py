@@ -1,1 +1,1 @@
-"""The commands, one module or package each: `main(argv=None)` runs it."""
+"""The commands, one module or package each; `vit_jax.__main__` lists the module that runs each."""

@@ -53,6 +53,8 @@ def main(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")
     args = parser.parse_args(argv)
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port {args.port}: use 0 to 65535")
     backend.start_backend()
     trained = load(args.workdir, args.step)
     app = make_app(trained, args.host, greet(trained, args.workdir))

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import data
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 from vit_jax.inference import attention
 from vit_jax.inference.classify import make_classify, prepare
 from vit_jax.inference.scores import log_softmax, top
@@ -24,6 +24,7 @@ from vit_jax.parallel import backend
 from vit_jax.workdir import write_errors
 
 BATCH_SIZE = 64
+ATTENTION_BATCH_SIZE = 8  # at 384x384, the maps of a ViT-B/16 take 0.2 GB per image
 
 
 def main(argv=None):
@@ -38,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--top", type=int, default=3, help="classes to print per image")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     text = "directory for attention images: the rollout, and every head of every layer"
-    parser.add_argument("--attention", type=pathlib.Path, metavar="DIR", help=text)
+    parser.add_argument("--attention", type=expand_home, metavar="DIR", help=text)
     text = "image files or folders; - reads paths from stdin, one per line"
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help=text)
     args = parser.parse_args(argv)
@@ -83,11 +84,12 @@ def image_paths(arguments, stdin):
 
 def _answers(trained, args):
     """Yields the UserError or {"image", "classes", "attention" if requested} of each path."""
-    classify = make_classify(trained, batch_size=BATCH_SIZE, attention=bool(args.attention))
+    size = ATTENTION_BATCH_SIZE if args.attention else BATCH_SIZE
+    classify = make_classify(trained, batch_size=size, attention=bool(args.attention))
     grid = patch_grid(trained.model, trained.image_shape)
     paths = image_paths(args.images, sys.stdin)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        while batch := list(itertools.islice(paths, BATCH_SIZE)):
+        while batch := list(itertools.islice(paths, size)):
             pixels = pool.map(_read, batch, itertools.repeat(trained.image_shape))
             images, errors = zip(*pixels, strict=True)
             outputs = classify(np.stack(images))

@@ -12,6 +12,14 @@ from vit_jax.inference.classify import classify_examples, load_examples
 from vit_jax.inference.trained import load
 from vit_jax.parallel import backend
 
+try:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+except ImportError as e:
+    raise UserError("probe needs scikit-learn: pip install 'vit-jax[probe]'") from e
+
 
 def main(argv=None):
     """Runs the command with the arguments in `argv` (default: sys.argv)."""
@@ -77,15 +85,7 @@ def probe(train, test, neighbors):
       neighbors: k of the k-nearest-neighbor classifier, which uses cosine similarity.
     Returns {"knn_accuracy", "linear_accuracy"}. The linear classifier is multinomial logistic
     regression on standardized features.
-    Raises UserError without scikit-learn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.neighbors import KNeighborsClassifier
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as e:
-        raise UserError("probe needs scikit-learn: pip install 'vit-jax[probe]'") from e
     neighbors = min(neighbors, len(train[1]))
     knn = KNeighborsClassifier(neighbors, metric="cosine", algorithm="brute")
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))

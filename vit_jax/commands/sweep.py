@@ -81,8 +81,7 @@ class Sweep:
             single = [f"{field}={v}" for field, d in self.space.items() for v in d.choices]
             self.space = {"change": CategoricalDistribution(["", *single])}
         if self.prune:  # each choice, and both ends of a range
-            points, values = [], {f: _extremes(d) for f, d in self.space.items()}
-            checked = [{field: v} for field, each in values.items() for v in each]
+            points, checked = [], [{f: v} for f, d in self.space.items() for v in _extremes(d)]
         else:
             checked = points = grid({f: d.choices for f, d in self.space.items()})
         for point in checked:  # before the first run starts

@@ -28,8 +28,9 @@ def open_folder(root: Path) -> Source:
             raise ValueError("no class folders")
         for split, paths in classes.items():
             files[split] = [
-                (path.relative_to(root), class_names.index(printable(class_folder.name)))
+                (path.relative_to(root), label)
                 for class_folder in paths
+                for label in [class_names.index(printable(class_folder.name))]
                 for path in image_files(class_folder)
             ]
             # A hash of the path is the same on every machine, and mixes the classes in any slice.

@@ -60,6 +60,7 @@ def open_split(
     with user_errors(f"no split {split!r} in {source.title}", ways):
         instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
         parts = [(i.splitname, range(counts[i.splitname])[i.from_ : i.to]) for i in instructions]
-        if not any(indices for _, indices in parts):
+        parts = [(base, rows) for base, rows in parts if rows]
+        if not parts:
             raise ValueError("it has no images")
     return (Stream if streaming else load_resident)(source, parts, image_size)

@@ -22,7 +22,7 @@ _BLOCK = 256  # images that a thread decodes at a time
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A split in memory. Parts of one split are views of the same array."""
+    """A split in memory. A part of a base split is a view of all its images."""
 
     images: np.ndarray  # uint8[N, H, W, C], RGB
     labels: np.ndarray  # int32[N], in 0..len(class_names)-1
@@ -54,7 +54,7 @@ class Dataset:
 
 def load_resident(source: Source, parts: list, image_size: int | None) -> Dataset:
     """Loads a split, given as for `Stream`. Base splits are decoded unless they are cached."""
-    bases = {name: _load_base(source, name, image_size) for name, _ in parts}
+    bases = {name: _load_base(source, name, image_size) for name in dict(parts)}
     images = [bases[name][0][rows.start : rows.stop] for name, rows in parts]
     labels = [bases[name][1][rows.start : rows.stop] for name, rows in parts]
     if len(parts) > 1:

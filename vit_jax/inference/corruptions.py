@@ -27,11 +27,11 @@ SEVERITIES = {
 }
 
 
-def corrupt(images, kind, value, seed=0):
+def corrupt(images, kind, value):
     """Returns uint8[N, H, W, C] images with a corruption of SEVERITIES, at one of its values."""
-    if kind in ("pixelate", "jpeg"):
-        return np.stack([_PER_IMAGE[kind](image, value) for image in images])
-    x, rng = images / np.float32(255), np.random.default_rng(seed)
+    if per_image := {"pixelate": _pixelate, "jpeg": _jpeg}.get(kind):
+        return np.stack([per_image(image, value) for image in images])
+    x, rng = images / np.float32(255), np.random.default_rng(0)
     if kind == "gaussian_noise":
         x = x + rng.normal(0, value, x.shape)
     elif kind == "shot_noise":
@@ -58,9 +58,6 @@ def _jpeg(image, quality):
     file = io.BytesIO()
     Image.fromarray(image.squeeze()).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)).reshape(image.shape)
-
-
-_PER_IMAGE = {"pixelate": _pixelate, "jpeg": _jpeg}
 
 
 def corruption_errors(trained, examples):

@@ -39,8 +39,8 @@ def load(workdir, step="last"):
     Raises UserError if there is no complete checkpoint of this step.
     """
     workdir = expand_home(workdir)
-    if step == "best" and saved_steps(workdir / "checkpoints"):
-        step = _best_step(workdir)
+    if step == "best" and (steps := saved_steps(workdir / "checkpoints")):
+        step = _best_step(workdir, steps)
     elif step in ("best", "last", None):  # without checkpoints, restoring raises the reason
         step = None
     elif not str(step).isdecimal():
@@ -62,8 +62,7 @@ def load(workdir, step="last"):
     )
 
 
-def _best_step(workdir):
-    steps = saved_steps(workdir / "checkpoints")
+def _best_step(workdir, steps):
     path, accuracies = workdir / "metrics.jsonl", {}
     try:
         for _, values in read_lines(path):

@@ -1,1 +1,1 @@
-"""Devices and processes: mesh, multi-process setup, preemption, and peak FLOP/s."""
+"""Devices and processes: mesh, backend, multi-process setup, preemption, and GPU targets."""

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT during training: the first stops the run after a step, the second exits."""
 
+import contextlib
 import os
 import signal
 
@@ -44,7 +45,8 @@ class StopSignal:
         # print is not reentrant, and the signal may have interrupted one.
         name = signal.Signals(number).name
         text = f"{name}: finishing the step and saving; a second signal exits immediately\n"
-        os.write(2, text.encode())
+        with contextlib.suppress(OSError):  # Ctrl-C also ends the tee that stderr is piped to
+            os.write(2, text.encode())
 
     def reached(self, step: int) -> bool:
         """Returns whether to stop after this step, the same in every process. Call it each step."""

@@ -19,10 +19,10 @@ def read(path):
     arrays of floats.
     """
     path, metadata = pathlib.Path(path), {}
-    if path.suffix not in _SUFFIXES:
-        raise UserError(f"{path} is not a weight file: it must end in {', '.join(_SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{path} is not a weight file: it must end in {', '.join(_SUFFIXES)}")
     torch = path.suffix not in (".npz", ".safetensors") and import_torch(f"reading {path}")
     try:
         if torch:

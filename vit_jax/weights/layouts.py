@@ -246,8 +246,7 @@ def _table(kind, tensors):
     """Returns a layout, for a Hugging Face ViTModel without prefix and classifier, and its rows."""
     layout = LAYOUTS[kind]
     if not any(name.startswith(("vit.", "classifier.")) for name in tensors):
-        names = {module: name.removeprefix("vit.") for module, name in layout.names.items()}
-        names = {module: name for module, name in names.items() if name != "classifier.*"}
+        names = {m: n.removeprefix("vit.") for m, n in layout.names.items() if n != "classifier.*"}
         layout = layout._replace(names=names, block=layout.block.removeprefix("vit."))
     block = re.compile(re.escape(layout.block).replace(r"\{\}", r"(\d{1,3})"))
     depth = max((int(match[1]) + 1 for match in map(block.match, tensors) if match), default=1)
@@ -338,8 +337,8 @@ def _infer(kind, given, cls_position=True):
 
 def model_shapes(vit, image_shape):
     """Returns {path: shape} of a model's parameters for images of (H, W, C); computes nothing."""
-    init = lambda key: model.init_params(vit, key, tuple(image_shape))  # noqa: E731
-    return shapes(flatten_dict(jax.eval_shape(init, jax.random.key(0)), sep="/"))
+    params = jax.eval_shape(lambda: model.init_params(vit, jax.random.key(0), tuple(image_shape)))
+    return shapes(flatten_dict(params, sep="/"))
 
 
 def shapes(flat):

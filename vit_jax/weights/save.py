@@ -15,7 +15,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from vit_jax import augment, model, workdir
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, expand_home
 from vit_jax.weights import files, layouts
 from vit_jax.weights.load import FIELDS, OURS
 
@@ -30,7 +30,7 @@ def save_weights(trained, path, form, *, readme=""):
     Raises UserError, before anything is written, if the format cannot represent the model or the
     path exists.
     """
-    path = pathlib.Path(path)
+    path = expand_home(path)
     if path.exists():
         raise UserError(f"{path} exists: give another name, or delete it")
     if form == "jax":

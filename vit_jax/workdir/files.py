@@ -40,8 +40,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def write_checksums(folder: pathlib.Path) -> None:
     """Writes the checksums of a folder's files, and returns when all are on disk."""
-    files = _files(folder).items()
-    lines = [f"{_sha256(path, sync=True)}  {name}\n" for name, path in files]
+    lines = [f"{_sha256(path, sync=True)}  {name}\n" for name, path in _files(folder).items()]
     write_text(folder / _SUMS, "".join(lines))
 
 
@@ -54,8 +53,7 @@ def find_corruption(folder: pathlib.Path) -> str | None:
         files = _files(folder)
         if _SUMS not in files:
             return f"{_SUMS} is missing"
-        with open(files[_SUMS], "rb") as file:
-            lines = file.read().splitlines()
+        lines = files[_SUMS].read_bytes().splitlines()
     for line in lines:
         digest, _, name = line.decode(errors="replace").partition("  ")
         if name not in files:

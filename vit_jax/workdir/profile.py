@@ -60,15 +60,20 @@ def trace(
         nonlocal traced
         with paused():
             jax.profiler.stop_trace()
+            num_steps, traced = traced, 0
             lowered = train_step.lower(experiment.state_shapes, *experiment.feed.input_shapes)
             program = lowered.compile().as_text()  # in every process: they may compile together
             if jax.process_index() == 0:
-                rows = _operations(folder, program, traced)
+                rows = _operations(folder, program, num_steps)
                 write_json(folder / "operations.json", rows)
-        traced = 0
 
     experiment.train_step = traced_step
-    yield
+    try:
+        yield
+    except BaseException:
+        if traced:  # otherwise this process could start no other trace
+            jax.profiler.stop_trace()
+        raise
     if traced:
         stop()
 

@@ -158,7 +158,7 @@ def _communication(program):
 
 def _estimate(experiment, program, rates):
     sums, config = estimate.total(program.kernels, rates), experiment.config
-    unknown = sum(count is None for _, count in program.loops())
+    unknown = sum(count is None for count in program.loops())
     loops = f"; {unknown} loops of unknown length counted once" if unknown else ""
     return (
         f"at least {sums['seconds'] * 1e3:.2f} ms per step "

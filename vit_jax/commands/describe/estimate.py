@@ -107,8 +107,8 @@ def by_part(kernels: Iterable[Kernel], rates: Rates) -> dict[str, dict[str, floa
     return dict(sorted(sums.items(), key=lambda item: -item[1]["seconds"]))
 
 
-def kernel_lines(kernels: list[Kernel], rates: Rates, longest: int = 15) -> Iterator[str]:
-    """Yields a table by part, and the longest kernels with their shapes and source lines."""
+def kernel_lines(kernels: list[Kernel], rates: Rates) -> Iterator[str]:
+    """Yields a table by part, and the 15 longest kernels with their shapes and source lines."""
     everything = total(kernels, rates)["seconds"]
     yield f"{'part':22} {'ms':>8} {'share':>6} {'kernels':>8} {'GB':>8} {'GFLOP':>9}"
     for name, sums in by_part(kernels, rates).items():
@@ -118,7 +118,7 @@ def kernel_lines(kernels: list[Kernel], rates: Rates, longest: int = 15) -> Iter
         )
     yield ""
     yield f"{'us':>8} {'times':>5} {'MB':>9} {'GFLOP':>8}  longest kernels"
-    for k in sorted(kernels, key=lambda k: -k.times * rates.seconds(k))[:longest]:
+    for k in sorted(kernels, key=lambda k: -k.times * rates.seconds(k))[:15]:
         shape = re.sub(r"\{[^}]*\}", "", k.instruction.shape)
         yield (
             f"{k.times * rates.seconds(k) * 1e6:8.1f} {k.times:5} {k.num_bytes / 1e6:9.2f} "

@@ -117,11 +117,11 @@ class Program:
         for computation in self.computations.values():
             yield from computation.instructions.values()
 
-    def loops(self) -> Iterator[tuple[Instruction, int | None]]:
-        """Yields each loop and its number of iterations, None if it is unknown."""
+    def loops(self) -> Iterator[int | None]:
+        """Yields the number of iterations of each loop, None if it is unknown."""
         for instruction in self.instructions():
             if instruction.opcode == "while":
-                yield instruction, _trip_count(instruction)
+                yield _trip_count(instruction)
 
     @functools.cached_property
     def kernels(self) -> list[Kernel]:
@@ -147,8 +147,6 @@ class Program:
         """Yields the kernels of a computation that is executed `times` times."""
         computation = self.computations.get(name, Computation())
         for op in computation.instructions.values():
-            base = re.sub("-(start|done|update)$", "", op.opcode)
-            called = op.attribute("calls") or op.attribute("to_apply")
             if op.opcode in _NO_KERNEL or op.opcode.endswith("-update"):
                 continue
             if op.opcode == "while":
@@ -161,6 +159,7 @@ class Program:
                 for branch in ",".join(op.attribute(p) for p in parts).split(","):
                     yield from self._kernels(_name(branch), times)
             elif op.opcode == "call" or (op.opcode.endswith("-start") and op.attribute("calls")):
+                called = op.attribute("calls") or op.attribute("to_apply")
                 yield from self._kernels(_name(called), times)
             elif op.opcode.endswith("-done"):
                 start = op
@@ -169,11 +168,11 @@ class Program:
                         start.operands[0], Instruction("", "", "-start", (), "")
                     )
                 if not start.attribute("calls"):
-                    yield self._kernel(computation, start, base, op, times)
+                    yield self._kernel(computation, start, op, times)
             elif not op.opcode.endswith("-start"):
-                yield self._kernel(computation, op, base, op, times)
+                yield self._kernel(computation, op, op, times)
 
-    def _kernel(self, computation, op, kind, result, times):
+    def _kernel(self, computation, op, result, times):
         """Returns a Kernel with the operands of `op` and the results of `result`.
 
         `result` is `op` itself or, for an asynchronous operation, its -done instruction.
@@ -182,7 +181,7 @@ class Program:
         written = self._written(computation, result)
         return Kernel(
             instruction=op,
-            kind=kind,
+            kind=result.opcode.removesuffix("-done"),
             times=times,
             num_bytes=read + written,
             result_shape=result.shape,

@@ -45,7 +45,7 @@ def notices(records, run):
     seeds = [record.config.seed for record in records]
     several = (
         f"{run} has {len(records)} seeds ({', '.join(map(str, seeds))}). Curves show all of them; "
-        f"the sections about the model show seed {seeds[0]}."
+        f"any section about its model shows seed {seeds[0]}."
     )
     names = [f"{run}, seed {seed}" for seed in seeds]
     return "".join(map(_progress, names, records)) + page.notice(several)
@@ -58,7 +58,7 @@ def _progress(name, record):
     last_step = max((line["step"] for line in record.lines), default=0)
     # A run stopped by a bad loss keeps the batch; it may have resumed past an earlier one.
     steps = [p.stem.removeprefix("bad_batch_") for p in record.workdir.glob("bad_batch_*.npz")]
-    steps = [int(s) for s in steps if s.isdigit() and int(s) >= last_step]
+    steps = [int(s) for s in steps if s.isdecimal() and int(s) >= last_step]
     if steps:
         step = min(steps)
         text = f"{name} diverged at step {step:,}. The batch is in bad_batch_{step}.npz."
