@@ -24,9 +24,13 @@ CHUNK = 10 * 2**20  # bytes that the client keeps of a connection that is lost
 LOAD = """
 import sys, numpy as np, vit_jax
 from vit_jax.errors import run_command
-weights = run_command(vit_jax.load_weights, sys.argv[1])
-print(weights.kind, weights.num_classes, weights.class_names, weights.path)
-np.save(sys.argv[2], weights.params["head"]["kernel"])
+for name in sys.argv[2:]:
+    try:
+        weights = run_command(vit_jax.load_weights, name)
+        print(weights.kind, weights.num_classes, weights.class_names, weights.path)
+        np.save(sys.argv[1], weights.params["head"]["kernel"])
+    except SystemExit as e:
+        print("exit code", e.code)
 """
 
 
@@ -81,19 +85,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """The server; hub.load(name, **environment) loads a model in a process of its own."""
+    """The server; hub.load(*names, **environment) loads models in one process of its own.
+
+    The process prints one line per model, and one per error.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.requests, server.models = [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
 
-    def load(name, **environment):
+    def load(*names, **environment):
         env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         env |= {"HF_ENDPOINT": address, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", LOAD, name, str(tmp_path / "head.npy")]
-        return subprocess.run(
+        command = [sys.executable, "-c", LOAD, str(tmp_path / "head.npy"), *names]
+        done = subprocess.run(
             command, env=env | environment, capture_output=True, text=True, cwd=ROOT
         )
+        assert done.returncode == 0, done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        return done.stdout.splitlines(), errors
 
     server.load = load
     yield server
@@ -105,39 +115,32 @@ def test_model_is_downloaded_resumed_cached_and_used_offline(hub, tmp_path):
     save_weights(trained, tmp_path / "folder", "huggingface")
     files = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
     hub.models["owner/vit"] = files | {"pytorch_model.bin": b"never read", "README.md": b"#"}
-    done = hub.load("hf:owner/vit@v1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("huggingface 5 ['a', 'b', 'c', 'd', 'e'] ")
+    (first, second), errors = hub.load("hf:owner/vit@v1", "hf:owner/vit@v1")
+    assert first.startswith("huggingface 5 ['a', 'b', 'c', 'd', 'e'] ")
+    assert second == first and errors == []
     assert np.array_equal(np.load(tmp_path / "head.npy"), trained.params["head"]["kernel"])
-    got = [(path.rpartition("/")[2], r) for method, path, r in hub.requests if method == "GET"]
-    assert ("model.safetensors", None) in got and not {"pytorch_model.bin", "README.md"} & {
-        name for name, _ in got
-    }
-    resumed = [r for name, r in got if name == "model.safetensors" and r]
-    assert resumed == [f"bytes={CHUNK}-"]
+    gets = [(path, r) for method, path, r in hub.requests if method == "GET"]
+    got = [(path.rpartition("/")[2], r) for path, r in gets if "/resolve/" in path]
+    assert len(got) == len(set(got))  # the second time, nothing is downloaded
+    assert [r for name, r in got if name == "model.safetensors"] == [None, f"bytes={CHUNK}-"]
+    assert not {"pytorch_model.bin", "README.md"} & {name for name, _ in got}
     hub.requests.clear()
-    assert hub.load("hf:owner/vit@v1").returncode == 0
-    assert not [path for method, path, _ in hub.requests if method == "GET" and "resolve" in path]
-    hub.requests.clear()
-    offline = hub.load("hf:owner/vit@v1", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0 and hub.requests == []
+    assert hub.load("hf:owner/vit@v1", HF_HUB_OFFLINE="1") == ([first], [])
+    assert hub.requests == []
 
 
-def test_timm_model_is_read_and_other_formats_are_not(hub):
+def test_timm_model_is_read_and_other_formats_and_missing_models_are_errors(hub):
+    """Each error is one line, and the exit code is 2."""
     trained = make_trained(width=192, norm_eps=1e-6)
     tensors = layouts.from_params(trained.params, layouts.TIMM)
     hub.models["timm/vit"] = {"model.safetensors": save(tensors), "config.json": b"{}"}
-    done = hub.load("hf:timm/vit")
-    assert done.stdout.startswith("timm 5 None "), done.stderr
     hub.models["timm/bin"] = {"pytorch_model.bin": b"\0"}
-    done = hub.load("hf:timm/bin")
-    assert done.returncode == 2
-    assert "error: hf:timm/bin has no model.safetensors: only models in" in done.stderr
-
-
-@pytest.mark.parametrize("name", ["hf:owner/absent", "hf:owner/vit@v2", "hf:not a name"])
-def test_missing_model_is_reported_in_one_line(hub, name):
     hub.models["owner/vit"] = {"model.safetensors": b""}
-    done = hub.load(name)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: cannot download {name} (")
+    missing = ["hf:owner/absent", "hf:owner/vit@v2", "hf:not a name"]
+    (timm, *others), errors = hub.load("hf:timm/vit", "hf:timm/bin", *missing)
+    assert timm.startswith("timm 5 None ")
+    assert others == ["exit code 2"] * 4
+    says = ["error: hf:timm/bin has no model.safetensors: only models in"]
+    says += [f"error: cannot download {name} (" for name in missing]
+    for error, start in zip(errors, says, strict=True):
+        assert error.startswith(start)
