@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -16,14 +15,6 @@ from vit_jax.augment import normalize
 from vit_jax.commands import predict
 from vit_jax.errors import UserError, run_command
 from vit_jax.inference.classify import prepare
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-COMMAND = (
-    "from vit_jax.commands import predict\n"
-    "from vit_jax.errors import run_command\n"
-    "run_command(predict.main)"
-)
 
 
 def run(monkeypatch, capsys, *arguments, stdin=""):
@@ -118,15 +109,16 @@ def test_a_file_in_place_of_the_attention_folder_is_an_error(
     assert lines == [] and f"cannot write {tmp_path / 'looks'}: File exists" in errors
 
 
-def test_paths_that_are_not_utf8_are_printed_unchanged(tiny_run, pictures, tmp_path):
+def test_paths_that_are_not_utf8_are_printed_unchanged(tiny_run, pictures, tmp_path, monkeypatch):
     path = os.fsencode(tmp_path) + b"/gr\xfcn.jpg"
     with open(path, "wb") as file:
         file.write((pictures / "green.jpg").read_bytes())
-    command = [sys.executable, "-c", COMMAND, "--workdir", tiny_run, "-", path]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, input=path + b"\n")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [[path, b"green"]] * 2
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path + b"\n"), "utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8"))
+    run_command(predict.main, ["--workdir", str(tiny_run), "-", os.fsdecode(path)])
+    sys.stdout.flush()
+    assert [line.split()[:2] for line in printed.getvalue().splitlines()] == [[path, b"green"]] * 2
 
 
 def test_invalid_input_prints_one_line_and_exits_with_2(tiny_run, tmp_path, capsys):

@@ -83,6 +83,7 @@ def test_sweep_trains_resumes_and_ranks_by_validation_accuracy(tiny_folder, tmp_
         sweep.main([*command, *SPLIT, "--config.seed=1"])
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_failed_run_is_last_in_the_table_and_trained_again(make_command, tmp_path, capsys):
     command = make_command("--set", "optim.peak_lr=0.3,0.2")
     workdir = tmp_path / "sweep"
@@ -125,6 +126,12 @@ def make_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(run))
     fixed = ["--config", "cifar10_vit", "--workdir", str(tmp_path / "sweep"), *SPLIT]
     return lambda *arguments: [*fixed, *arguments]
+
+
+@pytest.fixture
+def without_plot(monkeypatch):
+    """Sweeps in this process do not draw study.png, which takes longer than their stand-in runs."""
+    monkeypatch.setattr(sweep, "draw", lambda study, path: None)
 
 
 @pytest.fixture
@@ -195,6 +202,7 @@ def test_tpe_counts_and_prunes_its_runs(make_command, tmp_path, capsys):
     assert study.trials[-1].state.name == "PRUNED" and len(study.trials) == 6
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_tpe_ends_if_it_repeats_values(make_command, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "go").touch()
@@ -204,6 +212,7 @@ def test_tpe_ends_if_it_repeats_values(make_command, tmp_path):
     assert len(list((tmp_path / "sweep").glob("*/started_*"))) == 4
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_killed_sweep_resumes_its_run(make_command, start, tmp_path, capsys):
     command = make_command("--set", "optim.peak_lr=0.2,0.3")
     child = start(command)
@@ -217,6 +226,7 @@ def test_killed_sweep_resumes_its_run(make_command, start, tmp_path, capsys):
     assert [row.split("|")[1].strip() for row in rows] == ["0.3", "0.2"]
 
 
+@pytest.mark.usefixtures("without_plot")
 def test_run_that_outlives_its_sweep_is_not_started_again(make_command, start, tmp_path, capsys):
     command = make_command("--set", "optim.peak_lr=0.25,0.3")
     child = start(command)
