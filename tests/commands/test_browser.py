@@ -107,10 +107,10 @@ def status(browser):
     return browser.find_element(By.ID, "status").text
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_demo_classifies_an_upload(browser, address, tmp_path, width):
+def test_demo_classifies_an_upload(browser, address, tmp_path):
+    """On a phone in dark mode; the next test opens the demo at both widths."""
     Image.new("RGB", (64, 48), (60, 60, 200)).save(tmp_path / "blue.png")
-    show(browser, address, width=width, dark=width < 600)
+    show(browser, address, width=390, dark=True)
     upload(browser, tmp_path / "blue.png", lambda b: b.find_element(By.ID, "result").is_displayed())
     classes = browser.find_element(By.ID, "classes").text.split()
     assert classes[0] == "blue" and classes[1].endswith("%")
