@@ -3,7 +3,6 @@
 import io
 import json
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,8 +39,15 @@ COLUMNS = {"img": {"_type": "Image"}, "label": LABEL}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def datasets(tmp_path, monkeypatch):
+    """The library, with a cache of its own.
+
+    It is imported here because every worker of pytest-xdist imports this file, and one runs it.
+    """
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def test_streaming_reads_the_same_images(parquet):
     assert labels.tolist() == [1, 0]
 
 
-def test_image_folder_and_saved_dataset(folder, parquet, tmp_path):
+def test_image_folder_and_saved_dataset(datasets, folder, parquet, tmp_path):
     images = open_split(f"hf:{folder}", "train")
     assert images.class_names == ("cat", "dog") and len(images.images) == 40
     data = datasets.load_dataset(str(parquet))

@@ -63,8 +63,13 @@ def test_shape_is_brighter_or_darker(splits):
 
 
 def test_linear_classifier_stays_under_60_percent(splits):
-    """Ridge regression on standardized pixels: above chance (10%), well under 60%."""
+    """Ridge regression on standardized pixels: above chance (10%), well under 60%.
+
+    Trained on 5,000 images, it reaches 34%; on all 20,000, 38%. These numbers cannot change
+    unless test_known_bits fails.
+    """
     (x, y), (x_test, y_test) = splits["train"], splits["test"]
+    x, y = x[:5000], y[:5000]
     x, x_test = x.reshape(len(x), -1), x_test.reshape(len(x_test), -1)
     mean, std = x.mean(0, dtype=np.float32), x.std(0, dtype=np.float32)
     x, x_test = (x - mean) / std, (x_test - mean) / std

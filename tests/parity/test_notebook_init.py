@@ -12,13 +12,14 @@ from vit_jax.weights.layouts import NOTEBOOK
 
 SEEDS = 4
 FAMILY_SIGNIFICANCE = 1e-3  # probability of any false alarm, by Bonferroni
+DEPTH = 2  # blocks; the notebook has six of the same kind
 LARGEST_SAMPLE = 100_000  # values per tensor, evenly spaced; the largest have 262,144 per seed
 
 
 @pytest.fixture(scope="module")
 def ours():
-    """[{notebook name: array}], one per seed, at the notebook's sizes."""
-    vit = make_model(notebook_config().model, num_classes=NUM_CLASSES)
+    """[{notebook name: array}], one per seed, at the notebook's sizes except the depth."""
+    vit = make_model(notebook_config(depth=DEPTH).model, num_classes=NUM_CLASSES)
     init = jax.jit(lambda seed: init_params(vit, jax.random.key(seed), (32, 32, 3)))
     return [from_params(jax.device_get(init(seed)), NOTEBOOK) for seed in range(SEEDS)]
 
@@ -27,10 +28,10 @@ def test_initial_weights_have_the_distributions_of_torch(torch, reference, ours)
     theirs = []
     for seed in range(SEEDS):
         torch.manual_seed(seed)
-        state_dict = reference.VisionTransformer().state_dict()
+        state_dict = reference.VisionTransformer(depth=DEPTH).state_dict()
         theirs.append({name: p.numpy() for name, p in state_dict.items()})
     drawn = [name for name, array in theirs[0].items() if not is_constant(array)]
-    assert len(drawn) == 2 + 6 * 6 + 2  # patches; attention's two matrices and the MLP; head
+    assert len(drawn) == 2 + 6 * DEPTH + 2  # patches; attention's two matrices and the MLP; head
     for name, array in theirs[0].items():
         assert all(mine[name].shape == array.shape for mine in ours)
         if name not in drawn:  # norms: one; embeddings, attention biases, and the rest: zero
