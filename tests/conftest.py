@@ -30,7 +30,7 @@ quick_compile.install()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="runs that tests/faults kills")
+    parser.addoption("--kills", type=int, default=2, help="runs that tests/faults kills")
 
 
 # The files that take longest, in this order: pytest-xdist starts files in the order of the tests.
