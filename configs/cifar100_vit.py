@@ -1,4 +1,4 @@
-"""The 300-epoch recipe of CIFAR-10, on CIFAR-100.
+"""The 300-epoch CIFAR-10 recipe, on CIFAR-100.
 
     ./launch.sh python -m vit_jax.main --config configs/cifar100_vit.py --config.num_seeds=3
 

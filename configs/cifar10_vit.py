@@ -2,9 +2,9 @@
 
     ./launch.sh python -m vit_jax.main --config configs/cifar10_vit.py
 
-Measured: 62.22% in 10 h on two CPU cores. This is one seed, on machines with other load. The
-notebook reports 63.68% (one run, PyTorch); docs/results.md compares the losses of all epochs. There
-is no augmentation, and the learning rate is constant.
+Measured: 62.22% in 10 h on two CPU cores. This is one seed, on machines that also ran
+other jobs. The notebook reports 63.68% (one run, PyTorch); docs/results.md compares the losses of
+all epochs. There is no augmentation, and the learning rate is constant.
 """
 
 from vit_jax.config import defaults
