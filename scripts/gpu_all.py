@@ -3,12 +3,13 @@
     python scripts/gpu_all.py --out OUT [--minutes 28]
 
 Prints the expected time first. Each item is an ordinary command whose output goes to
-OUT/NAME/log.txt. An item that exceeds its own limit, or the minutes of the script, is stopped; a
+OUT/NAME/log.txt. An item that exceeds its own limit, or the script's --minutes, is stopped; a
 training run then saves a checkpoint. Rerunning the script skips complete items and resumes an
-interrupted run, so a GPU may be borrowed in parts. After each item the rows for docs/results.md and
-docs/performance.md are written to OUT/report.md. `--steps 1` rehearses everything on any machine: a
-tiny model, one step per run. Without PyTorch, which launch.sh does not install, the comparisons
-measure vit_jax alone. scripts/gpu_pack.py carries what a machine without network lacks.
+interrupted run, so the GPU time may be spent in several parts. After each item, the rows for
+docs/results.md and docs/performance.md are written to OUT/report.md. `--steps 1` rehearses
+everything on any machine: a tiny model, one step per run. Without PyTorch, which launch.sh does not
+install, the comparisons measure vit_jax alone. For a machine without network access,
+scripts/gpu_pack.py packs the missing packages and the data.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def bench(recipe, *flags):
 
 
 def sweep(recipe, *settings):
-    """Returns the command that trains a grid, compared by a held-out part of the training split."""
+    """Returns the command that trains a grid, validated on a held-out part of the training data."""
     config = ("--config", f"configs/{recipe}.py", "--workdir", "{folder}")
     return ("vit_jax", "sweep", *config, "--set", *settings, *HELD_OUT)
 

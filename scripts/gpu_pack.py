@@ -122,7 +122,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     packs = commands.add_parser("pack", help="write pieces")
     packs.add_argument("--to", type=pathlib.Path, required=True)
-    packs.add_argument("--have", type=pathlib.Path, help="pip list --format=freeze of the other")
+    packs.add_argument(
+        "--have",
+        type=pathlib.Path,
+        help="output of pip list --format=freeze on the target machine",
+    )
     packs.add_argument("--data", type=pathlib.Path, nargs="*", default=[])
     joins = commands.add_parser("join", help="install from pieces")
     joins.add_argument("--to", type=pathlib.Path, required=True)

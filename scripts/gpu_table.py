@@ -32,7 +32,7 @@ DATA = {
 
 
 def measure(recipe, fields, target):
-    """Returns the figures of one program."""
+    """Returns the memory, kernel count, and estimated times of one compiled step."""
     config = config_lib.from_file(recipe)
     config_lib.override(config, [f"--config.{field}" for field in fields], "")
     gpu, _ = targets.find_target(target)

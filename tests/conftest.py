@@ -1,4 +1,4 @@
-"""Fixtures that the tests share: a compilation cache, small data sets and a small recipe."""
+"""Fixtures that the tests share: a compilation cache, small datasets, and a small recipe."""
 
 import os
 import pathlib

@@ -103,8 +103,8 @@ def test_invalid_overrides_are_rejected(name, text, says):
     [
         ({"model.num_heads": 7}, "num_heads=7 does not divide config.model.width=256"),
         ({"model.pool": "clss"}, "must be one of cls, gap, map; got 'clss' (did you mean cls?)"),
-        ({"model.position_bias": "gaussian"}, "needs a model.pool without class token"),
-        ({"model.token_shift": True}, "needs a model.pool without class token"),
+        ({"model.position_bias": "gaussian"}, "needs a model.pool without a class token"),
+        ({"model.token_shift": True}, "needs a model.pool without a class token"),
         ({"model.size": "XL"}, "must be one of notebook, Ti, S, B, L"),
         ({"optim.name": "adam"}, "did you mean adamw?"),
         ({"optim.schedule": "cosin"}, "did you mean cosine?"),

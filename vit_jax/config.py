@@ -120,7 +120,7 @@ FIELDS: dict[str, Field] = {
     "eval_batch_size": number(500, "global batch size of evaluation", at_least=1),
     "epochs": number(20.0, "length of the run in epochs", above=0, below=2**31),
     "steps": number(0, "length of the run in steps; overrides epochs (0: use epochs)", at_least=0),
-    "init_from": Field("", "initial weights, as vit_jax.load_weights takes (empty: random)"),
+    "init_from": Field("", "initial weights: a source for vit_jax.load_weights (empty: random)"),
     "tensorboard": Field(True, "write TensorBoard events"),
     "wandb": Field("", "Weights & Biases project to log to (empty: none)"),
     "log_every": duration("50 steps", "interval between logged training metrics"),
@@ -270,7 +270,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _problems(c, a):
-    """Yields a line for each rule between fields that a config breaks."""
+    """Yields an error message for each invalid combination of fields in a config."""
     if c.batch_size < c.accumulate_steps:
         yield (
             f"config.batch_size must be at least config.accumulate_steps={c.accumulate_steps}; "
@@ -301,7 +301,10 @@ def _problems(c, a):
 def _model_problems(m):
     width, num_heads = (model_shape(m)[name] for name in ("width", "num_heads"))
     if width % num_heads:
-        yield f"config.model.num_heads={num_heads} does not divide config.model.width={width}"
+        yield (
+            f"config.model.num_heads={num_heads} does not divide config.model.width={width}: set "
+            "num_heads to a divisor of the width"
+        )
     head = width // num_heads
     if m.attention == "cudnn" and (m.dtype != "bfloat16" or m.dropout or head % 8 or head > 128):
         yield (
@@ -311,13 +314,13 @@ def _model_problems(m):
         )
     if m.token_shift and m.pool == "cls":
         yield (
-            "config.model.token_shift=True needs a model.pool without class token (gap or map); "
+            "config.model.token_shift=True needs a model.pool without a class token (gap or map); "
             "got cls"
         )
     if m.position_bias == "gaussian" and (m.pool == "cls" or m.attention == "cudnn"):
         yield (
-            "config.model.position_bias=gaussian needs a model.pool without class token (gap or "
-            f"map) and model.attention=xla; got {m.pool} and {m.attention}"
+            "config.model.position_bias=gaussian needs a model.pool without a class token (gap "
+            f"or map) and model.attention=xla; got {m.pool} and {m.attention}"
         )
     if m.posemb == "sincos2d" and (width % 4 or width < 8):
         yield (

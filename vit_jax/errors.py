@@ -54,7 +54,7 @@ def run_command(main: Callable[..., Any], *args: Any) -> Any:
     except OSError as e:
         if e.errno not in _DISK_FULL and not (e.errno in _UNUSABLE_PATH and e.filename):
             raise
-        message, code = f"{e.strerror}: {e.filename or 'make room where the run writes'}", 2
+        message, code = f"{e.strerror}: {e.filename or 'free some space on the output disk'}", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     with contextlib.suppress(BrokenPipeError):  # stderr may be closed too

@@ -259,7 +259,7 @@ def _check_data(config, splits):
         if data.overlap(splits[first], splits[second]):
             raise UserError(
                 f"config.data.{second}_split={config.data[f'{second}_split']} overlaps "
-                f"{first}_split={config.data[f'{first}_split']}: hold images out, such as "
+                f"{first}_split={config.data[f'{first}_split']}: hold out images, as in "
                 "train[:90%] and train[90%:]"
             )
     if config.batch_size > train.num_examples:

@@ -33,7 +33,7 @@ class Feed(NamedTuple):
 def make_feed(
     split: data.Dataset | data.Stream, config: ConfigDict, plan: Plan, mesh: Mesh
 ) -> Feed:
-    """Returns the training batches of a split; B is a multiple of devices x microbatches."""
+    """Returns a split's Feed; batch_size is rounded up to a multiple of devices x microbatches."""
     num_rows = _round_up(config.batch_size, mesh.size * config.accumulate_steps)
 
     @functools.lru_cache(maxsize=2)  # a stream reads batches of the next epoch before this one ends
@@ -48,7 +48,7 @@ def make_feed(
 
 
 def _resident_feed(split, config, plan, mesh, epoch_order):
-    """The inputs of a step are the entire split, and the order of rows of its epoch."""
+    """Returns a Feed whose inputs are the entire split and the row order of the step's epoch."""
     arrays, everywhere = _arrays(split), mesh_lib.replicated(mesh)
     spe = plan.steps_per_epoch
 
@@ -71,7 +71,7 @@ def _resident_feed(split, config, plan, mesh, epoch_order):
 
 
 def _streamed_feed(split, config, plan, mesh, epoch_order):
-    """The input of a step is its batch."""
+    """Returns a Feed whose only input is the step's batch."""
     seed, spe = config.seed, plan.steps_per_epoch
 
     def order(i):

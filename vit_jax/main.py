@@ -117,7 +117,7 @@ def parse(argv):
     if "--examples" in used and not args.shape:
         raise UserError("--examples needs --shape, which replaces the data")
     if args.profile_steps and args.dry_run:
-        raise UserError("--profile_steps: not with --dry_run, which trains no steps")
+        raise UserError("--profile_steps cannot be used with --dry_run, which trains no steps")
     if args.profile_steps:
         if not re.fullmatch(r"\d{1,10}-\d{1,10}", args.profile_steps):
             raise UserError(f"--profile_steps {args.profile_steps}: use FIRST-LAST, such as 20-25")

@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 
 
 def _linear_init(init, fan_in):
-    """Returns the initializers of torch.nn.Linear, or timm's truncated normal, 0.02."""
+    """Returns the initializers of torch.nn.Linear, or timm's truncated normal with std 0.02."""
     if init == "pytorch":
         bound = fan_in**-0.5
 
@@ -181,7 +181,7 @@ def _options(part):
 class PatchEmbedding(_Part):
     """float[B, H, W, C] -> [B, N, D]: each P x P patch, flattened, times one matrix.
 
-    Equal to a convolution with stride P; the kernel has its shape, [P, P, C, D].
+    Equals a convolution with stride P; the parameter has that kernel's shape, [P, P, C, D].
     """
 
     @nn.compact
@@ -201,7 +201,7 @@ class ConvStem(_Part):
     """float[B, H, W, C] -> [B, N, D]: log2(P) stride-2 3x3 convolutions, then one 1x1.
 
     Source: Xiao et al. (arXiv 2106.14881), with LayerNorm over channels instead of batch norm, and
-    GELU. The number of channels doubles up to D. Computes in float32, so that its gradients are.
+    GELU. The number of channels doubles up to D. Computes in float32, so its gradients are float32.
     """
 
     @nn.compact

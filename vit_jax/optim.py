@@ -51,8 +51,8 @@ def decay_mask(decay, params):
 def global_norm(tree):
     """Returns the Euclidean norm of all elements of a tree of arrays with at least one axis.
 
-    The squares are added by rows, and then over all rows. On a GPU, the sums by rows are part of
-    the kernels of the update; optax.tree.norm takes another kernel for each matrix.
+    The squares are summed within each row, then over all rows. On a GPU, XLA fuses the row sums
+    into the update's kernels; optax.tree.norm would launch one more kernel per matrix.
     """
     rows = [jnp.square(x).sum(-1).ravel() for x in jax.tree.leaves(tree)]
     # Without a barrier, XLA splits the sum again.
@@ -73,7 +73,7 @@ def _clip_by_global_norm(max_norm):
 def _stack_equal_shapes(tx, mesh):
     """Wraps a transformation so that it receives arrays of equal shape stacked on a new axis 0.
 
-    Each device of the mesh computes the updates of its part of this axis, and receives all.
+    Each device of the mesh computes the updates for its part of this axis, then receives the rest.
     """
 
     def key(x):
@@ -112,7 +112,7 @@ def _muon_labels(params):
 def make_optimizer(o, schedule, *, muon_schedule=None, mesh=None):
     """Builds an optax.GradientTransformation from the `optim` group of a config.
 
-    With a mesh, its devices divide Muon's products among them.
+    With a mesh, its devices divide Muon's matrix products among themselves.
 
     Weight decay is decoupled and multiplied by the learning rate, except in sgd, where it is added
     to the gradient; both are torch's conventions.

@@ -33,7 +33,7 @@ def train(
     command: str = "",
     profile_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Trains by a config in the workdir at `path`, and returns the content of result.json.
+    """Trains a model from a config in the workdir `path`; returns the content of result.json.
 
     Resumes from the newest intact checkpoint there. With several processes, only process 0 prints.
     With `profile_steps` = (first, last), traces these steps; see `workdir.profile`.
@@ -96,7 +96,7 @@ def _train(experiment, workdir, start, profile_steps):
         log.say(f"Step {profile_steps[0]:,} was trained before; there is no profile.")
     elif profile_steps:
         tracing = trace(experiment, workdir.path / "profile", start, profile_steps, log.paused)
-    # Only explicit transfers between host and device, unless JAX reads every result for a NaN.
+    # Allow only explicit host-device transfers, unless JAX checks every result for NaNs.
     guard = "allow" if jax.config.jax_debug_nans else "disallow"
     try:
         with jax.transfer_guard(guard), StopSignal() as stop, tracing:

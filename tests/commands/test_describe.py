@@ -143,7 +143,7 @@ def test_what_an_older_gpu_lacks_is_said(require, capsys):
         (["--dry_run", "--target", "h100sxm"], r"unknown target h100sxm \(did you mean h100\?\)"),
         (["--dry_run", "--target", "h100x0"], "unknown target h100x0"),
         (["--dry_run", "--fit"], "need a --target"),
-        (["--dry_run", "--profile_steps", "2-3"], "--profile_steps: not with --dry_run"),
+        (["--dry_run", "--profile_steps", "2-3"], "--profile_steps cannot be used with --dry_run"),
         (["--target", "h100"], "only with --dry_run"),
         (["--dry_run", "--examples", "50"], "--examples needs --shape"),
     ],

@@ -1,8 +1,8 @@
-"""Imported by sitecustomize, this kills the process at a chosen instant.
+"""Imported by sitecustomize: kills the process at a chosen call.
 
-Counts the calls that change files under FAULTS_UNDER, as Python's audit events tell of them, and
-fsync. With FAULTS_AT=N the N-th ends the process by SIGKILL before it takes place. FAULTS_LOG gets
-a line for each, or only for the last.
+Counts fsync and the calls that change files under FAULTS_UNDER, as reported by Python's audit
+events. With FAULTS_AT=N, SIGKILL ends the process just before call N. FAULTS_LOG gets a line for
+call N only, or for every call if FAULTS_AT is unset or 0.
 """
 
 import os

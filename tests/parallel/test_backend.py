@@ -60,7 +60,7 @@ def test_deterministic_run_compiles_with_the_flag(tiny_folder, tmp_path, monkeyp
 def test_determinism_cannot_be_required_after_the_backend_has_started(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
     jax.devices()
-    with pytest.raises(UserError, match=r"but it has started: set .* XLA_FLAGS=--xla_gpu_determ"):
+    with pytest.raises(UserError, match=r"JAX has already started: set .* XLA_FLAGS=--xla_gpu"):
         backend.require_determinism()
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     backend.require_determinism()  # the process was started with it

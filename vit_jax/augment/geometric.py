@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Smallest and largest aspect ratio, as in torchvision.
+# (smallest, largest), as in torchvision.
 CROP_RATIO = (3 / 4, 4 / 3)  # columns / rows
 ERASING_SCALE = (0.02, 1 / 3)  # area of the box, as a share of the image
 ERASING_RATIO = (0.3, 3.3)  # rows / columns

@@ -39,7 +39,7 @@ A Vision Transformer, trained by vit_jax on {data}.
 |---|---|
 {rows}
 
-The model has the license of vit_jax; the data has its own.
+The model has the same license as vit_jax; the data has its own.
 
 ## Recipe
 
@@ -71,7 +71,7 @@ SUFFIXES = {  # formats by suffix, the default first
 
 
 def parse_format(path, form):
-    """Returns the requested format, or the suffix's. Raises UserError if they disagree."""
+    """Returns the requested format, or the suffix's default. Raises UserError if they disagree."""
     suffix = pathlib.Path(path).suffix
     if suffix not in SUFFIXES:
         known = ", ".join(s for s in SUFFIXES if s)

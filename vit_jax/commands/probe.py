@@ -47,8 +47,8 @@ def main(argv=None):
     )
     if data.overlap(train, test):
         raise UserError(
-            f"{test_split} of {test.source} overlaps {train_split}, which is for training: set "
-            "--train_split and --test_split"
+            f"{test_split} of {test.source} overlaps {train_split}, which the classifiers are "
+            "trained on: set --train_split and --test_split to disjoint splits"
         )
     result = probe(
         classify_examples(encoder, train), classify_examples(encoder, test), args.neighbors

@@ -108,7 +108,7 @@ class Sweep:
         config_lib.override(config, fields, "--config, --set, --search, --runs, --workdir")
         if not config.data.val_split:
             raise UserError(
-                f"{self.recipe} has no validation split to compare the runs by: add "
+                f"{self.recipe} has no validation split to compare the runs on: add "
                 "--config.data.train_split='train[:90%]' --config.data.val_split='train[90%:]'"
             )
 

@@ -48,13 +48,16 @@ def user_cache(name: str, path: Path | None = None) -> Path:
 
 
 def writable(folder: Path) -> bool:
-    """Returns whether files can be created in a folder; its write bits apply to root too."""
+    """Returns whether files can be created in a folder, which need not exist yet.
+
+    Also checks the write bits, which os.access ignores for root.
+    """
     folder = next(f for f in (folder, *folder.parents) if f.exists())
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def fingerprint(root: Path, files: list, *more) -> str:
-    """Returns a hash of the files' names, sizes, and times, and of the cache's format, "v1"."""
+    """Returns a hash of the files' names, sizes, and times, of `more`, and of the format, "v1"."""
     with user_errors(f"the files in {printable(root)} cannot be read"):
         stats = [(str(file), os.stat(root / file)) for file in files]
     text = json.dumps(["v1", [(f, s.st_size, s.st_mtime_ns) for f, s in stats], more])

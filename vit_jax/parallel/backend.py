@@ -31,8 +31,8 @@ def require_determinism() -> None:
         return
     if xla_bridge.backends_are_initialized():
         raise UserError(
-            "config.deterministic=true must be set before JAX starts, but it has started: set the "
-            f"environment variable XLA_FLAGS={_DETERMINISTIC}, and restart Python"
+            "config.deterministic=true must be set before JAX starts, but JAX has already started: "
+            f"set the environment variable XLA_FLAGS={_DETERMINISTIC}, and restart Python"
         )
     os.environ["XLA_FLAGS"] = " ".join([*flags, _DETERMINISTIC])
 

@@ -58,7 +58,7 @@ def state_sharding(mesh: Mesh, shapes: Any) -> Any:
 
 
 def to_devices(tree: Any, shardings: Any) -> Any:
-    """Transfers host arrays, which every process has in full, by one sharding or a tree of them."""
+    """Transfers host arrays, which every process has in full, to one sharding or one per array."""
     shardings = jax.tree.broadcast(shardings, tree)
     return jax.tree.map(lambda x, s: _transfer(x.shape, s, x.__getitem__), tree, shardings)
 

@@ -30,8 +30,8 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
     """Returns (a description, the arguments of jax.distributed.initialize); None for one process.
 
     Reads COORDINATOR, NUM_PROCESSES, and PROCESS_ID, and raises UserError if they are inconsistent.
-    Without them, JAX finds its arguments by a launcher's variables: SLURM's srun, Open MPI's
-    mpirun, or an indexed Kubernetes job.
+    Without them, JAX derives the arguments from a launcher's variables: SLURM's srun, Open
+    MPI's mpirun, or an indexed Kubernetes job.
     """
     names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
     coordinator, count, index = values = [environment.get(name, "") for name in names]
@@ -56,7 +56,7 @@ def find_processes(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]
 
 
 def _find_launcher(environment):
-    """`find_processes` without COORDINATOR, NUM_PROCESSES, and PROCESS_ID."""
+    """Returns what `find_processes` returns, from a launcher's variables; None for one process."""
     # srun sets SLURM_STEP_* for the tasks that it starts, not for a batch script.
     for name, total, per_host in (
         ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"),
@@ -104,7 +104,7 @@ def joined() -> Generator[None]:
         raise
     except BaseException as e:
         if isinstance(e, jax.errors.JaxRuntimeError):
-            # Perhaps because another process was lost: JAX then names it, and aborts.
+            # Another process may have been lost: wait for JAX to name that process and abort.
             print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
             time.sleep(_HEARTBEAT_SECONDS + 5)
         _exit(e)
@@ -164,7 +164,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def shared_errors() -> Generator[None]:
-    """Raises a UserError from the body in every process. The body must not wait for the others."""
+    """Raises one process's UserError in every process. The body must not wait for the others."""
     if jax.process_count() == 1:
         yield
         return

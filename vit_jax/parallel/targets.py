@@ -116,7 +116,7 @@ def target_devices(gpu: Gpu, count: int) -> list[jax.Device]:
     from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies
 
-    # To lower fused attention, JAX asks for this machine's cuDNN, which compiling does not use.
+    # To lower fused attention, JAX checks this machine's cuDNN version, which compilation ignores.
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin otherwise needs a driver
     jax.config.update("jax_platforms", "cpu")

@@ -120,7 +120,7 @@ def _tensors(trained, kind):
     """Returns a layout's tensors. Raises UserError if its library computes something else."""
     layout, vit, params = layouts.LAYOUTS[kind], trained.model, trained.params
     required = {"norm_eps": layout.norm_eps, "gelu": layout.gelu}
-    if kind == layouts.HUGGINGFACE:  # its config.json records these two
+    if kind == layouts.HUGGINGFACE:  # config.json records norm_eps and gelu
         required = {"pool": "cls", "pre_logits": 0, "layer_scale": 0.0, "qk_norm": False}
     for name, value in (required | {"token_shift": False}).items():
         if getattr(vit, name) != value:

@@ -73,7 +73,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best validation accuracy that is saved, or None."""
+        """The saved step with the best validation accuracy, or None."""
         return self._best["step"]
 
     def is_best(self, val_accuracy: float) -> bool:
@@ -214,7 +214,7 @@ def _restore_errors(folder):
 def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> tuple[Any, Any, int]:
     """Returns (params as numpy arrays, config item, step) of `step` (default: the newest).
 
-    The params are `ema_params` if the run keeps them. Raises UserError unless it is intact.
+    The params are `ema_params` if the run keeps them. Raises UserError if the step is not intact.
     """
     steps = saved_steps(directory)
     if not steps:

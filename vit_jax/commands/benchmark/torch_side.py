@@ -50,7 +50,7 @@ class TorchSide:
 
 
 def _serve(pipe, seed, options):
-    """Answers each number of steps with their seconds, until the other end of `pipe` closes."""
+    """Runs each number of steps received on `pipe` and sends back the seconds, until it closes."""
     import torch
 
     from vit_jax.commands.benchmark import notebook_torch
@@ -69,7 +69,7 @@ def _serve(pipe, seed, options):
 def start_torch_sides(experiment):
     """Returns {name: TorchSide}. A variant that fails is reported on stderr and omitted.
 
-    Raises UserError if the notebook cannot train by the experiment's config.
+    Raises UserError if the notebook cannot train with the experiment's config.
     """
     notebook_arguments(experiment)  # raises before the first process starts
     sides = {}
@@ -86,7 +86,7 @@ def start_torch_sides(experiment):
 def notebook_arguments(experiment):
     """Returns the arguments with which the notebook's class builds the experiment's model.
 
-    Raises UserError, with the fields that differ, if the notebook cannot train by this config.
+    Raises UserError, with the fields that differ, if the notebook cannot train with this config.
     """
     model, config = experiment.model, config_lib.flat(experiment.config)
     notebook = config_lib.flat(config_lib.from_file("cifar10_vit"))

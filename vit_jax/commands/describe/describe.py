@@ -171,7 +171,7 @@ def _estimate(experiment, program, rates):
 
 
 def _fit(experiment, make, num_bytes, gpu):
-    """Returns lines about the largest batch that fits, and about each way to save memory."""
+    """Returns {name: text} for the largest batch that fits and for each way to save memory."""
     config, plan, num_devices = experiment.config, experiment.plan, experiment.mesh.size
 
     def memory_of(**fields):

@@ -32,7 +32,7 @@ class Instruction:
     name: str
     shape: str  # such as 'f32[16,64]{1,0}' or '(f32[], pred[2])'
     opcode: str
-    operands: tuple[str, ...]  # names; of a parameter, its index
+    operands: tuple[str, ...]  # names; for a parameter, its index
     attributes: str
 
     def attribute(self, name: str) -> str:
@@ -129,7 +129,7 @@ class Program:
         return list(self._kernels(self.entry, 1))
 
     def transfers(self) -> dict[str, tuple[int, int, list[str]]]:
-        """Returns {kind: (messages, bytes, dtypes)} that a device exchanges with others in a call.
+        """Returns {kind: (messages, bytes, dtypes)} of the collectives per device and call.
 
         A collective counts with the bytes of its result: an all-gather with the complete array, a
         reduce-scatter with its part.
@@ -191,7 +191,7 @@ class Program:
         )
 
     def _read(self, computation, op, i):
-        """Returns the bytes that an instruction reads of its operand i."""
+        """Returns the bytes that an instruction reads from its operand i."""
         operand = computation.instructions.get(op.operands[i])
         full = _num_bytes(operand.shape) if operand else 0
         if op.opcode in ("slice", "dynamic-slice", "gather") and i == 0:
@@ -204,7 +204,7 @@ class Program:
         return full
 
     def _read_value(self, computation, name):
-        """Returns the bytes that a fused computation reads of one of its values."""
+        """Returns the bytes that a fused computation reads from one of its values."""
         total = 0
         for user, i in computation.users[name]:
             if user.opcode in ("bitcast", "get-tuple-element", "tuple"):
@@ -259,7 +259,7 @@ class Program:
         return {_precision(op, shapes[0]): 2.0 * work}
 
     def _common_name(self, op):
-        """Returns the commonest op_name inside a fusion that has none."""
+        """Returns the most common op_name inside a fusion that has none itself."""
         called = self.computations.get(_name(op.attribute("calls")), Computation())
         names = collections.Counter(o.op_name for o in called.instructions.values() if o.op_name)
         return names.most_common(1)[0][0] if names else ""

@@ -49,7 +49,10 @@ def read_records(workdir):
     folders = [workdir / f"seed_{seed}" for seed in seeds_of(config)]
     folders = [folder for folder in folders if folder.exists()]
     if not folders:
-        raise UserError(f"{workdir} is a run with {config.num_seeds} seeds but has no seed_N")
+        raise UserError(
+            f"{workdir} is a run with {config.num_seeds} seeds but contains no seed_N folder: "
+            "rerun its training command, or pass another directory"
+        )
     return [_read_record(folder, _read_config(folder), workdir) for folder in folders]
 
 

@@ -52,7 +52,7 @@ def notices(records, run):
 
 
 def _progress(name, record):
-    """Returns a notice of where a run stopped or is, or "" if it has finished."""
+    """Returns a notice of the step that an unfinished run reached, or "" if it has finished."""
     if record.result is not None:
         return ""
     last_step = max((line["step"] for line in record.lines), default=0)
@@ -154,7 +154,7 @@ class Predictions:
 
 
 def evaluation(predictions):
-    """Returns the accuracy, in all and by class, the confusion matrix, and mistakes."""
+    """Returns the overall and per-class accuracy, the confusion matrix, and the worst mistakes."""
     result = scores.score(predictions.logits, predictions.labels, predictions.class_names)
     low, high = result["accuracy_interval"]
     summary = (
