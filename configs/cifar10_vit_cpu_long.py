@@ -1,9 +1,10 @@
-"""The CPU recipe with a wider and deeper ViT, 32 epochs.
+"""The CPU recipe with a wider, deeper ViT, 32 epochs.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         ./launch.sh python -m vit_jax.main --config configs/cifar10_vit_cpu_long.py
 
-Not measured. Expected test accuracy: 89 to 91% (an estimate), in three hours on two CPU cores.
+Measured: 90.45% in 93 min on two CPU cores. This is one seed. docs/results.md has the hardware,
+which was about twice as fast as that of cifar10_vit_cpu.
 """
 
 import pathlib

@@ -27,6 +27,7 @@ LOG = pathlib.Path(__file__).parents[1] / "docs" / "log"
 RUNS = {
     "notebook_20ep": ("cifar10_vit", "cifar10_vit"),
     "cifar10_vit_cpu": ("cifar10_vit_cpu", "cifar10_vit_cpu, 30 min, three seeds"),
+    "cifar10_vit_cpu_long": ("cifar10_vit_cpu_long", "cifar10_vit_cpu_long, 1.6 h, one seed"),
     "cifar10_vit_cpu_6ep": ("cifar10_vit_cpu", "an earlier version, 14 min"),
 }
 
