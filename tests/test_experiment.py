@@ -10,8 +10,8 @@ from vit_jax.errors import UserError
 from vit_jax.experiment import describe, description_lines, make_experiment
 
 
-def test_description_lists_every_part(tiny_config, tmp_path):
-    c = tiny_config
+def test_description_lists_every_part(make_tiny_config, tmp_path):
+    c = make_tiny_config(depth=2)
     text = "\n".join(description_lines(describe(make_experiment(c), tmp_path)))
     for part in (
         "model: ViT, patch 4, width 16, depth 2, 2 heads, MLP 32",

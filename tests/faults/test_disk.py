@@ -3,6 +3,7 @@
 import builtins
 import errno
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -101,7 +102,7 @@ class TestCorruption:
     @pytest.mark.parametrize(
         ("owner", "call", "name"),
         [
-            (builtins, "open", "SHA256SUMS"),
+            (io, "open", "SHA256SUMS"),
             (builtins, "open", "params/_METADATA"),
             (hashlib, "file_digest", "params/_METADATA"),
             (os, "scandir", "params"),
