@@ -204,7 +204,7 @@ class Targets:
         path = self.workdir / "metrics.jsonl"
         path.write_bytes(given)
         try:
-            trained._best_step(self.workdir)
+            trained._best_step(self.workdir, [12])
         finally:
             metrics.JsonLines(path, step=1).close()
 
