@@ -92,8 +92,8 @@ SMALL = ("depth=1", "width=64", "num_heads=2", "mlp_dim=128")
 SMALL = ("--config", "cifar10_vit", *(f"--config.model.{field}" for field in SMALL))
 
 
-def test_layers_list_every_module(tiny_config):
-    experiment = make_experiment(tiny_config)
+def test_layers_list_every_module(make_tiny_config):
+    experiment = make_experiment(make_tiny_config(depth=2))
     text = describe.layers(experiment)
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
     assert "Linear" in rows["block_0/mlp/fc1"] and "float32[1,5,32]" in rows["block_0/mlp/fc1"]

@@ -204,7 +204,7 @@ class Targets:
         path = self.workdir / "metrics.jsonl"
         path.write_bytes(given)
         try:
-            trained._best_step(self.workdir, [12])
+            trained._best_step(self.workdir, [1])
         finally:
             metrics.JsonLines(path, step=1).close()
 
