@@ -233,7 +233,7 @@ def test_workdir_allows_one_run_at_a_time(saves, tmp_path):
     )
     other = start([sys.executable, "-c", code, str(tmp_path / "w")])
     try:
-        assert other.stdout.readline() == "locked\n"
+        assert "locked\n" in other.stdout  # reads until then; a GPU plugin may print before it
         before = files(tmp_path / "w")
         with pytest.raises(UserError, match=f"is in use by process {other.pid} on "):
             train_shared(saves, tmp_path / "w")
