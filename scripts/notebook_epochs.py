@@ -3,7 +3,7 @@
     python scripts/notebook_epochs.py --seed 1 --epochs 4
 
 The seed determines the initial weights and the order of the examples, as in the notebook. Prints
-the mean training loss of each epoch. On a CPU core, an epoch takes about a quarter of an hour.
+the mean training loss of each epoch. On one CPU core, an epoch takes about twenty minutes.
 """
 
 import argparse
