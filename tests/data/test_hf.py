@@ -42,7 +42,7 @@ COLUMNS = {"img": {"_type": "Image"}, "label": LABEL}
 def datasets(tmp_path, monkeypatch):
     """The library, with a cache of its own.
 
-    It is imported here because every worker of pytest-xdist imports this file, and one runs it.
+    Imported here because every pytest-xdist worker imports this file, but only one runs it.
     """
     import datasets
 

@@ -72,7 +72,7 @@ def test_hosts_with_different_configs_and_numbers_of_processes(small, tmp_path):
 def test_hosts_with_different_data(small, tiny_folder, tmp_path):
     """Each process sees other images under the same path, like two hosts with their own disks.
 
-    The difference is found only if the processes joined, by SLURM's variables.
+    They can report the difference only if SLURM's variables let them join.
     """
     a, b = tmp_path / "a", tmp_path / "b"
     shutil.copytree(tiny_folder, a / "tiny")
@@ -87,7 +87,7 @@ def test_hosts_with_different_data(small, tiny_folder, tmp_path):
 
 
 def test_different_numbers_of_devices(small, tmp_path):
-    """The difference is found only if the processes joined, by Open MPI's variables."""
+    """They can report the difference only if Open MPI's variables let them join."""
     flags = [f"--xla_force_host_platform_device_count={n}" for n in (1, 2)]
     environment = launched(OPEN_MPI) | {"XLA_FLAGS": flags}
     for lines in refusals(start([command(small, tmp_path / "w")] * 2, **environment)):

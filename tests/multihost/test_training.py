@@ -14,8 +14,8 @@ from runs import command, command_after, losses, train_shared
 
 # Shortens the time to detect a lost process.
 SOONER = "from vit_jax.parallel import processes as p; p._HEARTBEAT_SECONDS = 5"
-# Stands for training: two joined processes compute sums together until one is lost. As in training,
-# the arrays are large enough for JAX to compute in the background.
+# A stand-in for training: two joined processes compute sums together until one is lost. As in
+# training, the arrays are large enough for JAX to compute in the background.
 WORK = (
     SOONER
     + """
@@ -42,7 +42,7 @@ def assert_same_results(workdir, other):
 
 
 def test_two_processes_train_like_one(small, tmp_path):
-    """Each process splits the parameters over its two devices, and decodes half of the images."""
+    """Each process shards the parameters over its two devices and decodes half of the images."""
     train_shared(small, tmp_path / "one")
     small.mesh.fsdp, small.data.streaming = 2, True
     processes = start([command(small, tmp_path / "two")] * 2, devices=2)
@@ -60,7 +60,7 @@ def test_two_processes_train_like_one(small, tmp_path):
 
 
 def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
-    """The two share the parameters, and each of the four has them all."""
+    """The parameters are sharded over the two processes and replicated in the four."""
     small.steps, small.save_every = 40, "10 steps"
     small.optim.peak_lr = 1e-4
     train_shared(small, tmp_path / "never")
@@ -107,7 +107,7 @@ def test_lost_process_ends_the_other(runs):
     lost = [(0, signal.SIGKILL), (1, signal.SIGSTOP)]
     for processes, (victim, number) in zip(runs, lost, strict=True):
         other = processes[1 - victim]
-        # Gloo prints too, and may begin or end such a line.
+        # Gloo also prints to stdout, possibly on the same line.
         assert any("200000.0" in line for line in other.stdout), other.stderr.read()
         processes[victim].send_signal(number)
         began = time.monotonic()

@@ -26,11 +26,11 @@ def open_folder(root: Path) -> Source:
         class_names = sorted({printable(p.name) for paths in classes.values() for p in paths})
         if not class_names:
             raise ValueError("no class folders")
+        labels = {name: label for label, name in enumerate(class_names)}
         for split, paths in classes.items():
             files[split] = [
-                (path.relative_to(root), label)
+                (path.relative_to(root), labels[printable(class_folder.name)])
                 for class_folder in paths
-                for label in [class_names.index(printable(class_folder.name))]
                 for path in image_files(class_folder)
             ]
             # A hash of the path is the same on every machine, and mixes the classes in any slice.
