@@ -1,9 +1,11 @@
 """The processes of a run, from environment variables."""
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
-from vit_jax.parallel.processes import find_processes
+from vit_jax.parallel.processes import find_processes, shared_errors
 
 
 def test_processes_found_by_three_variables():
@@ -72,3 +74,15 @@ def test_invalid_variables(coordinator, count, index):
         assert f"{name}={value or 'unset'}" in str(e.value)
     assert "COORDINATOR to host:port" in str(e.value)
     assert "PROCESS_ID to a whole number from 0 to NUM_PROCESSES - 1" in str(e.value)
+
+
+def test_lost_process_during_a_check(monkeypatch):
+    """jax.jit raises ValueError for it; `joined` waits for JAX's own message on JaxRuntimeError."""
+
+    def process_allgather(array):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", process_allgather)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"), shared_errors():
+        pass

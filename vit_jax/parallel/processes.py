@@ -182,6 +182,10 @@ def _gather(value):
     """Returns the JSON value of every process, in order."""
     data = json.dumps(value).encode()
     with jax.transfer_guard("allow"):  # process_allgather fetches without jax.device_get
-        size = multihost_utils.process_allgather(np.int32(len(data))).max()
-        padded = np.frombuffer(data.ljust(size), np.uint8)
-        return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+        try:
+            size = multihost_utils.process_allgather(np.int32(len(data))).max()
+            padded = np.frombuffer(data.ljust(size), np.uint8)
+            rows = multihost_utils.process_allgather(padded)
+        except ValueError as e:  # jax.jit raises it, on a CPU, if another process is lost
+            raise jax.errors.JaxRuntimeError(str(e)) from e
+    return [json.loads(row.tobytes()) for row in rows]
