@@ -68,6 +68,7 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path)
     command = [sys.executable, "-m", "vit_jax.main", "--dry_run", "--workdir", tmp_path / "w"]
     command += ["--config", "configs/cifar10_vit.py", f"--config.data.name=folder:{tiny_folder}"]
     command += ["--config.batch_size=16", "--config.model.depth=1", "--config.mesh.fsdp=8"]
+    command += ["--config.data.streaming=true"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -78,6 +79,7 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path)
     device, total = lines["sharding"].split("; ")[2].split(" MB per device of ")
     device, total = float(device), float(total.split()[0])
     assert total / 8 < device < total / 6
+    assert re.search(r"; data decoded by \d+ threads per host$", lines["sharding"])
     assert float(lines["memory"].split()[0]) > device
     assert "all-gather" in lines["communication"]
     found = re.match(

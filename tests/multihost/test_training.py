@@ -60,11 +60,11 @@ def test_two_processes_train_like_one(small, tmp_path):
 
 
 def test_run_killed_on_two_processes_resumes_on_one_and_four(small, tmp_path):
-    """The parameters are sharded over the two processes and replicated in the four."""
+    """The parameters are sharded over the two processes and replicated in the four; all stream."""
     small.steps, small.save_every = 40, "10 steps"
     small.optim.peak_lr = 1e-4
     train_shared(small, tmp_path / "never")
-    small.mesh.fsdp = 4
+    small.mesh.fsdp, small.data.streaming = 4, True
     processes = start([command_after(SOONER, small, tmp_path / "one")] * 2, devices=2)
     deadline = time.monotonic() + 100
     while not list((tmp_path / "one").glob("checkpoints/[1-9]0")) and time.monotonic() < deadline:
