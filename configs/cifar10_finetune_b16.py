@@ -7,7 +7,7 @@ Not measured. The recipe is published by google-research/vision_transformer: 98.
 after these 500 steps, 99.0% after 10,000 (--config.steps=10000), from ImageNet-21k weights. Images
 are cropped and flipped at 32x32 and then resized to 384x384; the published recipe resizes first.
 Published learning rates range from 0.001 to 0.03, chosen on validation accuracy. The attention maps
-of one step take 90 GB across all devices (11 blocks, 12 heads, 577x577 float32, 512 images): use
+of one step take 45 GB across all devices (11 blocks, 12 heads, 577x577 bfloat16, 512 images): use
 several GPUs, or reduce the batch size and scale the learning rate with it.
 
 The model fields match Google's .npz files. Hugging Face weights need --config.model.gelu=exact
@@ -43,6 +43,6 @@ def get_config():
     config.optim.weight_decay = 0.0
     config.optim.peak_lr = 0.01
     config.optim.schedule = "cosine"
-    config.optim.warmup = "100 steps"
+    config.optim.warmup = "50 steps"
     config.optim.grad_clip_norm = 1.0
     return config

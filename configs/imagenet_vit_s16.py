@@ -5,8 +5,9 @@
 Not measured. The recipe is published (arXiv 2205.01580, big_vision, 8 TPU v3), with an accuracy of
 76.5% on the validation split. Prepare TFDS's imagenet2012 first (its archives are downloaded
 manually), or use an image folder with train/ and validation/: --config.data.name=folder:/path. All
-splits are streamed. One difference from the paper: validation images are center-cropped to their
-full shorter side instead of to 0.875 of it.
+splits are streamed. Differences from big_vision: no tanh layer before the head (model.pre_logits),
+exact GELU, a LayerNorm epsilon of 1e-5, other initial weights, and validation images that are
+center-cropped to their full shorter side instead of to 0.875 of it.
 """
 
 from vit_jax.config import defaults

@@ -140,13 +140,13 @@ FIELDS: dict[str, Field] = {
     "data.test_split": Field("test", "split evaluated once, after the last step (empty: none)"),
     "data.image_size": number(0, "side to crop and resize to (0: as stored)", at_least=0),
     "data.streaming": Field(False, "decode images while training; for data larger than memory"),
-    "data.streaming_threads": number(16, "decoding threads per host", at_least=1),
+    "data.streaming_threads": number(16, "decoding threads per process", at_least=1),
     "data.mean": Field((0.5,) * 3, "mean per channel of pixels in [0, 1]"),
     "data.std": Field(
         (0.5,) * 3, "standard deviation per channel", "above 0", lambda std: all(s > 0 for s in std)
     ),
     # The model.
-    "model.size": choice(*MODEL_SIZES, doc="source of the next four fields if they are 0"),
+    "model.size": choice(*MODEL_SIZES, doc="sets each of the next four fields that is 0"),
     "model.width": number(0, "width of a token", at_least=0),
     "model.depth": number(0, "number of blocks", at_least=0),
     "model.num_heads": number(0, "attention heads", at_least=0),

@@ -291,7 +291,7 @@ def describe(experiment: Experiment, workdir: str | pathlib.Path) -> dict[str, s
         for name, value in config_lib.flat(c).items()
         if name.startswith("augment.") and value != config_lib.FIELDS[name].default
     ]
-    stored = f"data decoded by {c.data.streaming_threads} threads per host"
+    stored = f"data decoded by {c.data.streaming_threads} threads per process"
     if not c.data.streaming:
         stored = f"data {train.images.nbytes / 1e6:,.1f} MB on each device"
     lines = {

@@ -79,7 +79,7 @@ def test_dry_run_describes_the_program_and_writes_nothing(tiny_folder, tmp_path)
     device, total = lines["sharding"].split("; ")[2].split(" MB per device of ")
     device, total = float(device), float(total.split()[0])
     assert total / 8 < device < total / 6
-    assert re.search(r"; data decoded by \d+ threads per host$", lines["sharding"])
+    assert re.search(r"; data decoded by \d+ threads per process$", lines["sharding"])
     assert float(lines["memory"].split()[0]) > device
     assert "all-gather" in lines["communication"]
     found = re.match(
