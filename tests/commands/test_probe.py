@@ -54,3 +54,8 @@ def test_probe_prints_both_accuracies(tiny_run, capsys):
 def test_overlapping_splits_are_rejected(tiny_run):
     with pytest.raises(UserError, match=r"train\[50:\] of .* overlaps train\[:60\]"):
         probe.main(["--workdir", str(tiny_run), "--test_split", "train[50:]"])
+
+
+def test_single_class_is_rejected(tiny_run):
+    with pytest.raises(UserError, match=r"train\[:1\] of .* has only one class: use more images"):
+        probe.main(["--workdir", str(tiny_run), "--train_split", "train[:1]"])

@@ -94,8 +94,7 @@ def test_interrupted_run_has_a_notice(tiny_run, tmp_path):
 
 
 def test_run_without_metrics_has_a_page(tiny_run, tmp_path):
-    for name in ("config.json", "run.json"):
-        shutil.copy(tiny_run / name, tmp_path)
+    shutil.copy(tiny_run / "config.json", tmp_path)
     assert "last logged step 0, 0 of 3 epochs finished" in report_text(tmp_path)
 
 
@@ -245,6 +244,9 @@ def test_compared_runs_are_grouped_by_experiment(tiny_run, tiny_config, tmp_path
     assert f"first, again 2 of 2 {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}%" in content
     assert "other 1 of 1 25.00%" in content
     assert "optim.peak_lr 0.01 0.001" in content
+    other = shutil.copytree(tmp_path / "other", tmp_path / "copies" / "first")
+    content = report_text(tmp_path / "first", compare=[other])
+    assert f"field {tmp_path.name}/first copies/first" in content
 
 
 def test_missing_data_leaves_curves_and_weights(tiny_run, tmp_path):
@@ -277,6 +279,13 @@ def test_only_the_worst_of_many_classes_are_drawn():
     names = [f"class {i}" for i in range(50)]
     section = evaluation(names, rng.integers(0, 50, 300), rng.normal(size=(300, 50)))
     assert "20 of 50 classes" in section
+
+
+def test_shares_of_a_part_of_the_classes_count_all_images():
+    """100 images of a class, 50 of them predicted as one that is not drawn."""
+    figure = figures.confusion(np.array([[40, 10], [0, 20]]), ["a", "b"], np.array([100, 20]))
+    image = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(image, np.array([[0.4, 0.1], [0, 1]]) ** 0.6)
 
 
 def test_page_is_ascii():

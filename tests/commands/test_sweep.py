@@ -203,6 +203,21 @@ def test_tpe_counts_and_prunes_its_runs(make_command, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("without_plot")
+def test_trial_of_a_process_killed_before_it_had_values_is_ignored(make_command, tmp_path):
+    workdir = tmp_path / "sweep"
+    workdir.mkdir()
+    (workdir / "go").touch()
+    command = make_command("--search", "tpe", "--set", "optim.peak_lr=0.3..0.6", "--runs")
+    sweep.main([*command, "1"])
+    storage = f"sqlite:///{workdir / 'study.db'}"
+    study = sweep.optuna.load_study(study_name="sweep", storage=storage)
+    study.ask()
+    sweep.main([*command, "2"])
+    assert len(list(workdir.glob("*/result.json"))) == 2
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "RUNNING", "COMPLETE"]
+
+
+@pytest.mark.usefixtures("without_plot")
 def test_tpe_ends_if_it_repeats_values(make_command, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "go").touch()

@@ -43,6 +43,12 @@ def test_different_config_is_rejected_and_releases_the_lock(config, tmp_path):
         pass
 
 
+def test_begin_removes_the_result_of_an_earlier_run(config, tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    Workdir(tmp_path, config).begin(0, "command", {})
+    assert (tmp_path / "run.json").exists() and not (tmp_path / "result.json").exists()
+
+
 def test_unreadable_config_is_reported(config, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with (
@@ -50,6 +56,17 @@ def test_unreadable_config_is_reported(config, tmp_path):
         Workdir(tmp_path, config).locked(),
     ):
         pass
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*", "what?"])
+def test_pattern_is_rejected_as_a_path(config, tmp_path, name):
+    """In such a path, orbax saves a checkpoint that cannot be restored, or reads other runs."""
+    with (
+        pytest.raises(UserError, match=r"contains \*, \?, or \[.*use another --workdir"),
+        Workdir(tmp_path / name, config).locked(),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/5"])

@@ -50,9 +50,10 @@ def main(argv=None):
             f"{test_split} of {test.source} overlaps {train_split}, which the classifiers are "
             "trained on: set --train_split and --test_split to disjoint splits"
         )
-    result = probe(
-        classify_examples(encoder, train), classify_examples(encoder, test), args.neighbors
-    )
+    train_features = classify_examples(encoder, train)
+    if len(np.unique(train_features[1])) < 2:
+        raise UserError(f"{train_split} of {train.source} has only one class: use more images")
+    result = probe(train_features, classify_examples(encoder, test), args.neighbors)
     if args.json:
         print(json.dumps({"step": trained.step, **result}))
         return

@@ -96,7 +96,8 @@ class Sweep:
         return [*self.overrides, *(f"--config.{change}" for change in changes(params))]
 
     def _name(self, params):
-        name = ",".join(changes(params)).replace("/", "_") or "recipe"
+        # A workdir's path may not contain a pattern, such as train[:80%].
+        name = re.sub(r"[/*?[]", "_", ",".join(changes(params))) or "recipe"
         if len(name.encode()) > 200:  # a file system allows 255 bytes
             digest = hashlib.sha256(name.encode()).hexdigest()[:12]
             name = f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
@@ -143,8 +144,13 @@ class Sweep:
 
     def _runs(self, study):
         """Returns {name: latest trial} of the runs that have started."""
+        started = (t for t in self._trials(study) if t.state != TrialState.WAITING)
+        return {self._name(_point(t)): t for t in started}
+
+    def _trials(self, study):
+        """Returns the trials that have all values: not one whose process was killed in `ask`."""
         trials = study.get_trials(deepcopy=False)
-        return {self._name(_point(t)): t for t in trials if t.state != TrialState.WAITING}
+        return [t for t in trials if self.space.keys() <= _point(t).keys()]
 
     def next_run(self):
         """Returns the next trial and its lock file, or None after the last trial.
@@ -152,7 +158,7 @@ class Sweep:
         The lock is taken before another process can see the trial; see `_open`.
         """
         with _locked(self.folder / "study.lock"):
-            trials = self.study.get_trials(deepcopy=False)
+            trials = self._trials(self.study)
             waiting = any(t.state == TrialState.WAITING for t in trials)
             if waiting or sum("repeats" not in t.user_attrs for t in trials) < self.runs:
                 trial = self.study.ask(self.space)

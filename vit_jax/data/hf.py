@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_jax.data.images import read_image
+from vit_jax.data.order import epoch_order
 from vit_jax.data.source import Source, fingerprint, user_cache, user_errors
 from vit_jax.errors import UserError, expand_home
 
@@ -20,7 +21,9 @@ def open_hf(name: str) -> Source:
         or of a dataset that `save_to_disk` wrote. "?image=COLUMN&label=COLUMN&config=NAME" chooses
         the columns, and one of several configurations.
 
-    Raises UserError if it cannot be loaded, or if its columns must be chosen.
+    The examples of a split are shuffled, because many datasets are stored class by class, and a
+    slice would then lack classes. Raises UserError if the dataset cannot be loaded, or if its
+    columns must be chosen.
     """
     try:
         import datasets
@@ -46,7 +49,10 @@ def open_hf(name: str) -> Source:
             labels = [data.with_format("numpy")[label][:] for data in splits.values()]
             class_names = tuple(map(str, range(int(max(np.concatenate(labels))) + 1)))
 
+    order = {split: epoch_order(len(d), 1, seed=0, epoch=0)[:, 0] for split, d in splits.items()}
+
     def read(split, index):
+        index = int(order[split][index])
         where = f"example {index} of hf:{name} {split}"
         with user_errors(f"{where} cannot be read"):
             example = splits[split][index]
@@ -55,15 +61,16 @@ def open_hf(name: str) -> Source:
             encoded = example[image]["bytes"] or Path(example[image]["path"]).read_bytes()
         return where, read_image(io.BytesIO(encoded), where), int(example[label])
 
-    def files(split):
-        return [file["filename"] for file in splits[split].cache_files]
+    def identity(split):
+        files = [file["filename"] for file in splits[split].cache_files]
+        return fingerprint(Path("/"), files, name, class_names, "shuffled")
 
     return Source(
         title=f"hf:{name}",
         class_names=class_names,
         num_examples={split: len(data) for split, data in splits.items()},
         cache_dir=user_cache(f"hf-{Path(place).name}", Path(name)),
-        fingerprint=lambda split: fingerprint(Path("/"), files(split), name, class_names),
+        fingerprint=identity,
         reader=lambda split: functools.partial(read, split),
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import glob
 import importlib.metadata
 import itertools
 import json
@@ -48,8 +49,14 @@ class Workdir:
         """Locks the workdir during the context, after creating it or checking its config.
 
         Raises UserError if the workdir cannot be written, is locked, contains a symbolic link, or
-        has a config that differs from this run's.
+        has a config that differs from this run's, or if its path is a glob pattern.
         """
+        if glob.has_magic(str(self.checkpoint_dir)):
+            # orbax uses the path in a pattern, and would save a checkpoint that cannot be restored.
+            raise UserError(
+                f"{self.path.absolute()} contains *, ?, or [, and orbax cannot save checkpoints in "
+                "such a path: use another --workdir"
+            )
         with write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for path in (*self.path.iterdir(), *self.checkpoint_dir.glob("*")):
@@ -107,8 +114,9 @@ class Workdir:
             )
 
     def begin(self, step: int, command: str, corrupted: dict[pathlib.Path, str]) -> None:
-        """Writes run.json and clears the checkpoints after `step` (process 0)."""
+        """Writes run.json, and removes the checkpoints after `step` and any result (process 0)."""
         with write_errors(self.path):
+            (self.path / "result.json").unlink(missing_ok=True)
             write_json(self.path / "run.json", environment(command))
             checkpoints_lib.clear_after(self.checkpoint_dir, step, corrupted)
 

@@ -24,7 +24,8 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
       data, split: what to evaluate on; see `inference.classify.load_examples`.
     """
     workdir, *compare = map(expand_home, (workdir, *compare))
-    runs = [(_printable(d.resolve().name), read_records(d)) for d in (workdir, *compare)]
+    folders = (workdir, *compare)
+    runs = [(n, read_records(f)) for n, f in zip(_names(folders), folders, strict=True)]
     _prepare_folder(workdir / "report")
     groups = group_by_experiment(runs)
     name, records = runs[0]
@@ -42,6 +43,16 @@ def write_report(workdir, *, compare=(), step="last", data=None, split=None):
     with write_errors(path):
         write_text(path, page.render(name, parts))
     return path
+
+
+def _names(folders):
+    """Returns the shortest ends of the paths that tell the folders apart: seed_0, or a/seed_0."""
+    paths = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return [_printable(name) for name in names]
 
 
 def _printable(text):

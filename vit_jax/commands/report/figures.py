@@ -79,13 +79,16 @@ def severities(errors):
     return figure
 
 
-def confusion(matrix, names):
-    """Draws an int[true, predicted] confusion matrix, colored by share of the true class."""
+def confusion(matrix, names, totals):
+    """Draws an int[true, predicted] confusion matrix, colored by share of the true class.
+
+    `totals`, int[true], also counts the images that are predicted as a class not in `matrix`.
+    """
     n = len(names)
     side = max(_WIDTH, 1.4 + 0.32 * n)
     figure = Figure(figsize=(side, side * 0.94))
     axes = figure.add_subplot()
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    shares = matrix / np.maximum(totals, 1)[:, None]
     axes.imshow(shares**0.6, cmap="Blues", vmin=0, vmax=1, interpolation="none")
     for i, j in np.argwhere(matrix):
         text = f"{matrix[i, j]:,}" if matrix.max() < 10_000 else f"{shares[i, j]:.0%}"

@@ -78,7 +78,7 @@ def _read_config(workdir):
 
 def _read_record(workdir, config, run):
     """Reads the Record of one seed. The seeds of a run share its profile."""
-    lines = []
+    lines, environment = [], workdir / "run.json"
     if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
             lines = [values for _, values in read_lines(path)]
@@ -87,7 +87,7 @@ def _read_record(workdir, config, run):
     return Record(
         workdir,
         config,
-        read_object(workdir / "run.json"),
+        read_object(environment) if environment.exists() else {},
         lines,
         read_result(workdir / "result.json"),
         _read_operations(run / "profile" / "operations.json"),

@@ -180,7 +180,8 @@ def _confusion(counts, names):
     mistakes = counts - np.diag(np.diag(counts))
     worst = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
     shown = np.sort(worst[:_MAX_CLASSES_SHOWN])
-    plot = page.plot(figures.confusion(counts[np.ix_(shown, shown)], [names[i] for i in shown]))
+    part, totals = counts[np.ix_(shown, shown)], counts.sum(axis=1)[shown]
+    plot = page.plot(figures.confusion(part, [names[i] for i in shown], totals))
     caption = "Rows: true class; columns: prediction."
     if len(names) > len(shown):
         caption += f" Shows the {len(shown)} of {len(names)} classes with the most mistakes."
