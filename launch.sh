@@ -60,15 +60,16 @@ esac
 [ "${CUDA:-}" != none ] || export JAX_PLATFORMS=cpu # without it, a GPU that is not used is an error
 
 python=
-candidates=${PYTHON:-python3 python3.13 python3.12 python3.11}
-for candidate in $candidates; do
+candidates=(python3 python3.13 python3.12 python3.11)
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python=$candidate
         break
     fi
 done
 [ -n "$python" ] ||
-    fail "Python 3.11 or newer is needed (tried: $candidates); name one with PYTHON=..."
+    fail "Python 3.11 or newer is needed (tried: ${candidates[*]}); name one with PYTHON=..."
 
 hash=$("$python" -I - "$extras" "$root" <<'PYTHON'
 import hashlib, sys, sysconfig, tomllib
@@ -81,6 +82,7 @@ print(hashlib.sha256(repr((sys.argv[1:], interpreter, made_from)).encode()).hexd
 PYTHON
 )
 venv=${VENV:-$root/.venvs/$kind-$hash}
+venv=${venv%/}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 
 # The state, in one file next to the environment, is the lock too: a hash once it is complete.

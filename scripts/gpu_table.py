@@ -47,6 +47,7 @@ def measure(recipe, fields, target):
     parts = estimate.by_part(program.kernels, rates)
     return {
         "batch": config.batch_size,
+        "images": config.batch_size * config.num_seeds,
         "memory_mb": sum(step_memory(compiled)) / 1e6,
         "usable_mb": usable_memory(gpu) / 1e6,
         "kernels": int(sums["kernels"]),
@@ -87,7 +88,7 @@ def main():
             print(
                 f"| {program} | {target} | {row['batch']:,} | {row['memory_mb']:,.0f}{fits} | "
                 f"{row['kernels']:,} | {row['gb']:.2f} | {row['milliseconds']:.2f} | "
-                f"{row['batch'] / row['milliseconds'] * 1e3:,.0f} |"
+                f"{row['images'] / row['milliseconds'] * 1e3:,.0f} |"
             )
 
 

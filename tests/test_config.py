@@ -134,6 +134,10 @@ def test_invalid_overrides_are_rejected(name, text, says):
         ({"augment.randaugment_magnitude": 11.0}, "at most 10"),
         ({"augment.mixup_alpha": 1.0, "batch_size": 1}, "mixes pairs of images"),
         ({"augment.cutmix_alpha": 1.0, "batch_size": 1}, "mixes pairs of images"),
+        (
+            {"seed": 2**31 - 1, "num_seeds": 2},
+            "config.num_seeds=2 must add up to 2147483648 or less",
+        ),
     ],
 )
 def test_values_out_of_range_are_rejected(changes, says):

@@ -217,7 +217,7 @@ def test_venv_variable_sets_the_folder(checkout, tmp_path):
     chosen = tmp_path / "chosen"
     chosen.mkdir()  # as mktemp -d does
     assert checkout.environment(VENV=str(chosen)) == chosen
-    assert checkout.environment(VENV=str(chosen)) == chosen and checkout.installed() == 1
+    assert checkout.environment(VENV=f"{chosen}/") == chosen and checkout.installed() == 1
 
 
 def test_venv_made_for_something_else_is_not_overwritten(checkout, tmp_path):
@@ -233,8 +233,15 @@ def test_venv_made_for_something_else_is_not_overwritten(checkout, tmp_path):
 
 
 def test_missing_python_is_reported_in_one_line(checkout):
-    code, _, err = checkout.launch("true", PYTHON="no_python")
-    assert code == 2 and err.startswith("error: Python 3.11 or newer is needed (tried: no_python)")
+    code, _, err = checkout.launch("true", PYTHON="no python")
+    assert code == 2 and err.startswith("error: Python 3.11 or newer is needed (tried: no python)")
+
+
+def test_python_may_be_in_a_folder_with_a_space(checkout, tmp_path):
+    python = tmp_path / "a folder" / "python"
+    python.parent.mkdir()
+    shutil.copy(checkout.programs / "python3", python)
+    checkout.environment(PYTHON=str(python))
 
 
 def test_printed_commands_run_as_printed(checkout, tiny_run, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The log that reads metrics one step late, its clock, and the terminal."""
 
+import types
+
 import numpy as np
 import pytest
 
 from vit_jax import config, durations
 from vit_jax.workdir import progress
-from vit_jax.workdir.progress import BadStep, TrainLog, progress_line
+from vit_jax.workdir.progress import BadStep, TrainLog, epoch_means, progress_line
 
 
 @pytest.fixture
@@ -135,3 +137,10 @@ def test_validation_of_a_step_is_kept_until_the_next(plan):
     assert workdir.written[-1] == (1, {"val/loss": 0.1, "val/accuracy": 0.75})
     log.push(2, metrics())
     assert not log.has_new_best and log.val_accuracy is None
+
+
+def test_epoch_without_a_good_step_has_no_mean():
+    """Of two seeds with three steps each, one skipped one step and the other all."""
+    sums = {"loss": np.float32([3, 0]), "skipped": np.int32([1, 3])}
+    means = epoch_means(types.SimpleNamespace(sums=sums), 3)
+    np.testing.assert_array_equal(means["loss"], [1.5, np.nan])

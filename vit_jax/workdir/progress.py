@@ -168,10 +168,14 @@ def progress_line(plan: Plan, step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def epoch_means(state: Any, steps: int) -> dict[str, Any]:
-    """Returns the mean loss and accuracy of an epoch's first `steps` steps, except skipped ones."""
+    """Returns the mean loss and accuracy of an epoch's first `steps` steps, except skipped ones.
+
+    They are NaN if all were skipped.
+    """
     sums = jax.device_get(state.sums)
-    counted = np.maximum(steps - sums.pop("skipped"), 1)
-    return {name: value / counted for name, value in sums.items()}
+    counted = steps - sums.pop("skipped")
+    with np.errstate(invalid="ignore"):
+        return {name: value / counted for name, value in sums.items()}
 
 
 def format_duration(seconds: float) -> str:
