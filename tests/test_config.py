@@ -136,7 +136,7 @@ def test_invalid_overrides_are_rejected(name, text, says):
         ({"augment.cutmix_alpha": 1.0, "batch_size": 1}, "mixes pairs of images"),
         (
             {"seed": 2**31 - 1, "num_seeds": 2},
-            "config.num_seeds=2 must add up to 2147483648 or less",
+            "plus config.num_seeds=2 must be at most 2147483648",
         ),
     ],
 )

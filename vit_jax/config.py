@@ -283,9 +283,7 @@ def _problems(c, a):
     if len(c.data.mean) != len(c.data.std):
         yield f"config.data.mean={c.data.mean} and std={c.data.std} must have one value per channel"
     if c.seed + c.num_seeds > 2**31:
-        yield (
-            f"config.seed={c.seed} and config.num_seeds={c.num_seeds} must add up to {2**31} or less"
-        )
+        yield f"config.seed={c.seed} plus config.num_seeds={c.num_seeds} must be at most {2**31}"
     if c.data.streaming and c.num_seeds > 1:
         yield "config.data.streaming supports one seed only: set config.num_seeds=1"
     if a.crop == "resized" and not (c.data.streaming and c.data.image_size):
