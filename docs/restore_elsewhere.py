@@ -41,6 +41,9 @@ def check_plain(params, model):
         raise ValueError("this model has another stem or other positions: see vit_jax/model.py")
     if model.get("token_shift"):
         raise ValueError("this model has a token_shift: see vit_jax/model.py")
+    for name, block in params.items():
+        if name.startswith("block_") and {"norm1", "attn", "norm2", "mlp"} - block.keys():
+            raise ValueError(f"{name} is not a plain block: see vit_jax/model.py")
     for path, _ in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not USED.fullmatch(name):
@@ -88,6 +91,8 @@ def predict(params, saved, images):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     params, saved = restore(sys.argv[1])
     black = np.zeros((1, *saved["image_shape"]), np.uint8)
     for name, p in zip(saved["class_names"], predict(params, saved, black)[0], strict=True):

@@ -74,6 +74,8 @@ def test_overrides_are_converted_to_the_type_of_their_field(name, text, value):
     ("name", "text", "says"),
     [
         ("sed", "3", "did you mean seed?"),
+        ("optim.lr", "3", "did you mean optim.peak_lr?"),
+        ("learning_rate", "3", "did you mean optim.peak_lr?"),
         ("model.wdth", "3", "did you mean model.width?"),
         ("modl.width", "3", "did you mean model.width?"),
         ("model", "3", "unknown config field model"),
@@ -96,6 +98,19 @@ def test_invalid_overrides_are_rejected(name, text, says):
     with pytest.raises(UserError) as e:
         config.set_field(config.defaults(), name, text)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_epochs_and_size_replace_what_a_recipe_sets_instead():
+    c = config.from_file("cifar10_vit_cpu")
+    c.steps = 500
+    config.override(c, ["--config.epochs=10", "--config.model.size=S"], "")
+    assert c.steps == 0
+    assert config.model_shape(c.model)["width"] == 384
+    c.steps = 500
+    command = "--config.epochs=10 --config.steps=3 --config.model.depth=2 --config.model.size Ti"
+    config.override(c, command.split(), "")
+    assert c.steps == 3
+    assert config.model_shape(c.model)["depth"] == 2
 
 
 @pytest.mark.parametrize(
@@ -179,7 +194,7 @@ def test_help_lists_every_field_once():
         (
             "from vit_jax.config import defaults\n"
             "def get_config():\n    c = defaults()\n    c.sed = 1\n    return c",
-            "sed",
+            "recipe.py, line 4, fails: no field or function sed (did you mean seed?)",
         ),
         (
             "from vit_jax.config import defaults\n"
@@ -230,7 +245,7 @@ def test_unknown_recipe_suggests_the_nearest(name, says):
 def test_missing_file_in_a_recipe_is_not_a_missing_recipe(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text("open('/none')")
-    with pytest.raises(UserError, match=r"recipe.py fails: FileNotFoundError: .*/none"):
+    with pytest.raises(UserError, match=r"recipe.py, line 1, fails: FileNotFoundError: .*/none"):
         config.from_file(path)
 
 

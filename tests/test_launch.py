@@ -259,7 +259,7 @@ def test_printed_commands_run_as_printed(checkout, tiny_run, tmp_path, monkeypat
     assert printed["evaluate"].startswith(f"{launcher} python -m vit_jax evaluate ")
     output = subprocess.check_output(printed["evaluate"], shell=True, cwd=tmp_path, text=True)
     assert "accuracy" in output and "30 images" in output
-    config.num_seeds, config.seed = 2, 5
+    config.num_seeds, config.seed, config.data.name = 2, 5, "shapes10"
     printed = main.next_commands(config, "shapes10_vit", pathlib.Path("w"))
     assert printed["evaluate"].endswith(" evaluate --workdir w/seed_5")
     assert printed["report"].endswith(" report --workdir w")

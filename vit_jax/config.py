@@ -11,6 +11,7 @@ import operator
 import pathlib
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -365,14 +366,15 @@ def from_file(path: str | pathlib.Path) -> ConfigDict:
         config = runpy.run_path(str(path))["get_config"]()
     except UserError:
         raise
-    except (KeyError, AttributeError) as e:  # get_config, or a field of the locked config
-        words = re.findall(r"\w+", str(e).removeprefix("'Key \""))
-        name = getattr(e, "name", None) or [*words, repr(e)][0]
-        raise UserError(
-            f"the config file {path} fails: no field or function {name}{_renamed(name, 'N')}"
-        ) from e
     except Exception as e:  # a recipe can raise anything
-        raise UserError(f"the config file {path} fails: {type(e).__name__}: {e}") from e
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        place = f"{path}, line {lines[-1]}," if lines else path
+        problem = f"{type(e).__name__}: {e}"
+        if isinstance(e, (KeyError, AttributeError)):  # get_config, or a field of the locked config
+            words = re.findall(r"\w+", str(e).removeprefix("'Key \""))
+            name = getattr(e, "name", None) or [*words, repr(e)][0]
+            problem = f"no field or function {name}{_renamed(name, 'N')}"
+        raise UserError(f"the config file {place} fails: {problem}") from e
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, not {type(config)}")
     return from_dict(config.to_dict())
@@ -419,7 +421,9 @@ def _converted(name: str, value: Any) -> Any:
 
 
 def _renamed(name: str, value: Any) -> str:
-    """Returns a hint for an unknown name: a duration's current spelling, or the nearest field."""
+    """Returns a hint for an unknown name: a field's current or usual name, or the nearest field."""
+    if name.split(".")[-1] in ("lr", "learning_rate", "base_lr"):
+        return " (did you mean optim.peak_lr?)"
     if match := re.fullmatch(r"(?:.*\.)?(\w+?)_(steps|epochs|examples|percent)", name):
         old, unit = match[1].replace("checkpoint_every", "save_every"), match[2]
         amount = f"{value}%" if unit == "percent" else f"{value} {unit}"
@@ -429,12 +433,20 @@ def _renamed(name: str, value: Any) -> str:
     return nearest(name, FIELDS)
 
 
+# Fields that a field on the command line replaces, if the recipe sets them.
+_REPLACED = {
+    "epochs": ("steps",),
+    "model.size": ("model.width", "model.depth", "model.num_heads", "model.mlp_dim"),
+}
+
+
 def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
     """Applies --config.FIELD=VALUE or --config.FIELD VALUE arguments, and validates the config.
 
-    Raises UserError for any other argument, naming the command's own `flags`.
+    Unless they are also given, `epochs` replaces the recipe's `steps`, and `model.size` its width,
+    depth, heads, and MLP. Raises UserError for other arguments, naming the command's own `flags`.
     """
-    arguments = list(arguments)
+    arguments, given = list(arguments), set()
     while arguments:
         name, equals, value = arguments.pop(0).partition("=")
         if not name.startswith("--config."):
@@ -443,7 +455,11 @@ def override(config: ConfigDict, arguments: Sequence[str], flags: str) -> None:
             if not arguments:
                 raise UserError(f"{name} needs a value: {name}=VALUE")
             value = arguments.pop(0)
-        set_field(config, name.removeprefix("--config."), value)
+        set_field(config, name := name.removeprefix("--config."), value)
+        given.add(name)
+    for name, others in _REPLACED.items():
+        if name in given:
+            config.update_from_flattened_dict(dict.fromkeys(set(others) - given, 0))
     validate(config)
 
 

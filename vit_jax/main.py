@@ -158,7 +158,7 @@ def next_commands(config, recipe, workdir):
         "evaluate": ("vit_jax", "evaluate", "--workdir", str(first)),
         "report": ("vit_jax", "report", "--workdir", str(workdir)),
     }
-    if recipe == DEFAULT_RECIPE:
+    if recipe == DEFAULT_RECIPE and config.data.name == "shapes10":
         commands["CIFAR-10"] = ("vit_jax.main", "--config", "cifar10_vit")
     return {name: shlex.join([*python, "-m", *command]) for name, command in commands.items()}
 

@@ -271,16 +271,20 @@ def test_two_processes_share_the_runs(make_command, start, tmp_path):
     assert (tmp_path / "sweep" / "table.md").read_text().count("%") == 4
 
 
-def test_ctrl_c_waits_until_the_running_run_has_saved(make_command, start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_waits_until_the_running_run_has_saved(make_command, start, tmp_path, number):
     command = make_command("--set", "optim.peak_lr=0.2,0.3")
     (tmp_path / "run.py").write_text(  # stands for a run that needs a second to save
-        f"#!/bin/sh\ncd {tmp_path}\ntrap 'sleep 1; touch saved; exit 130' INT\ntouch started\n"
+        f"#!/bin/sh\ncd {tmp_path}\ntrap 'sleep 1; touch saved; exit 1' INT TERM\ntouch started\n"
         "while :; do sleep 0.1; done\n"
     )
     child = start(command)
     wait_for("started", tmp_path)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    if number == signal.SIGINT:  # a terminal sends it to both processes
+        os.killpg(child.pid, number)
+    else:
+        child.terminate()
     child.communicate(timeout=60)
-    assert child.returncode == 130
+    assert child.returncode == 128 + number
     assert (tmp_path / "saved").exists()
     assert [path.name for path in (tmp_path / "sweep").glob("*/")] == ["optim.peak_lr=0.2"]

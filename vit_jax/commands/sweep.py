@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -62,6 +63,7 @@ def main(argv=None):
     parser.add_argument("--runs", type=int, default=0, help="number of runs, for tpe")
     parser.add_argument("--workdir", required=True, help="directory; each run gets a subdirectory")
     args, overrides = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sweep = Sweep(args, overrides)
     while run := sweep.next_run():
         sweep.train(*run)
@@ -187,6 +189,10 @@ class Sweep:
                 pruned = self._wait(trial, child, folder)
             except KeyboardInterrupt:
                 child.wait()  # Ctrl-C reaches the run too, which saves a checkpoint before it exits
+                raise
+            except SystemExit:  # SIGTERM reaches only this process
+                child.terminate()
+                child.wait()
                 raise
             if pruned:
                 self.study.tell(trial, state=TrialState.PRUNED)

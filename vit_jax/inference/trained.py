@@ -48,8 +48,11 @@ def load(workdir, step="last"):
     else:
         step = int(step)
     params, saved, step = restore_for_inference(workdir / "checkpoints", step)
-    c = config.from_dict(saved["config"])
-    config.validate(c)
+    try:
+        c = config.from_dict(saved["config"])
+        config.validate(c)
+    except UserError as e:
+        raise UserError(f"this code cannot use the config of {workdir}: {e}") from e
     names = saved["class_names"]
     return TrainedModel(
         model=model.make_model(c.model, num_classes=len(names)),

@@ -32,7 +32,8 @@ def start_from(weights, vit, image_shape, class_names, *, mean, std):
             may_differ.add("pre_logits")
         kernel = np.zeros((vit.pre_logits or vit.width, vit.num_classes), np.float32)
         params["head"] = {"kernel": kernel, "bias": np.zeros(vit.num_classes, np.float32)}
-        old = f"{weights.num_classes} classes" if weights.num_classes else "no head"
+        other = " other" if weights.num_classes == vit.num_classes else ""
+        old = f"{weights.num_classes}{other} classes" if weights.num_classes else "no head"
         notes.append(f"a new head of zeros for {vit.num_classes} classes (the weights have {old})")
     grid = model.patch_grid(vit, image_shape)
     learned = vit.posemb == weights.model["posemb"] == "learned"

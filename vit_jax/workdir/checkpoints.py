@@ -218,7 +218,7 @@ def restore_for_inference(directory: pathlib.Path, step: int | None = None) -> t
     """
     steps = saved_steps(directory)
     if not steps:
-        remedy = "train with this --workdir first"
+        remedy = "pass the directory of a run, or train with this --workdir first"
         if seeds := sorted(path.name for path in directory.parent.glob("seed_*")):
             remedy = f"it is a run of several seeds; pass one of {', '.join(seeds)}"
         raise UserError(f"no checkpoints in {directory}: {remedy}")

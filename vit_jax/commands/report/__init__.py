@@ -15,7 +15,9 @@ def main(argv=None):
         "page, WORKDIR/report/index.html.",
     )
     parser.add_argument("--workdir", required=True, help="the run's directory")
-    parser.add_argument("--compare", nargs="+", default=(), metavar="DIR", help="other runs")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="DIR", help="other runs"
+    )
     parser.add_argument("--step", default="last", help="a saved step, best, or last (default)")
     parser.add_argument("--data", help="image folder or TFDS name (default: the run's)")
     parser.add_argument("--split", help="TFDS split (default: the test or validation split)")

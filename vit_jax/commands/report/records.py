@@ -71,7 +71,10 @@ def group_by_experiment(runs):
 def _read_config(workdir):
     path = workdir / "config.json"
     if not path.exists():
-        raise UserError(f"{workdir} contains no run ({path} is missing): train with this --workdir")
+        raise UserError(
+            f"{workdir} contains no run ({path} is missing): pass the directory of a run, or train "
+            "with this --workdir"
+        )
     with _read_errors(path):
         return config_lib.from_dict(read_object(path))
 
