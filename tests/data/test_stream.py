@@ -61,7 +61,7 @@ def test_streamed_training_equals_resident_training(tiny_config, tmp_path, capsy
     train(c, tmp_path / "resident")
     c.data.streaming = True
     result = train(c, tmp_path / "streamed")
-    assert "data decoded by 16 threads per host" in capsys.readouterr().out
+    assert "data decoded by 16 threads per process" in capsys.readouterr().out
     assert losses(tmp_path / "streamed") == pytest.approx(losses(tmp_path / "resident"), abs=1e-5)
     assert result["test_accuracy"] > 0.5
 

@@ -91,7 +91,7 @@ def test_restore_for_inference_lists_the_available_steps(saved, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint 3 in .*: it has 5, 8, 16, 18, 20"):
         checkpoints.restore_for_inference(saved, 3)
     for _ in range(2):  # no folder, and an empty one
-        with pytest.raises(UserError, match=r"no checkpoints in .*: train with this"):
+        with pytest.raises(UserError, match=r"no checkpoints in .*, or train with this"):
             checkpoints.restore_for_inference(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "seed_4").mkdir()
