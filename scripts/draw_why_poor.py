@@ -1,9 +1,9 @@
-"""Plots what each answer to the notebook's question is worth.
+"""Plots the accuracy of each arm of why_poor.py.
 
     python scripts/draw_why_poor.py --table docs/log/why_poor.csv --out docs/why_poor.png
 
-One row per arm of why_poor.py and per prototype that is not in the code (mae, teach): a dot per
-seed, and a line at their mean.
+Each row is an arm: a dot per seed, and a line at their mean. The arms mae and teach were prototypes
+that are not in the code.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 # arm -> (label, color); a color for each of the notebook's five reasons.
 LABELS = {
-    "base": ("base: the notebook's recipe, smaller model", "0.4"),
+    "base": ("baseline: the notebook's recipe, smaller model", "0.4"),
     "mae": ("1  masked-autoencoder loss", "C0"),
     "teach": ("1  CNN teacher, its training included", "C0"),
     "local": ("2  position bias, token shift, mean pooling", "C1"),

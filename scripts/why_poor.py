@@ -1,11 +1,11 @@
-"""Trains one run per answer to the notebook's question of why its accuracy is poor.
+"""Measures how much it helps to address each of the notebook's reasons for its low accuracy.
 
     taskset -c 0 python scripts/why_poor.py --workdir D
 
-Every arm changes one base, the notebook's recipe for a smaller model. All arms get the same time on
-one core: an arm's number of steps is its measured throughput times --seconds. Accuracy is that of
-the final weights on `train[45000:]`; the arms train on the rest. A second call with the same D
-resumes. Writes D/why_poor.csv, which draw_why_poor.py plots.
+Each arm makes one change to a baseline, the notebook's recipe with a smaller model. All arms train
+for the same time on one core: the number of steps is the measured throughput times --seconds. The
+final weights are evaluated on `train[45000:]`, and the rest is the training data. Rerun the command
+to resume. Writes D/why_poor.csv, which draw_why_poor.py plots.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MUON = {
     "optim.ema_decay": 0.99,
 }
 ALL = SCHEDULE | AUGMENT | STEM | LOCAL
-# arm -> (changed fields, multiple of the time, arm whose step is the same)
+# arm -> (changed fields, factor on the training time, arm with the same throughput)
 ARMS = {
     "base": ({}, 1, "base"),
     "local": (LOCAL, 1, "local"),
@@ -71,7 +71,7 @@ ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def train(workdir, fields):
-    """Trains the CPU recipe with these fields on one core; returns its result.json."""
+    """Trains the CPU recipe with these fields on one core and returns its result."""
     if not (workdir / "result.json").exists():
         overrides = [f"--config.{name}={value}" for name, value in (BASE | fields).items()]
         command = [sys.executable, "-m", "vit_jax.main", "--config", "cifar10_vit_cpu"]

@@ -66,7 +66,7 @@ def parquet(tmp_path):
 
 
 def test_parquet_has_shuffled_images(parquet, user_cache):
-    """The order is part of the data's identity: it must not change."""
+    """The order must not change: the digests of existing runs depend on it."""
     train = open_split(f"hf:{parquet}", "train")
     order = [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7]
     assert numbers(train.images) == order

@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 from vit_jax import config as config_lib
-from vit_jax.commands.report.records import read_object, read_result
+from vit_jax.commands.report.records import read_result, read_run
 from vit_jax.errors import UserError, expand_home
 from vit_jax.inference.scores import wilson
 from vit_jax.inference.trained import load
@@ -88,8 +88,7 @@ def model_card(trained, workdir):
     splits = read_document(folder, "data")["splits"]
     counts = [f"{s['num_examples']:,} {name} images" for name, s in splits.items()]
     rows = {"step": f"{trained.step:,}", "classes": ", ".join(trained.class_names)}
-    result, path = read_result(workdir / "result.json") or {}, workdir / "run.json"
-    run = read_object(path) if path.exists() else {}
+    result, run = read_result(workdir / "result.json") or {}, read_run(workdir / "run.json")
     for name, split in splits.items():
         accuracy, count = result.get(f"{name}_accuracy"), split["num_examples"]
         if accuracy is not None and result.get("steps") == trained.step:

@@ -98,7 +98,7 @@ class Sweep:
         return [*self.overrides, *(f"--config.{change}" for change in changes(params))]
 
     def _name(self, params):
-        # A workdir's path may not contain a pattern, such as train[:80%].
+        # A workdir's path must not contain *, ?, or [, as in train[:80%].
         name = re.sub(r"[/*?[]", "_", ",".join(changes(params))) or "recipe"
         if len(name.encode()) > 200:  # a file system allows 255 bytes
             digest = hashlib.sha256(name.encode()).hexdigest()[:12]

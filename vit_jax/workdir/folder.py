@@ -48,8 +48,8 @@ class Workdir:
     def locked(self) -> Generator[None]:
         """Locks the workdir during the context, after creating it or checking its config.
 
-        Raises UserError if the workdir cannot be written, is locked, contains a symbolic link, or
-        has a config that differs from this run's, or if its path is a glob pattern.
+        Raises UserError if the workdir cannot be written, is locked, contains a symbolic link, has
+        a config that differs from this run's, or has a path with *, ?, or [.
         """
         if glob.has_magic(str(self.checkpoint_dir)):
             # orbax uses the path in a pattern, and would save a checkpoint that cannot be restored.

@@ -81,7 +81,7 @@ def _read_config(workdir):
 
 def _read_record(workdir, config, run):
     """Reads the Record of one seed. The seeds of a run share its profile."""
-    lines, environment = [], workdir / "run.json"
+    lines = []
     if (path := workdir / "metrics.jsonl").exists():
         with _read_errors(path):
             lines = [values for _, values in read_lines(path)]
@@ -90,12 +90,17 @@ def _read_record(workdir, config, run):
     return Record(
         workdir,
         config,
-        read_object(environment) if environment.exists() else {},
+        read_run(workdir / "run.json"),
         lines,
         read_result(workdir / "result.json"),
         _read_operations(run / "profile" / "operations.json"),
         _read_corruptions(workdir / "corruptions.json"),
     )
+
+
+def read_run(path):
+    """Returns the content of a run.json, or {} if it does not exist."""
+    return read_object(path) if path.exists() else {}
 
 
 def read_result(path):
